@@ -1,0 +1,1 @@
+"""Programs: quickstart, training programs, the tables and figures of the paper."""

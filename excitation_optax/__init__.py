@@ -1,0 +1,42 @@
+"""Excitation (arXiv 2602.21798) for Optax: scales each expert's update by how much of the batch was routed to it."""
+
+from excitation_optax import metrics
+from excitation_optax._describe import DescribedParameter, Description, describe
+from excitation_optax._experts import children
+from excitation_optax._routing import RoutingCounts, count_active, count_logits, count_routing
+from excitation_optax._strategies import (
+    Strategy,
+    clipped,
+    exp_diff,
+    global_exp,
+    inverted,
+    positive_sum,
+    random_boost,
+    zero_sum,
+)
+from excitation_optax._transform import ScaleByExcitationState, excitation, scale_by_excitation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DescribedParameter",
+    "Description",
+    "RoutingCounts",
+    "ScaleByExcitationState",
+    "Strategy",
+    "children",
+    "clipped",
+    "count_active",
+    "count_logits",
+    "count_routing",
+    "describe",
+    "excitation",
+    "exp_diff",
+    "global_exp",
+    "inverted",
+    "metrics",
+    "positive_sum",
+    "random_boost",
+    "scale_by_excitation",
+    "zero_sum",
+]

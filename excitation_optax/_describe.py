@@ -1,0 +1,92 @@
+"""What Excitation will do to a parameter tree, said before it is done."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from excitation_optax import _experts
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribedParameter:
+    """One parameter leaf and how it is scaled.
+
+    Attributes:
+      path: its path, its names joined by "/".
+      shape: its shape.
+      scaled_by: the path of the utilization leaf that scales it, or None if it is left untouched.
+      axes: its axes that the axes of that utilization leaf run along, the experts' last; counted from the front.
+      expert: the one expert that all of it belongs to, where experts are separate children; else None.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    scaled_by: str | None
+    axes: tuple[int, ...] = ()
+    expert: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Description:
+    """What `describe` returns: prints as a table.
+
+    Attributes:
+      parameters: a `DescribedParameter` for each parameter leaf, in the order of `jax.tree.leaves`.
+    """
+
+    parameters: tuple[DescribedParameter, ...]
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "scaled by", "along")]
+        for p in self.parameters:
+            along = [f"axis {axis} ({p.shape[axis]})" for axis in p.axes]
+            along += [] if p.expert is None else [f"all of it, as expert {p.expert}"]
+            rows.append((p.path, str(list(p.shape)), p.scaled_by or "-", ", ".join(along)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        scaled = [p for p in self.parameters if p.scaled_by is not None]
+        size, total = (sum(math.prod(p.shape) for p in group) for group in (scaled, self.parameters))
+        return "\n".join(
+            [*lines, f"{len(scaled)} of {len(rows) - 1} parameter leaves are scaled: {size:,} of {total:,} parameters."]
+        )
+
+    __repr__ = __str__
+
+
+def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Description:
+    """Says which parameters will be scaled, by which utilization and along which axis, and which will not.
+
+    Args:
+      params: the parameter tree that the optimizer is initialized with, or its shapes (`jax.eval_shape`).
+      utilization: as `scale_by_excitation` takes it, or its shapes.
+      expert_axis: as `scale_by_excitation` takes it.
+
+    Returns:
+      A `Description`, which prints as a table.
+
+    Raises:
+      ValueError: as `scale_by_excitation` does at an update with these.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> params = {"router": jnp.ones((2, 4)), "experts": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((4, 3))}}
+      >>> excitation_optax.describe(params, {"experts": jnp.ones(4)})
+      parameter       shape      scaled by  along
+      experts/bias    [4, 3]     experts    axis 0 (4)
+      experts/kernel  [4, 2, 3]  experts    axis 0 (4)
+      router          [2, 4]     -
+      2 of 3 parameter leaves are scaled: 36 of 44 parameters.
+    """
+    leaves = _experts.leaves_by_path(params, _experts.is_masked)
+    matches = _experts.match_experts(params, utilization, expert_axis)
+
+    def row(path, leaf, match):
+        shape = () if _experts.is_masked(leaf) else np.shape(leaf)
+        if match is None:
+            return DescribedParameter(_experts.show(path), shape, None)
+        return DescribedParameter(_experts.show(path), shape, _experts.show(match.entry), match.axes, match.child)
+
+    return Description(tuple(row(path, leaf, matches[path]) for path, leaf in leaves.items()))

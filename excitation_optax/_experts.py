@@ -1,0 +1,243 @@
+"""Which parameters are experts, and along which axis: utilization paths matched to parameter paths.
+
+A *path* is a tuple of plain names: dictionary keys, attribute names and list positions as strings, so that a nested
+dict addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module alike. Nothing is guessed from shapes.
+
+Axis letters: E experts, L layers.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import numbers
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from excitation_optax import _routing
+
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class children:  # noqa: N801  (it reads as a function where it is used)
+    """Experts that are separate children of a path, instead of entries of one array.
+
+    As `expert_axis` it says: of the path where utilization `[E]` stands (or where this spec stands, if that is deeper),
+    the children whose names match are the experts, in natural order (`expert_2` before `expert_10`), one entry of
+    utilization each. With utilization `[L, E]`, the layers are the leading axes of every child's parameters.
+
+    Attributes:
+      pattern: a shell-style pattern over the names of the children: `"expert_*"`, or `"*"` for a list of experts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> params = {"moe": {"router": jnp.ones(2), "expert_0": jnp.ones(1), "expert_1": jnp.ones(1)}}
+      >>> tx = excitation_optax.scale_by_excitation(expert_axis=excitation_optax.children("expert_*"))
+      >>> updates, _ = tx.update(params, tx.init(params), utilization={"moe": jnp.array([0.75, 0.25])})
+      >>> updates["moe"]["expert_0"], updates["moe"]["expert_1"], updates["moe"]["router"]
+      (Array([1.5], dtype=float32), Array([1.], dtype=float32), Array([1., 1.], dtype=float32))
+    """
+
+    pattern: str
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"children takes one pattern, such as children('expert_*'); got {self.pattern!r}.")
+
+
+Spec = int | tuple[int, ...] | children
+
+
+class Match(NamedTuple):
+    """How one parameter leaf is scaled: by which utilization leaf, whose axes run along which of its axes."""
+
+    entry: Path
+    axes: tuple[int, ...]
+    child: int | None = None  # the one expert that the whole leaf belongs to; `axes` are then those of the layers
+
+
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
+    """The leaves of a tree by their paths, in the order of `jax.tree.leaves`."""
+    leaves: dict[Path, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+        if path in leaves:
+            raise ValueError(f"Two leaves have the same path {show(path)}: names must differ by more than their type.")
+        leaves[path] = leaf
+    return leaves
+
+
+def utilization_by_path(utilization: Any) -> dict[Path, Any]:
+    """The utilization leaves by their paths: arrays `[..., E]` and `RoutingCounts`, or the shapes of such."""
+    entries = leaves_by_path(utilization, lambda x: isinstance(x, _routing.RoutingCounts))
+    if not entries:
+        raise ValueError(
+            f"Excitation needs the utilization of at least one layer; got {utilization!r}. Pass it at every update: "
+            "tx.update(grads, state, params, utilization={'path': {'of': {'experts': counts}}}). An optimizer or wrapper "
+            "around this one may also have dropped it: it must forward extra arguments."
+        )
+    for path, leaf in entries.items():
+        _check_utilization(path, leaf)
+    return entries
+
+
+def utilization_shape(leaf: Any) -> Shape:
+    return np.shape(leaf.counts if isinstance(leaf, _routing.RoutingCounts) else leaf)
+
+
+def _check_utilization(path: Path, leaf: Any) -> None:
+    shape = utilization_shape(leaf)
+    if not shape or shape[-1] == 0:
+        raise ValueError(
+            f"Utilization at {show(path)} must be an array of fractions [..., E] with an axis of experts; got "
+            f"{type(leaf).__name__} of shape {list(shape)}. (A Python list is a node of the tree: make it an array.)"
+        )
+    if isinstance(leaf, _routing.RoutingCounts):
+        if np.shape(leaf.tokens) != shape[:-1]:
+            raise ValueError(
+                f"RoutingCounts at {show(path)} have counts of shape {list(shape)} and tokens of shape "
+                f"{list(np.shape(leaf.tokens))}; tokens must be {list(shape[:-1])}, one number for each layer."
+            )
+    elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"Utilization at {show(path)} must be floating-point fractions in [0, 1]; got {leaf.dtype}{list(shape)}. "
+            "Tokens per expert go into RoutingCounts(counts, tokens)."
+        )
+
+
+def specs_by_path(expert_axis: Any) -> dict[Path, Spec]:
+    """The specs of an `expert_axis` that is not a callable, by the paths at which they stand."""
+
+    def is_spec(x):  # a tuple of ints is a spec; any other tuple is a node of the tree
+        return type(x) is tuple and all(isinstance(axis, numbers.Integral) for axis in x)
+
+    specs = leaves_by_path(expert_axis, is_spec)
+    for path, spec in specs.items():
+        axes = spec if is_spec(spec) else (spec,)
+        if not isinstance(spec, children) and not all(
+            isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in axes
+        ):
+            raise ValueError(
+                f"expert_axis at {show(path)} must be an int, a tuple of ints or children(pattern); got {spec!r}. "
+                "(Under optax.inject_hyperparams, name it in static_args.)"
+            )
+    return specs
+
+
+def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path, Match | None]:
+    """Says of each parameter leaf how it is scaled, or None if it is left as it is.
+
+    Args:
+      params: the parameters, or their updates, or their shapes.
+      utilization: a partial tree prefix of them, its leaves arrays `[..., E]` or `RoutingCounts`, or their shapes.
+      expert_axis: as `scale_by_excitation` takes it.
+
+    Returns:
+      A dict from the path of each leaf, in the order of `jax.tree.leaves` with `optax.MaskedNode`s as leaves.
+
+    Raises:
+      ValueError: if a path or an axis does not fit, with the path, the shapes received, and what to do.
+    """
+    leaves = leaves_by_path(params, is_masked)
+    entries = utilization_by_path(utilization)
+    specs = specs_by_path(expert_axis(params) if callable(expert_axis) else expert_axis)
+    _check_paths_exist("utilization", entries, leaves)
+    _check_paths_exist("expert_axis", specs, leaves)
+
+    def match(path: Path, leaf: Any) -> Match | None:
+        entry = _covering(path, entries)
+        if entry is None or is_masked(leaf):
+            return None
+        shape = utilization_shape(entries[entry])
+        spec_path = _covering(path, specs)
+        spec = tuple(range(len(shape))) if spec_path is None else specs[spec_path]
+        if not isinstance(spec, children):
+            return Match(entry, _place(path, np.shape(leaf), entry, shape, spec))
+        parent = entry if spec_path is None else max(entry, spec_path, key=len)
+        numbers_of = _number_children(parent, spec.pattern, shape, leaves)
+        child = numbers_of.get(path[len(parent)])
+        if child is None:
+            return None
+        layer_axes = tuple(range(len(shape) - 1))
+        return Match(entry, _place(path, np.shape(leaf), entry, shape[:-1], layer_axes), child)
+
+    return {path: match(path, leaf) for path, leaf in leaves.items()}
+
+
+def is_masked(x: Any) -> bool:
+    """`optax.masked` and `optax.partition` put this where a parameter is another transformation's."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def _covering(path: Path, prefixes: Iterable[Path]) -> Path | None:
+    """The prefix of a path that is in `prefixes`; a tree has at most one."""
+    return next((path[:n] for n in range(len(path) + 1) if path[:n] in prefixes), None)
+
+
+def _check_paths_exist(what: str, paths: Iterable[Path], leaves: dict[Path, Any]) -> None:
+    known = {path[:n] for path in leaves for n in range(len(path) + 1)}
+    masked = {path for path, leaf in leaves.items() if is_masked(leaf)}
+    for path in paths:
+        if path not in known and _covering(path, masked) is None:
+            names = {show(other): other for other in sorted(known)}
+            nearest = difflib.get_close_matches(show(path), names, n=3, cutoff=0.3)
+            raise ValueError(
+                f"The {what} path {show(path)} matches no parameter. Nearest: {', '.join(nearest) or 'none'}. "
+                f"The parameters' top level: {', '.join(sorted({p[0] for p in leaves if p})) or 'empty'}. Paths start at "
+                "the root of the tree that is given to tx.update, and describe() shows how they match."
+            )
+
+
+def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The parameter axes, counted from the front, that the utilization axes of these sizes run along."""
+    spec = spec if isinstance(spec, tuple) else (spec,)
+    problem = (
+        f"The parameter {show(path)} {list(shape)} cannot be scaled by the utilization at {show(entry)}, whose axes "
+        f"{list(sizes)} run along its axes {list(spec)}:"
+    )
+    if len(spec) != len(sizes):
+        raise ValueError(f"{problem} expert_axis must name {len(sizes)} axes, the experts' last; it names {len(spec)}.")
+    if any(not -len(shape) <= axis < len(shape) for axis in spec):
+        raise ValueError(
+            f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the utilization path end at "
+            "parameters of experts alone."
+        )
+    axes = tuple(int(axis) % len(shape) for axis in spec)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"{problem} one axis is named twice in expert_axis.")
+    found = [shape[axis] for axis in axes]
+    if found != list(sizes):
+        raise ValueError(
+            f"{problem} these have {found} entries, not {list(sizes)}. Set expert_axis (-1 for the neurons of a Dense "
+            "layer, (1, 0) for [E, L, ...]), or let the utilization path end at parameters of experts alone."
+        )
+    return axes
+
+
+def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path, Any]) -> dict[str, int]:
+    """Numbers the children of a path that match a pattern, in natural order."""
+    names = {path[len(parent)] for path in leaves if path[: len(parent)] == parent and len(path) > len(parent)}
+    experts = sorted(fnmatch.filter(names, pattern), key=_natural_order)
+    if len(experts) != shape[-1]:
+        raise ValueError(
+            f"children({pattern!r}) finds {len(experts)} experts at {show(parent)}, among its children "
+            f"{', '.join(sorted(names, key=_natural_order)) or '(none)'}; its utilization {list(shape)} has E = {shape[-1]}. "
+            "Mend the pattern, or the path of the utilization."
+        )
+    return {name: number for number, name in enumerate(experts)}
+
+
+def _natural_order(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def show(path: Path) -> str:
+    return "/".join(path) or "(root)"

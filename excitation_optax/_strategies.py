@@ -1,0 +1,267 @@
+"""The strategies: what Phi(u, gamma) is, one equation each (arXiv 2602.21798, section 3.2).
+
+Shapes: E experts of one layer, on the last axis; leading axes, such as a stack of layers, are independent. Every
+expectation E[.] of the paper runs over the experts of one layer, that is, over the last axis.
+
+Numerics: a power law does not change when utilization is scaled, nor an exponential's share when it is shifted, so the
+largest entry is divided out (subtracted, in `exp_diff`) first, and every strategy is finite for every utilization in
+[0, 1] and every gamma up to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN.
+"""
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+# What `scale_by_excitation` calls: `(utilization [..., E], gamma) -> excitation [..., E]`. Any function of this form
+# is a strategy. One that has a parameter named `key` is random, and is handed a PRNG key.
+Strategy = Callable[..., jax.Array]
+
+
+def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    r"""Amplifies busy experts at the expense of idle ones; the mean excitation of a layer is 1.
+
+    .. math::
+      \Phi_{ZS}(u_k, \gamma) = \frac{u_k^\gamma}{\mathbb{E}[u^\gamma]}
+
+    Args:
+      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      gamma: scalar, not negative; 0 is the identity.
+
+    Returns:
+      The excitation, `[..., E]`, between 0 and E (an expert that takes the whole batch alone gets E).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> excitation_optax.zero_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
+      Array([0.5, 1. , 1.5], dtype=float32)
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 6.
+    """
+    u = _float(utilization)
+    largest = jnp.max(u, axis=-1, keepdims=True)
+    power = _power(jnp.where(largest == 0, 1, u / _one_if_zero(largest)), gamma)
+    return power / jnp.mean(power, axis=-1, keepdims=True)
+
+
+def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    r"""Amplifies busy experts and leaves the others as they are: zero-sum, but never below 1.
+
+    .. math::
+      \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma))
+
+    Args:
+      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      gamma: scalar, not negative; 0 is the identity.
+
+    Returns:
+      The excitation, `[..., E]`, between 1 and E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> excitation_optax.positive_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
+      Array([1. , 1. , 1.5], dtype=float32)
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 7.
+    """
+    return jnp.maximum(1, zero_sum(utilization, gamma))
+
+
+def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    r"""Amplifies by the difference in utilization, where zero-sum goes by the ratio; the mean of a layer is 1.
+
+    It is the one strategy for which it matters whether utilization sums to K over the experts, as the paper's does, or
+    to 1, as other libraries' load often does.
+
+    .. math::
+      \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]}
+
+    Args:
+      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      gamma: scalar, not negative; 0 is the identity.
+
+    Returns:
+      The excitation, `[..., E]`, between 0 and E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> excitation_optax.exp_diff(jnp.array([0.0, jnp.log(3.0)]), 1.0).round(4)  # exp: 1, 3
+      Array([0.5, 1.5], dtype=float32)
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 8.
+    """
+    u = _float(utilization)
+    exponential = jnp.exp(_like(gamma, u) * (u - jnp.max(u, axis=-1, keepdims=True)))
+    return exponential / jnp.mean(exponential, axis=-1, keepdims=True)
+
+
+def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    r"""Control: one factor for all experts of a layer, as a higher learning rate would be.
+
+    .. math::
+      \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))]
+
+    Args:
+      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      gamma: scalar, not negative; 0 is the identity.
+
+    Returns:
+      The excitation, `[..., E]`, the same for every expert of a layer, between 1 and exp(gamma).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> excitation_optax.global_exp(jnp.array([0.0, 2 * jnp.log(3.0)]), 1.0).round(4)  # above the mean: 0, log 3
+      Array([2., 2.], dtype=float32)
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 9.
+    """
+    u = _float(utilization)
+    above = jax.nn.relu(u - jnp.mean(u, axis=-1, keepdims=True))
+    return jnp.broadcast_to(jnp.mean(jnp.exp(_like(gamma, u) * above), axis=-1, keepdims=True), u.shape)
+
+
+def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) -> jax.Array:
+    r"""Control: zero-sum's factors, shuffled among the experts of a layer anew at each step.
+
+    .. math::
+      \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma), \qquad \pi \text{ a random permutation}
+
+    Args:
+      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      gamma: scalar, not negative; 0 is the identity.
+      key: a PRNG key. `scale_by_excitation` passes `fold_in(key(seed), step)`, the same to every layer.
+
+    Returns:
+      The excitation, `[..., E]`; layers on leading axes are shuffled independently.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> shuffled = excitation_optax.random_boost(jnp.array([0.1, 0.2, 0.3]), 1.0, key=jax.random.key(0))
+      >>> jnp.sort(shuffled)
+      Array([0.5, 1. , 1.5], dtype=float32)
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 3.2.2.
+    """
+    return jax.random.permutation(key, zero_sum(utilization, gamma), axis=-1, independent=True)
+
+
+def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    r"""Control: amplifies idle experts and holds back busy ones; the mean excitation of a layer is 1.
+
+    .. math::
+      \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]}
+
+    Where experts are idle (u = 0) it is the limit of the equation as their utilization falls to zero together: the
+    idle ones share all of the excitation, the others get none.
+
+    Args:
+      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      gamma: scalar, not negative; 0 is the identity.
+
+    Returns:
+      The excitation, `[..., E]`, between 0 and E.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> excitation_optax.inverted(jnp.array([0.1, 0.3]), 1.0).round(4)  # 1/u: 10, 10/3
+      Array([1.5, 0.5], dtype=float32)
+      >>> excitation_optax.inverted(jnp.array([0.0, 0.5, 0.5]), 1.0)
+      Array([3., 0., 0.], dtype=float32)
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 10.
+    """
+    u = _float(utilization)
+    smallest = jnp.min(u, axis=-1, keepdims=True)
+    power = _power(jnp.where(u == 0, 1, smallest / _one_if_zero(u)), gamma)
+    return power / jnp.mean(power, axis=-1, keepdims=True)
+
+
+def clipped(strategy: Strategy, maximum: float) -> Strategy:
+    r"""Bounds a strategy: no expert's update is amplified more than `maximum` times.
+
+    .. math::
+      \Phi(u_k, \gamma) = \min(m, \Phi_{strategy}(u_k, \gamma))
+
+    Zero-sum reaches E when one expert takes the whole batch; with many experts that is a learning rate E times the one
+    that was chosen. Bounding it gives up "mean 1" where the bound holds.
+
+    Args:
+      strategy: the strategy to bound; a random one stays random.
+      maximum: m, positive and finite; 1 amplifies nothing.
+
+    Returns:
+      The bounded strategy.
+
+    Raises:
+      ValueError: if `maximum` is not a positive finite number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import excitation_optax
+      >>> excitation_optax.clipped(excitation_optax.zero_sum, 2.0)(jnp.array([0.0, 0.0, 0.0, 1.0]), 1.0)
+      Array([0., 0., 0., 2.], dtype=float32)
+    """
+    if not (isinstance(maximum, numbers.Real) and 0 < maximum < math.inf):
+        raise ValueError(f"clipped: maximum must be a positive finite number; got {maximum!r}.")
+
+    @functools.wraps(strategy)  # so that is_random sees the parameters of the strategy inside
+    def clipped_strategy(utilization, gamma, **key):
+        return jnp.minimum(strategy(utilization, gamma, **key), maximum)
+
+    return clipped_strategy
+
+
+def is_random(strategy: Strategy) -> bool:
+    """Whether a strategy is to be handed a PRNG key, that is, has a parameter named `key`."""
+    if not callable(strategy):
+        raise ValueError(
+            f"strategy must be a callable (utilization, gamma) -> excitation; got {strategy!r}. "
+            "Pass one such as excitation_optax.zero_sum, not its name."
+        )
+    try:
+        return "key" in inspect.signature(strategy).parameters
+    except ValueError:  # some callables written in C have no signature
+        return False
+
+
+def name(strategy: Strategy) -> str:
+    return getattr(strategy, "__name__", repr(strategy))
+
+
+def _float(utilization: ArrayLike) -> jax.Array:
+    """Utilization in float32, or wider if it came so."""
+    u = jnp.asarray(utilization)
+    return u.astype(jnp.promote_types(u.dtype, jnp.float32))
+
+
+def _like(gamma: ArrayLike, u: jax.Array) -> jax.Array:
+    return jnp.asarray(gamma, u.dtype)
+
+
+def _power(ratio: jax.Array, gamma: ArrayLike) -> jax.Array:
+    """`ratio ** gamma`, but NaN ** 0 stays NaN, where IEEE 754 says 1."""
+    return jnp.where(jnp.isnan(ratio), ratio, ratio ** _like(gamma, ratio))
+
+
+def _one_if_zero(x: jax.Array) -> jax.Array:
+    """A denominator that does not divide by zero; the caller's `where` replaces the quotient there."""
+    return jnp.where(x == 0, 1, x)

@@ -1,0 +1,248 @@
+"""The bridge to Flax: routing out of NNX and Linen modules, in the form that `utilization=` takes.
+
+A layer hands over its routing by `sow_routing`, called on a submodule that holds **experts only**, so that the path
+where it was sown covers every expert and no router. Training code gets it back as a nested dict of `RoutingCounts`:
+
+* NNX: `capture_routing(model)(*inputs)`, which leaves nothing behind in the model; or `pop_routing(model)` where a loop
+  calls the model itself. `nnx.Optimizer.update(model, grads, utilization=...)` hands it on.
+* Linen: `routing_from_intermediates(...)`; and `TrainState`, whose `apply_gradients` hands it on (Flax's does not).
+
+This is the only file of the library that imports Flax, and `import excitation_optax` does not import it.
+"""
+
+import dataclasses
+import functools
+import operator
+import typing
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import linen, nnx
+from flax.training import train_state
+
+from excitation_optax import _routing
+
+# How sowing again adds up: from int(), which is 0, by +.
+_SUM: dict[str, Any] = {"reduce_fn": operator.add, "init_fn": int}
+
+__all__ = ["Routing", "TrainState", "capture_routing", "pop_routing", "routing_from_intermediates", "sow_routing"]
+
+
+class Routing(nnx.Intermediate):
+    """The NNX variable type that holds the `RoutingCounts` a layer sowed. Several calls add up."""
+
+
+def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCounts) -> None:
+    """Hands over a layer's routing, from inside its call. Several calls in one forward pass add up.
+
+    In NNX, outside of `capture_routing`, the counts stay on the module until `pop_routing` takes them.
+
+    Args:
+      module: the module whose parameters are the experts, all of them and nothing else.
+      counts: what the router decided, before any token was dropped.
+
+    Raises:
+      ValueError: if counts are not `RoutingCounts`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import excitation_optax
+      >>> from excitation_optax import flax as excitation_flax
+      >>> class Neurons(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.dense = nnx.Linear(2, 3, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         h = nnx.relu(self.dense(x))
+      ...         excitation_flax.sow_routing(self.dense, excitation_optax.count_active(h > 0))
+      ...         return h
+      >>> output, utilization = excitation_flax.capture_routing(Neurons(nnx.Rngs(0)))(jnp.ones((5, 2)))
+      >>> utilization["dense"].tokens
+      Array(5., dtype=float32)
+    """
+    if not isinstance(counts, _routing.RoutingCounts):
+        raise ValueError(f"sow_routing takes RoutingCounts, as from count_routing; got {type(counts).__name__}.")
+    if isinstance(module, linen.Module):
+        module.sow("intermediates", "routing", counts, **_SUM)
+        return
+    with warnings.catch_warnings():
+        # Outside nnx.capture Flax warns that this way is deprecated in general; here pop_routing is the way out.
+        warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
+        module.sow(Routing, "routing", counts, **_SUM)
+
+
+def capture_routing(model: nnx.Module | Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """Wraps an NNX model so that a call returns its routing too, and leaves nothing behind in the model.
+
+    The main road, for training and evaluation alike. Inside a loss function, return the routing as auxiliary output.
+
+    Args:
+      model: a module, a bound method of one, or a function whose first argument is one.
+
+    Returns:
+      A function of the same inputs that returns `(output, utilization)`, the latter a nested dict of `RoutingCounts`.
+
+    Raises:
+      ValueError: from the call, if no layer sowed any routing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import excitation_optax
+      >>> from excitation_optax import flax as excitation_flax
+      >>> class Neurons(nnx.Linear):
+      ...     def __call__(self, x):
+      ...         h = nnx.relu(super().__call__(x))
+      ...         excitation_flax.sow_routing(self, excitation_optax.count_active(h > 0))
+      ...         return h
+      >>> model = nnx.Sequential(Neurons(2, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+      >>> logits, utilization = excitation_flax.capture_routing(model)(jnp.ones((2, 2)))
+      >>> utilization["layers"][0].utilization.shape
+      (8,)
+    """
+    captured = nnx.capture(model, Routing)
+
+    @functools.wraps(model)
+    def with_routing(*args, **kwargs):
+        output, routing = captured(*args, **kwargs)
+        return output, _by_module(nnx.as_pure(routing), "The call of the model sowed no routing.")
+
+    return with_routing
+
+
+def pop_routing(model: nnx.Module) -> Any:
+    """Takes the routing that calls of an NNX model left on it, for loops that call the model themselves.
+
+    Pop after every call: a forward pass that nobody popped doubles the next count, and leaves variables in the model
+    that change the tree of a checkpoint. Evaluation counts too. `capture_routing` has none of these traps.
+
+    Args:
+      model: the module that was called.
+
+    Returns:
+      A nested dict of `RoutingCounts`.
+
+    Raises:
+      ValueError: if the model holds no routing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import excitation_optax
+      >>> from excitation_optax import flax as excitation_flax
+      >>> class Neurons(nnx.Linear):
+      ...     def __call__(self, x):
+      ...         h = nnx.relu(super().__call__(x))
+      ...         excitation_flax.sow_routing(self, excitation_optax.count_active(h > 0))
+      ...         return h
+      >>> model = nnx.Sequential(Neurons(2, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+      >>> logits = model(jnp.ones((2, 2)))
+      >>> excitation_flax.pop_routing(model)["layers"][0].tokens
+      Array(2., dtype=float32)
+    """
+    return _by_module(nnx.as_pure(nnx.pop(model, Routing)), "The model holds no routing that was not popped already.")
+
+
+def routing_from_intermediates(intermediates: Any) -> Any:
+    """Finds the routing in the `intermediates` collection of a Linen model.
+
+    Takes what `sow_routing` put there, and also plain `self.sow("intermediates", name, routing_counts)`.
+
+    Args:
+      intermediates: the collection, from `model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]`.
+
+    Returns:
+      A nested dict of `RoutingCounts`, by module.
+
+    Raises:
+      ValueError: if there is no routing in it.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from flax import linen, nnx
+      >>> import excitation_optax
+      >>> from excitation_optax import flax as excitation_flax
+      >>> class Neurons(linen.Module):
+      ...     @linen.compact
+      ...     def __call__(self, x):
+      ...         dense = linen.Dense(3, name="dense")
+      ...         h = nnx.relu(dense(x))
+      ...         excitation_flax.sow_routing(dense, excitation_optax.count_active(h > 0))
+      ...         return h
+      >>> model = Neurons()
+      >>> variables = model.init(jax.random.key(0), jnp.ones((5, 2)))
+      >>> output, sown = model.apply(variables, jnp.ones((5, 2)), mutable=["intermediates"])
+      >>> excitation_flax.routing_from_intermediates(sown["intermediates"])["dense"].tokens
+      Array(5., dtype=float32)
+    """
+    return _by_module(intermediates, "The intermediates hold no RoutingCounts.")
+
+
+class TrainState(train_state.TrainState):
+    """Flax Linen's `TrainState`, whose `apply_gradients` hands extra arguments on to `tx.update`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import excitation_optax
+      >>> from excitation_optax import flax as excitation_flax
+      >>> params = {"experts": jnp.ones((2, 3))}
+      >>> tx = optax.chain(optax.sgd(0.5), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+      >>> state = excitation_flax.TrainState.create(apply_fn=None, params=params, tx=tx)
+      >>> state = state.apply_gradients(grads=params, utilization={"experts": jnp.array([0.75, 0.25])})
+      >>> state.params["experts"]
+      Array([[0.25, 0.25, 0.25],
+             [0.75, 0.75, 0.75]], dtype=float32)
+    """
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> typing.Self:
+        """Updates parameters, optimizer state and step.
+
+        Args:
+          grads: gradients, of the structure of the parameters.
+          **kwargs: fields of the state to replace, as in Flax; all others are extra arguments of `tx.update`.
+
+        Returns:
+          The new state.
+        """
+        fields = {field.name for field in dataclasses.fields(self)}
+        replaced = {name: value for name, value in kwargs.items() if name in fields}
+        extra_args = {name: value for name, value in kwargs.items() if name not in fields}
+        update = functools.partial(self.tx.update, **extra_args)
+        with_extra_args = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        updated: Any = train_state.TrainState.apply_gradients(with_extra_args, grads=grads, **replaced)
+        return updated.replace(tx=self.tx)
+
+
+def _by_module(sown: Any, none_found: str) -> Any:
+    """The RoutingCounts in a tree of sown values, added up by the module that they were sown on."""
+    by_path: dict[tuple[Any, ...], _routing.RoutingCounts] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(
+        sown, is_leaf=lambda x: isinstance(x, _routing.RoutingCounts)
+    ):
+        if isinstance(leaf, _routing.RoutingCounts):
+            # The last dictionary key is the name it was sown under; what follows it is a position in a tuple.
+            module = tuple(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))[:-1]
+            by_path[module] = by_path[module] + leaf if module in by_path else leaf
+    if not by_path:
+        raise ValueError(
+            f"{none_found} Layers hand it over by sow_routing(self.experts, count_routing(...)), called on a submodule "
+            "that holds experts only."
+        )
+    tree: dict[Any, Any] = {}
+    for module, counts in by_path.items():
+        if any(module[:n] in by_path for n in range(len(module))):
+            raise ValueError(
+                f"Routing was sown at {module} and also at a module above it; each parameter must belong to one layer."
+            )
+        if not module:
+            return counts
+        node = tree
+        for name in module[:-1]:
+            node = node.setdefault(name, {})
+        node[module[-1]] = counts
+    return tree

@@ -1,0 +1,1 @@
+"""Flax NNX models that emit routing, run from a checkout."""

@@ -1,0 +1,142 @@
+"""The Top-K MLP of the paper's sections 4.1 to 4.4 and 4.6: in each hidden layer, every neuron is an expert.
+
+Axis letters: B batch, D inputs of a layer, E neurons of a hidden layer (its experts), K of them kept, C classes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import excitation_optax
+import excitation_optax.flax
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKMLPConfig:
+    """Sizes of a `TopKMLP`. The defaults are the paper's "Micro-MoE".
+
+    Example:
+      >>> from models import topk_mlp
+      >>> topk_mlp.TopKMLPConfig(input_dim=784).num_kept
+      13
+    """
+
+    input_dim: int  # values of one input, after flattening
+    width: int = 128  # E, neurons in each hidden layer
+    depth: int = 4  # hidden layers
+    num_classes: int = 10  # C
+    sparsity: float = 0.9  # the share of a hidden layer's neurons that a sample does not keep
+
+    def __post_init__(self):
+        for name in ("input_dim", "width", "depth", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TopKMLPConfig: {name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"TopKMLPConfig: sparsity is a share in [0, 1]; got {self.sparsity}.")
+
+    @property
+    def num_kept(self) -> int:
+        """K, the neurons of a hidden layer that a sample keeps: `round(width * (1 - sparsity))`, at least 1."""
+        return max(1, round(self.width * (1 - self.sparsity)))
+
+
+class TopKMLP(nnx.Module):
+    r"""An MLP whose hidden layers keep, for each sample, only their K largest activations.
+
+    .. math::
+      h^{(l)} = \mathrm{top}_K\big(\mathrm{ReLU}(W^{(l)} h^{(l-1)} + b^{(l)})\big), \qquad
+      \mathrm{logits} = W h^{(L)} + b
+
+    A neuron, with its incoming weights and its bias, is an expert, active for a sample if its activation is kept and
+    positive. Each layer sows its `RoutingCounts` at `layers/i`; the output layer `head` is no expert.
+
+    Attributes:
+      expert_axis: what `scale_by_excitation` needs for this model: neurons are the last axis of kernels and biases.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import excitation_optax
+      >>> from excitation_optax import flax as excitation_flax
+      >>> from models import topk_mlp
+      >>> model = topk_mlp.TopKMLP(topk_mlp.TopKMLPConfig(input_dim=4, width=8, depth=2, sparsity=0.75), rngs=nnx.Rngs(0))
+      >>> logits, utilization = excitation_flax.capture_routing(model)(jnp.ones((3, 2, 2)))
+      >>> logits.shape, utilization["layers"][1].counts.shape
+      ((3, 10), (8,))
+      >>> excitation_optax.describe(nnx.as_pure(nnx.state(model)), utilization, model.expert_axis)
+      parameter        shape    scaled by  along
+      head/bias        [10]     -
+      head/kernel      [8, 10]  -
+      layers/0/bias    [8]      layers/0   axis 0 (8)
+      layers/0/kernel  [4, 8]   layers/0   axis 1 (8)
+      layers/1/bias    [8]      layers/1   axis 0 (8)
+      layers/1/kernel  [8, 8]   layers/1   axis 1 (8)
+      4 of 6 parameter leaves are scaled: 112 of 202 parameters.
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 4.1.
+    """
+
+    expert_axis = -1
+
+    def __init__(self, config: TopKMLPConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        widths = [config.input_dim] + [config.width] * config.depth
+        self.layers = nnx.List(
+            [TopKLinear(i, o, config.num_kept, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        )
+        self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits `[B, C]` of inputs `[B, ...]`, floats, which are flattened to `[B, D]`."""
+        return self.head(self.hidden(x)[-1])
+
+    def hidden(self, x: jax.Array) -> list[jax.Array]:
+        """What every hidden layer passes on, `[B, E]` each: the activations it keeps, and zeros."""
+        h = x.reshape(x.shape[0], -1)
+        if h.shape[-1] != self.config.input_dim:
+            raise ValueError(
+                f"TopKMLP: inputs {list(x.shape)} have {h.shape[-1]} values each; input_dim is {self.config.input_dim}."
+            )
+        activations = []
+        for layer in self.layers:
+            h = layer(h)
+            activations.append(h)
+        return activations
+
+
+class TopKLinear(nnx.Linear):
+    """A Dense layer, ReLU, and Top-K: its neurons are experts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from models import topk_mlp
+      >>> layer = topk_mlp.TopKLinear(4, 8, num_kept=2, rngs=nnx.Rngs(0))
+      >>> bool(jnp.all(jnp.sum(layer(jnp.ones((3, 4))) > 0, axis=-1) <= 2))
+      True
+    """
+
+    def __init__(self, in_features: int, out_features: int, num_kept: int, *, rngs: nnx.Rngs):
+        super().__init__(in_features, out_features, rngs=rngs)
+        self.num_kept = num_kept
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = keep_top_k(nnx.relu(super().__call__(x)), self.num_kept)
+        excitation_optax.flax.sow_routing(self, excitation_optax.count_active(h > 0))
+        return h
+
+
+def keep_top_k(h: jax.Array, k: int) -> jax.Array:
+    return jnp.where(top_k_mask(jax.lax.stop_gradient(h), k), h, 0)
+
+
+def top_k_mask(h: jax.Array, k: int) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(h, jnp.int32)
+    t = jnp.zeros(h.shape[:-1] + (1,), jnp.int32)
+    for b in reversed(range(31)):
+        c = t | (1 << b)
+        t = jnp.where(jnp.sum(bits >= c, axis=-1, keepdims=True) >= k, c, t)
+    return bits >= t

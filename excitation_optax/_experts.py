@@ -81,8 +81,8 @@ def utilization_by_path(utilization: Any) -> dict[Path, Any]:
     if not entries:
         raise ValueError(
             f"Excitation needs the utilization of at least one layer; got {utilization!r}. Pass it at every update: "
-            "tx.update(grads, state, params, utilization={'path': {'of': {'experts': counts}}}). An optimizer or wrapper "
-            "around this one may also have dropped it: it must forward extra arguments."
+            "tx.update(grads, state, params, utilization={'path': {'of': {'experts': counts}}}). If you did, a wrapper "
+            "around this transformation dropped it: it must forward extra arguments."
         )
     for path, leaf in entries.items():
         _check_utilization(path, leaf)
@@ -187,12 +187,11 @@ def _check_paths_exist(what: str, paths: Iterable[Path], leaves: dict[Path, Any]
     masked = {path for path, leaf in leaves.items() if is_masked(leaf)}
     for path in paths:
         if path not in known and _covering(path, masked) is None:
-            names = {show(other): other for other in sorted(known)}
-            nearest = difflib.get_close_matches(show(path), names, n=3, cutoff=0.3)
+            nearest = difflib.get_close_matches(show(path), map(show, sorted(known)), n=3, cutoff=0.3)
             raise ValueError(
                 f"The {what} path {show(path)} matches no parameter. Nearest: {', '.join(nearest) or 'none'}. "
-                f"The parameters' top level: {', '.join(sorted({p[0] for p in leaves if p})) or 'empty'}. Paths start at "
-                "the root of the tree that is given to tx.update, and describe() shows how they match."
+                f"At the top level are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at "
+                "the root of the tree that is given to tx.update; describe() shows how they match."
             )
 
 
@@ -207,8 +206,8 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
         raise ValueError(f"{problem} expert_axis must name {len(sizes)} axes, the experts' last; it names {len(spec)}.")
     if any(not -len(shape) <= axis < len(shape) for axis in spec):
         raise ValueError(
-            f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the utilization path end at "
-            "parameters of experts alone."
+            f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the utilization path end "
+            "where there are experts only."
         )
     axes = tuple(int(axis) % len(shape) for axis in spec)
     if len(set(axes)) != len(axes):
@@ -217,7 +216,7 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
     if found != list(sizes):
         raise ValueError(
             f"{problem} these have {found} entries, not {list(sizes)}. Set expert_axis (-1 for the neurons of a Dense "
-            "layer, (1, 0) for [E, L, ...]), or let the utilization path end at parameters of experts alone."
+            "layer, (1, 0) for [E, L, ...]), or let the utilization path end where there are experts only."
         )
     return axes
 
@@ -227,10 +226,10 @@ def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path
     names = {path[len(parent)] for path in leaves if path[: len(parent)] == parent and len(path) > len(parent)}
     experts = sorted(fnmatch.filter(names, pattern), key=_natural_order)
     if len(experts) != shape[-1]:
+        found = ", ".join(sorted(names, key=_natural_order)) or "(none)"
         raise ValueError(
-            f"children({pattern!r}) finds {len(experts)} experts at {show(parent)}, among its children "
-            f"{', '.join(sorted(names, key=_natural_order)) or '(none)'}; its utilization {list(shape)} has E = {shape[-1]}. "
-            "Mend the pattern, or the path of the utilization."
+            f"children({pattern!r}) finds {len(experts)} experts at {show(parent)}, whose children are {found}; its "
+            f"utilization {list(shape)} has E = {shape[-1]}. Mend the pattern, or the path of the utilization."
         )
     return {name: number for number, name in enumerate(experts)}
 

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-
 # What `scale_by_excitation` calls: `(utilization [..., E], gamma) -> excitation [..., E]`. Any function of this form
 # is a strategy. One that has a parameter named `key` is random, and is handed a PRNG key.
 Strategy = Callable[..., jax.Array]

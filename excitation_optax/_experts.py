@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import numbers
 import re
+import reprlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -98,13 +99,14 @@ def _check_utilization(path: Path, leaf: Any) -> None:
     if not shape or shape[-1] == 0:
         raise ValueError(
             f"Utilization at {show(path)} must be an array of fractions [..., E] with an axis of experts; got "
-            f"{type(leaf).__name__} of shape {list(shape)}. (A Python list is a node of the tree: make it an array.)"
+            f"{show_value(leaf)}, of shape {list(shape)}. (A Python list is a node of the tree: make it an array.)"
         )
     if isinstance(leaf, _routing.RoutingCounts):
-        if np.shape(leaf.tokens) != shape[:-1]:
+        if leaf.tokens is None or np.shape(leaf.tokens) != shape[:-1]:
             raise ValueError(
                 f"RoutingCounts at {show(path)} have counts of shape {list(shape)} and tokens of shape "
-                f"{list(np.shape(leaf.tokens))}; tokens must be {list(shape[:-1])}, one number for each layer."
+                f"{list(np.shape(leaf.tokens))} ({show_value(leaf.tokens)}); tokens must be {list(shape[:-1])}, one number "
+                "for each layer."
             )
     elif not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
@@ -116,20 +118,26 @@ def _check_utilization(path: Path, leaf: Any) -> None:
 def specs_by_path(expert_axis: Any) -> dict[Path, Spec]:
     """The specs of an `expert_axis` that is not a callable, by the paths at which they stand."""
 
+    def is_int(x):
+        return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
     def is_spec(x):  # a tuple of ints is a spec; any other tuple is a node of the tree
         return type(x) is tuple and all(isinstance(axis, numbers.Integral) for axis in x)
 
     specs = leaves_by_path(expert_axis, is_spec)
     for path, spec in specs.items():
-        axes = spec if is_spec(spec) else (spec,)
-        if not isinstance(spec, children) and not all(
-            isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in axes
-        ):
+        if not (isinstance(spec, children) or all(map(is_int, spec if is_spec(spec) else (spec,)))):
             raise ValueError(
-                f"expert_axis at {show(path)} must be an int, a tuple of ints or children(pattern); got {spec!r}. "
-                "(Under optax.inject_hyperparams, name it in static_args.)"
+                f"expert_axis at {show(path)} must be an int, a tuple of ints or children(pattern); got "
+                f"{show_value(spec)}. (Under optax.inject_hyperparams, name it in static_args.)"
             )
     return specs
+
+
+def is_function(expert_axis: Any) -> bool:
+    """Whether it is a callable of the updates; a module that holds specs may be callable too, but is a tree."""
+    is_class = isinstance(expert_axis, type)
+    return callable(expert_axis) and not is_class and jax.tree_util.all_leaves([expert_axis])
 
 
 def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path, Match | None]:
@@ -148,7 +156,7 @@ def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path,
     """
     leaves = leaves_by_path(params, is_masked)
     entries = utilization_by_path(utilization)
-    specs = specs_by_path(expert_axis(params) if callable(expert_axis) else expert_axis)
+    specs = specs_by_path(expert_axis(params) if is_function(expert_axis) else expert_axis)
     _check_paths_exist("utilization", entries, leaves)
     _check_paths_exist("expert_axis", specs, leaves)
 
@@ -187,12 +195,22 @@ def _check_paths_exist(what: str, paths: Iterable[Path], leaves: dict[Path, Any]
     masked = {path for path, leaf in leaves.items() if is_masked(leaf)}
     for path in paths:
         if path not in known and _covering(path, masked) is None:
-            nearest = difflib.get_close_matches(show(path), map(show, sorted(known)), n=3, cutoff=0.3)
             raise ValueError(
-                f"The {what} path {show(path)} matches no parameter. Nearest: {', '.join(nearest) or 'none'}. "
-                f"At the top level are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at "
-                "the root of the tree that is given to tx.update; describe() shows how they match."
+                f"The {what} path {show(path)} matches no parameter. Nearest: {_nearest(path, known)}. At the top level "
+                f"are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at the root of the "
+                "tree that is given to tx.update; describe() shows how they match."
             )
+
+
+def _nearest(path: Path, known: Iterable[Path]) -> str:
+    """Paths that end as this one does, or with which it ends; then those of similar spelling."""
+
+    def same_end(other):
+        shorter = min(len(path), len(other))
+        return shorter > 0 and path[-shorter:] == other[-shorter:]
+
+    similar = difflib.get_close_matches(show(path), map(show, sorted(known)), n=3, cutoff=0.3)
+    return ", ".join(list(dict.fromkeys([*map(show, filter(same_end, sorted(known))), *similar]))[:3]) or "none"
 
 
 def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -203,7 +221,10 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
         f"{list(sizes)} run along its axes {list(spec)}:"
     )
     if len(spec) != len(sizes):
-        raise ValueError(f"{problem} expert_axis must name {len(sizes)} axes, the experts' last; it names {len(spec)}.")
+        raise ValueError(
+            f"{problem} expert_axis must name as many axes as the utilization has, {len(sizes)}, the experts' last; it "
+            f"names {len(spec)}."
+        )
     if any(not -len(shape) <= axis < len(shape) for axis in spec):
         raise ValueError(
             f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the utilization path end "
@@ -234,9 +255,14 @@ def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path
     return {name: number for number, name in enumerate(experts)}
 
 
-def _natural_order(name: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def _natural_order(name: str) -> tuple[list[str | int], str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def show(path: Path) -> str:
-    return "/".join(path) or "(root)"
+    """A path as text; a name that has a slash in it, as Haiku's have, in quotes."""
+    return "/".join(repr(name) if "/" in name else name for name in path) or "(root)"
+
+
+def show_value(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else reprlib.repr(x)

@@ -45,7 +45,7 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 6.
     """
-    u = _float(utilization)
+    u = float32_or_wider(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
     power = _power(jnp.where(largest == 0, 1, u / _one_if_zero(largest)), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
@@ -101,7 +101,7 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 8.
     """
-    u = _float(utilization)
+    u = float32_or_wider(utilization)
     exponential = jnp.exp(_like(gamma, u) * (u - jnp.max(u, axis=-1, keepdims=True)))
     return exponential / jnp.mean(exponential, axis=-1, keepdims=True)
 
@@ -128,7 +128,7 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 9.
     """
-    u = _float(utilization)
+    u = float32_or_wider(utilization)
     above = jax.nn.relu(u - jnp.mean(u, axis=-1, keepdims=True))
     return jnp.broadcast_to(jnp.mean(jnp.exp(_like(gamma, u) * above), axis=-1, keepdims=True), u.shape)
 
@@ -188,7 +188,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 10.
     """
-    u = _float(utilization)
+    u = float32_or_wider(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
     power = _power(jnp.where(u == 0, 1, smallest / _one_if_zero(u)), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
@@ -246,10 +246,11 @@ def name(strategy: Strategy) -> str:
     return getattr(strategy, "__name__", repr(strategy))
 
 
-def _float(utilization: ArrayLike) -> jax.Array:
-    """Utilization in float32, or wider if it came so."""
-    u = jnp.asarray(utilization)
-    return u.astype(jnp.promote_types(u.dtype, jnp.float32))
+def float32_or_wider(x: ArrayLike) -> jax.Array:
+    """An array in float32, or as it is if it is wider."""
+    x = jnp.asarray(x)  # jnp.promote_types would raise under strict promotion
+    wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32
+    return x if wide else x.astype(jnp.float32)
 
 
 def _like(gamma: ArrayLike, u: jax.Array) -> jax.Array:

@@ -79,7 +79,7 @@ def scale_by_excitation(
     counts_steps = is_random or callable(gamma)
     if not callable(gamma):
         _check_gamma(gamma)
-    if not callable(expert_axis):
+    if not _experts.is_function(expert_axis):
         _experts.specs_by_path(expert_axis)
 
     def init_fn(params):
@@ -155,15 +155,15 @@ def excitation(
 
 def _excite(path: _experts.Path, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
-    u = jnp.asarray(leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf)
-    u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
-    phi = jnp.asarray(strategy(u, gamma) if key is None else strategy(u, gamma, key=key))
-    if phi.shape != u.shape:
+    u = _strategies.float32_or_wider(leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf)
+    phi = strategy(u, gamma) if key is None else strategy(u, gamma, key=key)
+    if np.shape(phi) != u.shape:
         raise ValueError(
             f"The strategy {_strategies.name(strategy)} turned the utilization at {_experts.show(path)} from "
-            f"{list(u.shape)} into {list(phi.shape)}. It must return the excitation of every expert, {list(u.shape)}."
+            f"{list(u.shape)} into {_experts.show_value(phi)}. It must return the excitation of every expert, "
+            f"{list(u.shape)}."
         )
-    return phi.astype(jnp.promote_types(phi.dtype, jnp.float32))
+    return _strategies.float32_or_wider(phi)
 
 
 def _scale(update: jax.Array, phi: jax.Array, match: _experts.Match) -> jax.Array:
@@ -174,14 +174,21 @@ def _scale(update: jax.Array, phi: jax.Array, match: _experts.Match) -> jax.Arra
     phi = jnp.expand_dims(
         jnp.transpose(phi, in_order), [axis for axis in range(jnp.ndim(update)) if axis not in match.axes]
     )
-    wide = jnp.promote_types(update.dtype, phi.dtype)
+    wide = np.promote_types(update.dtype, phi.dtype)
     return (phi.astype(wide) * update.astype(wide)).astype(update.dtype)
 
 
 def _check_gamma(gamma: Any) -> None:
     """What is traced cannot be checked."""
-    if not isinstance(gamma, (int, float, np.generic, np.ndarray, jax.Array)) or np.ndim(gamma) != 0:
-        raise ValueError(f"gamma must be a scalar, the same for all experts; got {gamma!r}.")
+    array = isinstance(gamma, (np.generic, np.ndarray, jax.Array))
+    if not (
+        isinstance(gamma, (int, float))
+        or (array and gamma.ndim == 0 and any(jnp.issubdtype(gamma.dtype, kind) for kind in (np.integer, np.floating)))
+    ):
+        raise ValueError(
+            f"gamma must be a scalar, the same for all experts; got {_experts.show_value(gamma)}. "
+            "Of a schedule, excitation() takes the value at the step in question."
+        )
     if not isinstance(gamma, jax.core.Tracer) and not 0 <= float(gamma) < math.inf:
         raise ValueError(
             f"gamma must be a finite number that is not negative; got {gamma!r}. "

@@ -15,14 +15,14 @@ class DescribedParameter:
 
     Attributes:
       path: its path, its names joined by "/".
-      shape: its shape.
+      shape: its shape; None for an `optax.MaskedNode`, a parameter that is another transformation's.
       scaled_by: the path of the utilization leaf that scales it, or None if it is left untouched.
       axes: its axes that the axes of that utilization leaf run along, the experts' last; counted from the front.
       expert: the one expert that all of it belongs to, where experts are separate children; else None.
     """
 
     path: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     scaled_by: str | None
     axes: tuple[int, ...] = ()
     expert: int | None = None
@@ -41,13 +41,16 @@ class Description:
     def __str__(self) -> str:
         rows = [("parameter", "shape", "scaled by", "along")]
         for p in self.parameters:
-            along = [f"axis {axis} ({p.shape[axis]})" for axis in p.axes]
+            shape = "masked" if p.shape is None else str(list(p.shape))
+            along = [f"axis {axis} ({p.shape[axis]})" for axis in p.axes] if p.shape else []
             along += [] if p.expert is None else [f"all of it, as expert {p.expert}"]
-            rows.append((p.path, str(list(p.shape)), p.scaled_by or "-", ", ".join(along)))
+            rows.append((p.path, shape, p.scaled_by or "-", ", ".join(along)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         scaled = [p for p in self.parameters if p.scaled_by is not None]
-        size, total = (sum(math.prod(p.shape) for p in group) for group in (scaled, self.parameters))
+        size, total = (
+            sum(math.prod(p.shape) for p in group if p.shape is not None) for group in (scaled, self.parameters)
+        )
         return "\n".join(
             [*lines, f"{len(scaled)} of {len(rows) - 1} parameter leaves are scaled: {size:,} of {total:,} parameters."]
         )
@@ -84,7 +87,7 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     matches = _experts.match_experts(params, utilization, expert_axis)
 
     def row(path, leaf, match):
-        shape = () if _experts.is_masked(leaf) else np.shape(leaf)
+        shape = None if _experts.is_masked(leaf) else np.shape(leaf)
         if match is None:
             return DescribedParameter(_experts.show(path), shape, None)
         return DescribedParameter(_experts.show(path), shape, _experts.show(match.entry), match.axes, match.child)

@@ -95,7 +95,8 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
         )
     if num_experts < 1:
         raise ValueError(f"count_routing: num_experts must be at least 1; got {num_experts}.")
-    chosen = jax.nn.one_hot(expert_indices, num_experts, dtype=jnp.bool_)  # [T..., K, E]
+    # As int32, since E may be more than an 8-bit index can count to.
+    chosen = jax.nn.one_hot(expert_indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
     return count_active(jnp.any(chosen, axis=-2), where)
 
 

@@ -219,12 +219,12 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
       >>> excitation_optax.clipped(excitation_optax.zero_sum, 2.0)(jnp.array([0.0, 0.0, 0.0, 1.0]), 1.0)
       Array([0., 0., 0., 2.], dtype=float32)
     """
-    if not (isinstance(maximum, numbers.Real) and 0 < maximum < math.inf):
+    if not isinstance(maximum, numbers.Real) or isinstance(maximum, bool) or not 0 < maximum < math.inf:
         raise ValueError(f"clipped: maximum must be a positive finite number; got {maximum!r}.")
 
     @functools.wraps(strategy)  # so that is_random sees the parameters of the strategy inside
     def clipped_strategy(utilization, gamma, **key):
-        return jnp.minimum(strategy(utilization, gamma, **key), maximum)
+        return jnp.minimum(strategy(utilization, gamma, **key), float(maximum))
 
     return clipped_strategy
 

@@ -7,6 +7,8 @@ argument `[..., E]` are layers, each measured by itself.
 import jax
 import jax.numpy as jnp
 
+from excitation_optax import _strategies
+
 __all__ = [
     "class_counts",
     "dead_experts",
@@ -64,6 +66,7 @@ def specialization_score(counts: jax.Array) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 11.
     """
+    counts = _strategies.float32_or_wider(counts)
     total = jnp.sum(counts, axis=-1)
     p = counts / jnp.expand_dims(jnp.where(total == 0, 1, total), -1)
     return jnp.sum(p**2, axis=(-2, -1)) / jnp.sum(total > 0, axis=-1).astype(p.dtype)
@@ -96,6 +99,7 @@ def routing_entropy(weights: jax.Array, where: jax.Array | None = None) -> jax.A
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 4.4.
     """
+    weights = _strategies.float32_or_wider(weights)
     total = jnp.sum(weights, axis=-1)
     entropy = _entropy(weights)
     counted = total != 0 if where is None else where & (total != 0)
@@ -112,7 +116,7 @@ def load_entropy(utilization: jax.Array) -> jax.Array:
       utilization: `[..., E]`.
 
     Returns:
-      `[...]` in [0, 1]; NaN where there was no load, or where E = 1.
+      `[...]` in [0, 1], up to rounding; NaN where there was no load, or where E = 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,6 +124,7 @@ def load_entropy(utilization: jax.Array) -> jax.Array:
       >>> metrics.load_entropy(jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]))
       Array([0.5, 1. ], dtype=float32)
     """
+    utilization = _strategies.float32_or_wider(utilization)
     entropy = _entropy(utilization) / jnp.log(jnp.asarray(utilization.shape[-1], utilization.dtype))
     return jnp.where(jnp.sum(utilization, axis=-1) == 0, jnp.nan, entropy)
 
@@ -158,7 +163,8 @@ def dead_experts(utilization: jax.Array, threshold: float = 0.0) -> jax.Array:
       >>> metrics.dead_experts(jnp.array([0.0, 0.5, 0.5, 0.0]))
       Array(0.5, dtype=float32)
     """
-    return jnp.mean(utilization <= threshold, axis=-1)
+    dead = (utilization <= threshold).astype(jnp.float32)
+    return jnp.mean(jnp.where(jnp.isnan(utilization), jnp.nan, dead), axis=-1)
 
 
 def excitation_range(excitation: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,8 @@ Axis letters: B batch, D inputs of a layer, E neurons of a hidden layer (its exp
 """
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -124,19 +126,55 @@ class TopKLinear(nnx.Linear):
         self.num_kept = num_kept
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """The kept activations `[B, E]` of inputs `[B, D]`, zeros elsewhere. Sows which neurons were active."""
         h = keep_top_k(nnx.relu(super().__call__(x)), self.num_kept)
         excitation_optax.flax.sow_routing(self, excitation_optax.count_active(h > 0))
         return h
 
 
 def keep_top_k(h: jax.Array, k: int) -> jax.Array:
-    return jnp.where(top_k_mask(jax.lax.stop_gradient(h), k), h, 0)
+    """Sets all but the K largest activations of each sample to zero; gradients flow through those that are kept.
+
+    Values that tie with the K-th largest are all kept. Where fewer than K activations are positive, that leaves zeros
+    as they are: no neuron is favoured for its index. A NaN is kept.
+
+    Args:
+      h: `[..., E]` floats, none negative (as after ReLU).
+      k: K, between 1 and E.
+
+    Returns:
+      `[..., E]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from models import topk_mlp
+      >>> topk_mlp.keep_top_k(jnp.array([[3.0, 0.0, 1.0, 2.0], [0.0, 5.0, 0.0, 0.0]]), k=2)
+      Array([[3., 0., 0., 2.],
+             [0., 5., 0., 0.]], dtype=float32)
+    """
+    return jnp.where(h < kth_largest(jax.lax.stop_gradient(h), k), 0, h)
 
 
-def top_k_mask(h: jax.Array, k: int) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(h, jnp.int32)
-    t = jnp.zeros(h.shape[:-1] + (1,), jnp.int32)
-    for b in reversed(range(31)):
-        c = t | (1 << b)
-        t = jnp.where(jnp.sum(bits >= c, axis=-1, keepdims=True) >= k, c, t)
-    return bits >= t
+def kth_largest(h: jax.Array, k: int) -> jax.Array:
+    """The K-th largest of values that are not negative, over the last axis, `[..., 1]`.
+
+    Floats that are not negative are ordered as their bits are, read as an integer. So the answer is the largest integer
+    that at least K of them reach, found bit by bit from the highest: exact, with as many counting passes as there are
+    bits. Where XLA has no fast top-k, as on CPU, that beats sorting (`python -m benchmarks.top_k`).
+    """
+    integer = jnp.dtype(f"int{8 * h.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(h, integer)
+    highest = 8 * h.dtype.itemsize - 2  # below the sign
+
+    def set_bit(i, threshold):
+        higher = threshold | jnp.left_shift(jnp.ones_like(threshold), (highest - i).astype(integer))
+        return jnp.where(_count(bits >= higher) >= k, higher, threshold)
+
+    threshold = jax.lax.fori_loop(0, highest + 1, set_bit, jnp.zeros_like(bits[..., :1]))
+    return jax.lax.bitcast_convert_type(threshold, h.dtype)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    """True entries over the last axis, `[..., 1]`. Adding slices first keeps XLA's CPU code in one loop (3x faster)."""
+    slices = jnp.split(mask.astype(jnp.int32), math.gcd(mask.shape[-1], 8), axis=-1)
+    return jnp.sum(functools.reduce(jnp.add, slices), axis=-1, keepdims=True)

@@ -1,67 +1,73 @@
-"""Image data sets, small enough to live in memory."""
+"""Image data sets that fit in memory."""
 
 import dataclasses
 import pathlib
 from typing import Any
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
-import tensorflow_datasets as tfds
 import tqdm
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """Images as they are stored, `[N, H, W, 3]` or `[N, H, W, 1]` uint8, and labels `[N]` int32, for training and test.
-
-    `mean` and `std` are of the training images, per channel: `(images - mean) / std` is what a model is given.
-    """
+    """Images as they are stored, `[N, H, W, channels]` uint8, and labels `[N]` int32, for training and test."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
+    description: str  # a line that says what this is and where it came from
 
     @property
     def input_dim(self) -> int:
+        """The values of one image."""
         return int(np.prod(self.train_images.shape[1:]))
-
-    @property
-    def mean(self) -> np.ndarray:
-        return np.mean(self.train_images, axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
-
-    @property
-    def std(self) -> np.ndarray:
-        return np.std(self.train_images, axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
 
 
 def load_digits() -> ImageData:
-    """Scikit-learn's handwritten digits: 1,797 images of 8x8, of which a fifth, the same at every call, is for test."""
-    digits = sklearn.datasets.load_digits()
-    images = digits.images.astype(np.uint8)[..., None]
-    labels = digits.target.astype(np.int32)
+    """Scikit-learn's handwritten digits: 1,797 images of 8x8, of which a fifth, always the same, is for test."""
+    import sklearn.datasets  # imported late: it takes a second
+    import sklearn.model_selection
+
+    digits: Any = sklearn.datasets.load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
     train_images, test_images, train_labels, test_labels = sklearn.model_selection.train_test_split(
-        images, labels, test_size=0.2, random_state=0, stratify=labels
+        images, digits.target.astype(np.int32), test_size=0.2, random_state=0, stratify=digits.target
     )
-    return ImageData(train_images, train_labels, test_images, test_labels, num_classes=10)
+    return ImageData(train_images, train_labels, test_images, test_labels, 10, "digits, from scikit-learn")
 
 
 def load_tfds(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
-    """A data set that TensorFlow Datasets has prepared, in array_record form; needs no TensorFlow.
+    """An image data set that TensorFlow Datasets has prepared as array_record. Reading it needs no TensorFlow.
 
     Args:
       name: such as "cifar10".
-      data_dir: where the prepared data is; else `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      data_dir: the folder of prepared data; by default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
     Raises:
-      FileNotFoundError: if it is not there.
+      FileNotFoundError: if the data set is not there in this form, with what to run to put it there.
     """
-    builder_kwargs = {"file_format": "array_record"}
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, **builder_kwargs)
-        train, test = (builder.as_data_source(split) for split in ("train", "test"))
-    except Exception as error:
-        raise FileNotFoundError(name) from error
-    return train, test
+    import tensorflow_datasets as tfds  # imported late: it takes seconds
+
+    builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    if not builder.is_prepared():
+        raise FileNotFoundError(
+            f"{name} is not prepared as array_record in {builder.data_dir}. Name the folder that holds it with "
+            '--data-dir; or, with a network and `pip install tensorflow`, put it there: python -c "import '
+            f"tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()\""
+        )
+
+    def read(split: str, batch_size: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+        source = builder.as_data_source(split)
+        images, labels = [], []
+        for start in tqdm.trange(
+            0, len(source), batch_size, desc=f"decoding {name} {split}", leave=False, mininterval=0.5
+        ):
+            for record in source.__getitems__(range(start, min(start + batch_size, len(source)))):
+                images.append(record["image"])
+                labels.append(record["label"])
+        return np.stack(images), np.asarray(labels, np.int32)
+
+    description = f"{name} {builder.version}, from {builder.data_dir}"
+    return ImageData(*read("train"), *read("test"), builder.info.features["label"].num_classes, description)

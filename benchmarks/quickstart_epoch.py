@@ -1,0 +1,82 @@
+"""An epoch of the quickstart's group of three CIFAR-10 models, against its bare matrix products.
+
+    python -m benchmarks.quickstart_epoch
+
+The products are the forward, weight-gradient and input-gradient einsums of three vmapped Top-K MLPs (3072-128-128-128-
+128-10, batch 512, each model with batches of its own), without the input gradient of the first layer, in the faster of
+two layouts of the weights. Everything else is what the ratio shows: gathering and scaling the batch, ReLU and Top-K and
+their gradients, the loss, the routing counts, Excitation, and SGD. Images are random bytes of CIFAR-10's size.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import excitation_optax
+from benchmarks import timing
+from examples import quickstart
+from models import topk_mlp
+
+MODELS, BATCH, IMAGES, ROUNDS = 3, 512, 50_000, 7
+STEPS = IMAGES // BATCH
+CONFIG = topk_mlp.TopKMLPConfig(input_dim=3072)
+WIDTHS = [CONFIG.input_dim, *[CONFIG.width] * CONFIG.depth, CONFIG.num_classes]
+
+
+def make_epoch(tx):
+    """One epoch of three models, as the quickstart trains them."""
+    make_model = lambda seed: topk_mlp.TopKMLP(CONFIG, rngs=nnx.Rngs(jax.random.key(seed)))
+    params = jax.vmap(lambda seed: nnx.state(make_model(seed)))(jnp.arange(MODELS))
+    random = np.random.default_rng(0)
+    images = jnp.asarray(random.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8))
+    labels = jnp.asarray(random.integers(0, 10, IMAGES, np.int32))
+    orders = [random.permutation(IMAGES)[: STEPS * BATCH].reshape(STEPS, BATCH) for _ in range(MODELS)]
+    train = functools.partial(quickstart.train_epoch, nnx.graphdef(make_model(0)), tx)
+    epoch = jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None, None)))
+    return functools.partial(epoch, params, jax.vmap(tx.init)(params), np.stack(orders), images, labels)
+
+
+def make_products(weights: str):
+    """The matrix products of an epoch. G models, B batch, I inputs, O outputs; weights are "gio" or "goi"."""
+    sizes = {"g": MODELS, "b": BATCH}
+    products = []
+    for number, (i, o) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
+        equations = [f"gbi,{weights}->gbo", f"gbi,gbo->{weights}"] + [f"gbo,{weights}->gbi"] * (number > 0)
+        for equation in equations:
+            shapes = [[{**sizes, "i": i, "o": o}[axis] for axis in term] for term in equation.split("->")[0].split(",")]
+            products.append((equation, [jnp.ones(shape) / 100 for shape in shapes]))
+
+    @jax.jit
+    def step(operands):
+        return [jnp.einsum(equation, *terms) for (equation, _), terms in zip(products, operands, strict=True)]
+
+    def epoch():
+        for _ in range(STEPS):
+            outputs = step([terms for _, terms in products])
+        return outputs
+
+    return epoch
+
+
+def main():
+    excitation = excitation_optax.scale_by_excitation(expert_axis=topk_mlp.TopKMLP.expert_axis)
+    variants = {
+        "bare products, weights [in, out]": make_products("gio"),
+        "bare products, weights [out, in]": make_products("goi"),
+        "epoch, vanilla SGD": make_epoch(optax.chain(optax.sgd(0.01))),
+        "epoch, SGD with Excitation": make_epoch(optax.chain(optax.sgd(0.01), excitation)),
+    }
+    seconds = timing.interleave(variants, ROUNDS)
+    bare = min(list(variants)[:2], key=lambda name: min(seconds[name]))
+    print(f"{'':<36}{'fastest (s)':>12}{'median ratio':>14}{'ratio of fastest':>18}")
+    for name in variants:
+        median, fastest = timing.ratios(seconds, name, to=bare)
+        print(f"{name:<36}{min(seconds[name]):>12.2f}{median:>14.2f}{fastest:>18.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ their gradients, the loss, the routing counts, Excitation, and SGD. Images are r
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def make_products(weights: str):
     """The matrix products of an epoch. G models, B batch, I inputs, O outputs; weights are "gio" or "goi"."""
     sizes = {"g": MODELS, "b": BATCH}
     products = []
-    for number, (i, o) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
+    for number, (i, o) in enumerate(itertools.pairwise(WIDTHS)):
         equations = [f"gbi,{weights}->gbo", f"gbi,gbo->{weights}"] + [f"gbo,{weights}->gbi"] * (number > 0)
         for equation in equations:
             shapes = [[{**sizes, "i": i, "o": o}[axis] for axis in term] for term in equation.split("->")[0].split(",")]

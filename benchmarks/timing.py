@@ -2,12 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
 
-def interleave(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every call of every variant, one call of each per round, after one round that compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):

@@ -105,8 +105,8 @@ def _check_utilization(path: Path, leaf: Any) -> None:
         if leaf.tokens is None or np.shape(leaf.tokens) != shape[:-1]:
             raise ValueError(
                 f"RoutingCounts at {show(path)} have counts of shape {list(shape)} and tokens of shape "
-                f"{list(np.shape(leaf.tokens))} ({show_value(leaf.tokens)}); tokens must be {list(shape[:-1])}, one number "
-                "for each layer."
+                f"{list(np.shape(leaf.tokens))} ({show_value(leaf.tokens)}); tokens must be {list(shape[:-1])}, one "
+                "number for each layer."
             )
     elif not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
@@ -196,9 +196,9 @@ def _check_paths_exist(what: str, paths: Iterable[Path], leaves: dict[Path, Any]
     for path in paths:
         if path not in known and _covering(path, masked) is None:
             raise ValueError(
-                f"The {what} path {show(path)} matches no parameter. Nearest: {_nearest(path, known)}. At the top level "
-                f"are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at the root of the "
-                "tree that is given to tx.update; describe() shows how they match."
+                f"The {what} path {show(path)} matches no parameter. Nearest: {_nearest(path, known)}. At the top "
+                f"level are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at the root "
+                "of the tree that is given to tx.update; describe() shows how they match."
             )
 
 

@@ -135,9 +135,9 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
     else:
         where = _broadcast_where(where, active.shape[:-1])
         active &= jnp.expand_dims(where, -1)
-        tokens = jnp.sum(where, dtype=jnp.int32).astype(jnp.float32)
-    # Summed as integers: float32 stops counting one by one at 2**24 tokens.
-    return RoutingCounts(jnp.sum(active, axis=token_axes, dtype=jnp.int32).astype(jnp.float32), tokens)
+        tokens = jnp.sum(where, dtype=jnp.float32)
+    # As int8, which XLA's CPU reductions read as it is, so that the mask is written to memory in bytes, not in words.
+    return RoutingCounts(jnp.sum(active.astype(jnp.int8), axis=token_axes, dtype=jnp.float32), tokens)
 
 
 def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:

@@ -5,6 +5,7 @@ Axis letters: B batch, D inputs of a layer, E neurons of a hidden layer (its exp
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -63,7 +64,8 @@ class TopKMLP(nnx.Module):
       >>> import excitation_optax
       >>> from excitation_optax import flax as excitation_flax
       >>> from models import topk_mlp
-      >>> model = topk_mlp.TopKMLP(topk_mlp.TopKMLPConfig(input_dim=4, width=8, depth=2, sparsity=0.75), rngs=nnx.Rngs(0))
+      >>> config = topk_mlp.TopKMLPConfig(input_dim=4, width=8, depth=2, sparsity=0.75)
+      >>> model = topk_mlp.TopKMLP(config, rngs=nnx.Rngs(0))
       >>> logits, utilization = excitation_flax.capture_routing(model)(jnp.ones((3, 2, 2)))
       >>> logits.shape, utilization["layers"][1].counts.shape
       ((3, 10), (8,))
@@ -86,9 +88,7 @@ class TopKMLP(nnx.Module):
     def __init__(self, config: TopKMLPConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = [config.input_dim] + [config.width] * config.depth
-        self.layers = nnx.List(
-            [TopKLinear(i, o, config.num_kept, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.layers = nnx.List([TopKLinear(i, o, config.num_kept, rngs=rngs) for i, o in itertools.pairwise(widths)])
         self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -64,8 +64,8 @@ AFTER = [
         "optax.lbfgs",
         "after",
         lambda: optax.lbfgs(),
-        "its `value_fn` must take (and may ignore) `utilization=`; the guarantees of its line search are for the unscaled "
-        "step",
+        "its `value_fn` must take (and may ignore) `utilization=`; the guarantees of its line search are for the "
+        "unscaled step",
     ),
     Row("optax.lion", "after", lambda: optax.lion(0.01, weight_decay=0.1), DECAY),
     Row("optax.nadam", "after", lambda: optax.nadam(0.03)),
@@ -226,8 +226,8 @@ def markdown() -> str:
         [
             "# Optimizers and wrappers",
             "",
-            "Where Excitation goes with each optimizer and wrapper that Optax 0.2.8 exports. `tests/test_contract.py` runs",
-            "every row; this page is what `python tests/optimizer_table.py` prints.",
+            "Where Excitation goes with each optimizer and wrapper that Optax 0.2.8 exports. `tests/test_contract.py`",
+            "runs every row; this page is what `python tests/optimizer_table.py` prints.",
             "",
             *[f"* **{where}**: {meaning}" for where, meaning in places.items()],
             "",

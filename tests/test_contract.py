@@ -37,6 +37,10 @@ def gradients(params, x, y, per_example=False):
     return loss, u, grads
 
 
+def mean_loss(params, x, y):
+    return small_moe.loss_fn(params, x, y)[0]
+
+
 def train(tx, update, dtype, per_example=False, epochs=1):
     """Parameters after 20 steps an epoch, and the mean loss before and after.
 
@@ -57,7 +61,7 @@ def train(tx, update, dtype, per_example=False, epochs=1):
     @jax.jit
     def run():
         (trained, _), _ = jax.lax.scan(step, (params, tx.init(params)), (x, y))
-        losses = [jnp.mean(jax.vmap(lambda a, b: small_moe.loss_fn(p, a, b)[0])(x, y)) for p in (params, trained)]
+        losses = [jnp.mean(jax.vmap(functools.partial(mean_loss, p))(x, y)) for p in (params, trained)]
         return trained, losses
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax's own code needs these
@@ -192,7 +196,7 @@ def test_state_holds_nothing_of_a_parameters_size():
     scheduled = excitation_optax.scale_by_excitation(gamma=optax.linear_schedule(0.0, 1.0, 10))
     for tx in (random, scheduled):
         (count,) = jax.tree.leaves(tx.init(params))
-        assert count.shape == () and count.dtype == jnp.int32
+        assert (count.shape, count.dtype) == ((), jnp.int32)
 
 
 UTILIZATION = {"experts": jnp.array([0.1, 0.2, 0.3, 0.4])}

@@ -56,9 +56,7 @@ def make_products(weights: str):
         return [jnp.einsum(equation, *terms) for (equation, _), terms in zip(products, operands, strict=True)]
 
     def epoch():
-        for _ in range(STEPS):
-            outputs = step([terms for _, terms in products])
-        return outputs
+        return [step([terms for _, terms in products]) for _ in range(STEPS)][-1]
 
     return epoch
 

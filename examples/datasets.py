@@ -51,22 +51,18 @@ def load_tfds(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
     import tensorflow_datasets as tfds  # imported late: it takes seconds
 
     builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    if not builder.is_prepared():
+    try:
+        sources = {split: builder.as_data_source(split) for split in ("train", "test")}
+    except (AssertionError, KeyError) as error:
         raise FileNotFoundError(
             f"{name} is not prepared as array_record in {builder.data_dir}. Name the folder that holds it with "
             '--data-dir; or, with a network and `pip install tensorflow`, put it there: python -c "import '
             f"tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()\""
-        )
+        ) from error
 
-    def read(split: str, batch_size: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-        source = builder.as_data_source(split)
-        images, labels = [], []
-        for start in tqdm.trange(
-            0, len(source), batch_size, desc=f"decoding {name} {split}", leave=False, mininterval=0.5
-        ):
-            for record in source.__getitems__(range(start, min(start + batch_size, len(source)))):
-                images.append(record["image"])
-                labels.append(record["label"])
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        records = tqdm.tqdm(sources[split], desc=f"decoding {name} {split}", leave=False, mininterval=0.5)
+        images, labels = zip(*((record["image"], record["label"]) for record in records), strict=True)
         return np.stack(images), np.asarray(labels, np.int32)
 
     description = f"{name} {builder.version}, from {builder.data_dir}"

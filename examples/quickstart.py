@@ -10,6 +10,7 @@ there is to Excitation in a training loop.
 import dataclasses
 import functools
 import pathlib
+import sys
 from typing import Literal, NamedTuple
 
 import jax
@@ -273,4 +274,7 @@ def main(config: Config) -> dict[str, Evaluation]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=Config.__doc__))
+    try:
+        main(tyro.cli(Config, description=Config.__doc__))
+    except FileNotFoundError as error:
+        sys.exit(f"quickstart: {error}")

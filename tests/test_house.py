@@ -1,0 +1,85 @@
+"""The house keeps its rules: imports run one way, and every public name is documented, listed and shown at work."""
+
+import ast
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import excitation_optax
+
+ROOT = pathlib.Path(__file__).parents[1]
+MAY_IMPORT = {  # of our own packages
+    "excitation_optax": {"excitation_optax"},
+    "models": {"excitation_optax", "models"},
+    "examples": {"excitation_optax", "models", "examples"},
+    "benchmarks": {"excitation_optax", "models", "examples", "benchmarks"},
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_run_one_way(package):
+    paths = list((ROOT / package).rglob("*.py"))
+    assert paths
+    for path in paths:
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert tops & set(MAY_IMPORT) <= MAY_IMPORT[package], path
+        assert not any(name.startswith("optax._src") for name in imported(path)), path
+
+
+def test_the_library_needs_jax_optax_and_numpy_alone():
+    for path in (ROOT / "excitation_optax").glob("*.py"):
+        tops = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+        allowed = {"excitation_optax", "jax", "numpy", "optax"} | ({"flax"} if path.name == "flax.py" else set())
+        assert tops <= allowed, path
+
+
+def test_import_leaves_flax_out():
+    code = "import sys, excitation_optax; sys.exit('flax' in sys.modules or 'chex' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+MODULES = ["excitation_optax", "excitation_optax.metrics", "excitation_optax.flax"]
+FUNCTIONS = [
+    (module, name)
+    for module in MODULES
+    for name in importlib.import_module(module).__all__
+    if callable(getattr(importlib.import_module(module), name))
+]
+RECORDS = {"DescribedParameter", "Description", "ScaleByExcitationState", "Routing", "Strategy"}  # shown by others
+
+
+@pytest.mark.parametrize(("module", "name"), FUNCTIONS)
+def test_every_public_name_is_documented_and_listed(module, name):
+    public = getattr(importlib.import_module(module), name)
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    assert f"`{name}`" in reference
+    if name in RECORDS:
+        return
+    assert "Example:" in public.__doc__
+    assert ">>>" in public.__doc__
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == excitation_optax.__version__
+    assert re.search(rf"^## {re.escape(project['version'])}", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reference.md", "docs/compatibility.md", "CHANGELOG.md"])
+def test_links_to_files_hold(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), target

@@ -1,0 +1,155 @@
+"""The quickstart: it runs, its comparison is paired, its flags do what they say, and the demonstration holds."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from examples import datasets, quickstart
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets", "ignore::ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
+        yield
+
+
+def tiny(tmp_path, **kwargs):
+    defaults = {"epochs": 2, "width": 16, "depth": 2, "seeds": 2, "output": tmp_path / "out" / "picture.png"}
+    return quickstart.Config(**defaults | kwargs)
+
+
+def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys):
+    config = tiny(tmp_path)
+    results = quickstart.main(config)
+    printed = capsys.readouterr().out
+    for text in ("1437 training and 360 test images", "vanilla", "zero_sum", "positive_sum", "routing entropy", "±"):
+        assert text in printed
+    assert f"{100 * results['vanilla'].accuracy[-1].mean():.1f} ±" in printed
+    assert str(config.output) in printed
+    assert config.output.read_bytes().startswith(b"\x89PNG")
+    evaluation = results["zero_sum"]
+    assert evaluation.accuracy.shape == (2, 2)  # epochs, seeds
+    assert evaluation.utilization.shape == (2, 2, 2, 16)  # and layers, neurons
+    # K = round(1.6) = 2 neurons at most are active for an image.
+    assert np.all(evaluation.utilization.sum(-1) <= 2 + 1e-5)
+    assert np.all(evaluation.entropy <= np.log(2) + 1e-5)
+    assert np.all((evaluation.specialization >= 0.1 - 1e-5) & (evaluation.specialization <= 1 + 1e-5))
+
+
+def test_the_comparison_is_paired_and_repeats(tmp_path):
+    """With gamma = 0 Excitation is the identity: the same initialization and batches give the same curves."""
+    data = datasets.load_digits()
+    results = quickstart.train(tiny(tmp_path, gamma=0.0), data)
+    for name in ("zero_sum", "positive_sum"):
+        for mine, vanilla in zip(results[name], results["vanilla"], strict=True):
+            np.testing.assert_array_equal(mine, vanilla)
+    again = quickstart.train(tiny(tmp_path, gamma=0.0), data)
+    np.testing.assert_array_equal(again["vanilla"].entropy, results["vanilla"].entropy)
+    seeds = results["vanilla"].entropy[-1]
+    assert not np.allclose(seeds[0], seeds[1])
+
+
+@pytest.mark.parametrize("optimizer", list(quickstart.OPTIMIZERS))
+def test_every_optimizer_trains(tmp_path, optimizer):
+    config = tiny(tmp_path, optimizer=optimizer, strategy=("zero_sum",), epochs=1, seeds=1)
+    results = quickstart.train(config, datasets.load_digits())
+    assert not np.array_equal(results["zero_sum"].entropy, results["vanilla"].entropy)
+
+
+def test_every_strategy_trains(tmp_path):
+    names = ("zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted")
+    results = quickstart.train(tiny(tmp_path, strategy=names, epochs=1, seeds=1), datasets.load_digits())
+    entropies = [tuple(evaluation.entropy.ravel()) for evaluation in results.values()]
+    assert list(results) == ["vanilla", *names]
+    assert len(set(entropies)) == 7
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1; got 0"),
+        ({"seeds": 0}, "--seeds must be at least 1; got 0"),
+        ({"batch_size": 5000}, "--batch-size must be at most the 1437 training images; got 5000"),
+        ({"sparsity": 2.0}, "sparsity"),
+        ({"gamma": -1.0}, "gamma must be a finite number that is not negative"),
+    ],
+)
+def test_bad_flags(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        quickstart.train(tiny(tmp_path, **kwargs), datasets.load_digits())
+
+
+def test_digits_are_split_by_class_and_the_split_stays():
+    data, again = datasets.load_digits(), datasets.load_digits()
+    np.testing.assert_array_equal(data.test_images, again.test_images)
+    assert (data.input_dim, data.train_images.dtype, data.train_images.max()) == (64, np.uint8, 255)
+    assert np.ptp(np.bincount(data.test_labels)) <= 3
+
+
+def test_missing_data_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cifar10 is not prepared.*--data-dir.*download_and_prepare"):
+        datasets.load_tfds("cifar10", tmp_path)
+
+
+def test_cifar10_mocked(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=40):
+        data = datasets.load_tfds("cifar10", tmp_path)
+    assert data.train_images.shape == (40, 32, 32, 3)
+    results = quickstart.train(tiny(tmp_path, dataset="cifar10", batch_size=16, epochs=1), data)
+    assert np.all(np.isfinite(results["positive_sum"].accuracy))
+
+
+TFDS = pathlib.Path(os.environ.get("TFDS_DATA_DIR", pathlib.Path.home() / "tensorflow_datasets"))
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 in TFDS_DATA_DIR")
+def test_cifar10_real(tmp_path):
+    data = datasets.load_tfds("cifar10")
+    assert (data.train_images.shape, data.test_images.shape) == ((50_000, 32, 32, 3), (10_000, 32, 32, 3))
+    np.testing.assert_array_equal(np.bincount(data.train_labels), [5000] * 10)
+    results = quickstart.train(tiny(tmp_path, dataset="cifar10", epochs=1, seeds=1), data)
+    assert results["zero_sum"].accuracy[-1, 0] > 0.08
+
+
+def test_help_and_errors_of_the_program(tmp_path):
+    run = lambda *flags: subprocess.run(
+        [sys.executable, "-m", "examples.quickstart", *flags],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    shown = run("--help").stdout
+    for flag in (
+        "--dataset",
+        "--data-dir",
+        "--epochs",
+        "--optimizer",
+        "--strategy",
+        "--gamma",
+        "--depth",
+        "--sparsity",
+    ):
+        assert flag in shown
+    failed = run("--dataset", "cifar10", "--data-dir", str(tmp_path), "--output", str(tmp_path / "x.png"))
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith("quickstart: cifar10 is not prepared")
+
+
+@pytest.mark.slow
+def test_the_demonstration_holds(tmp_path):
+    """What the README shows: vanilla is behind by 15 points at epoch 30 and by 3 at epoch 150."""
+    results = quickstart.main(quickstart.Config(output=tmp_path / "picture.png"))
+    mean = {name: 100 * evaluation.accuracy.mean(axis=1) for name, evaluation in results.items()}
+    for name in ("zero_sum", "positive_sum"):
+        assert mean[name][29] - mean["vanilla"][29] >= 15
+        assert mean[name][149] - mean["vanilla"][149] >= 3

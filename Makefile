@@ -1,48 +1,55 @@
-# Everything here sets up what it needs, given git, make and python3. uv is taken from PATH, or installed into .uv.
-UV := $(shell command -v uv 2>/dev/null || echo .uv/bin/uv)
+# Every target sets up what it needs, given git, make and python3. uv is taken from PATH, or installed into .uv.
+UV := $(shell command -v uv 2>/dev/null || echo $(CURDIR)/.uv/bin/uv)
 RUN := $(UV) run --locked --extra examples
-# An interpreter of Python 3.12 or newer, for test-latest: from PATH, or from pyenv's folder.
-LATEST := $(shell { $(UV) python find '>=3.12' || ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python | sort -V | tail -n 1; } 2>/dev/null)
+# The newest Python from 3.12 on, for test-latest: in PATH, or in pyenv's folder.
+LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
-.PHONY: demo test test-latest test-slow lint format types docs-test wheel-test bench clean
+.PHONY: help demo test test-latest test-slow lint format types docs docs-test wheel-test bench clean
 
-demo: $(UV)  ## train Top-K MLPs on scikit-learn's digits, vanilla and excited; a table and a picture
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+demo: $(UV)  ## train Top-K MLPs on scikit-learn's digits without and with Excitation: a table and a picture
 	$(RUN) --no-dev python -m examples.quickstart
 
-test: $(UV)  ## the tests, on the oldest Python and jax that are supported
+test: $(UV)  ## the tests
 	$(RUN) pytest -n 2
 
-test-latest: $(UV)  ## the tests, on the newest Python at hand and the newest jax for it
-	@test -n "$(LATEST)" || { echo "test-latest: no Python 3.12 or newer was found; skipped."; exit 0; } && \
-	if [ -n "$(LATEST)" ]; then UV_PROJECT_ENVIRONMENT=.venv-latest $(RUN) --python "$(LATEST)" pytest -n 2; fi
+test-latest: $(UV)  ## the tests, with the newest Python at hand and the newest jax for it
+	@if [ -z "$(LATEST)" ]; then echo "test-latest: skipped, no Python from 3.12 on was found"; else \
+	set -x; UV_PROJECT_ENVIRONMENT=.venv-latest $(RUN) --python "$(LATEST)" pytest -n 2; fi
 
-test-slow: $(UV)
+test-slow: $(UV)  ## the tests that take longer
 	$(RUN) pytest -n 2 -m slow
 
-lint: $(UV)
+lint: $(UV)  ## ruff
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 
-format: $(UV)
+format: $(UV)  ## let ruff mend what it can
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
 
-types: $(UV)
+types: $(UV)  ## pyrefly
 	$(RUN) pyrefly check
 
-docs-test: $(UV)  ## every example in a docstring and every block of Python in the README
+docs: $(UV)  ## write docs/compatibility.md
+	$(RUN) python tests/optimizer_table.py > docs/compatibility.md
+
+docs-test: $(UV)  ## run every example of the docstrings, the README and docs/
 	$(RUN) pytest --doctest-modules excitation_optax models
-	$(RUN) pytest --markdown-docs README.md
+	$(RUN) pytest --markdown-docs README.md docs
 
 wheel-test: $(UV)  ## build the wheel and try it in an empty environment, outside of this folder
-	UV=$(abspath $(UV)) sh tests/wheel.sh
+	UV=$(UV) sh tests/wheel.sh
 
-bench: $(UV)
+bench: $(UV)  ## speed, as ratios measured side by side
 	$(RUN) python -m benchmarks.quickstart_epoch
+	$(RUN) python -m benchmarks.top_k
 
-clean:
+clean:  ## remove what the targets made
 	rm -rf .venv .venv-latest .uv build dist out .pytest_cache .ruff_cache .hypothesis
 
-.uv/bin/uv:
+$(CURDIR)/.uv/bin/uv:
 	python3 -m venv .uv
-	.uv/bin/python -m pip install --quiet uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv

@@ -1,0 +1,61 @@
+"""Run by wheel.sh in the environment where the wheel was installed: import, examples, and a tiny training run."""
+
+import doctest
+import importlib
+import importlib.metadata
+import importlib.util
+import pathlib
+import pkgutil
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+start = time.perf_counter()
+import excitation_optax  # noqa: E402
+
+seconds = time.perf_counter() - start
+folder = pathlib.Path(excitation_optax.__file__).parent
+assert "site-packages" in folder.parts, folder
+assert (folder / "py.typed").exists()
+assert importlib.metadata.version("excitation_optax") == excitation_optax.__version__
+assert importlib.util.find_spec("models") is None, "models must not be in the wheel"
+
+with_flax = importlib.util.find_spec("flax") is not None
+attempted = 0
+for module in pkgutil.iter_modules([str(folder)]):
+    if module.name != "flax" or with_flax:
+        failed, tried = doctest.testmod(importlib.import_module(f"excitation_optax.{module.name}"))
+        assert failed == 0
+        attempted += tried
+assert attempted > 30
+
+params = {"router": jnp.zeros((2, 4)), "experts": jax.random.normal(jax.random.key(0), (4, 2))}
+x = jax.random.normal(jax.random.key(1), (64, 2))
+tx = optax.chain(optax.adam(0.05), excitation_optax.scale_by_excitation())
+
+
+def loss_fn(params):
+    gate, chosen = jax.lax.top_k(jax.nn.softmax(x @ params["router"]), 1)
+    y = gate[:, 0] * jnp.sum(params["experts"][chosen[:, 0]] * x, axis=-1)
+    return jnp.mean((y - jnp.sin(x[:, 0])) ** 2), {"experts": excitation_optax.count_routing(chosen, 4)}
+
+
+@jax.jit
+def step(params, opt_state):
+    (loss, utilization), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+opt_state = tx.init(params)
+losses = []
+for _ in range(30):
+    params, opt_state, loss = step(params, opt_state)
+    losses.append(float(loss))
+assert losses[-1] < 0.5 * losses[0], losses
+flax = "with" if with_flax else "without"
+print(
+    f"wheel {excitation_optax.__version__}, {flax} flax: import {seconds:.2f} s after optax, {attempted} examples run"
+)

@@ -46,6 +46,7 @@ wheel-test: $(UV)  ## build the wheel and try it in an empty environment, outsid
 bench: $(UV)  ## speed, as ratios measured side by side
 	$(RUN) python -m benchmarks.quickstart_epoch
 	$(RUN) python -m benchmarks.top_k
+	$(RUN) python -m benchmarks.step_cost
 
 clean:  ## remove what the targets made
 	rm -rf .venv .venv-latest .uv build dist out .pytest_cache .ruff_cache .hypothesis

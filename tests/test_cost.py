@@ -4,50 +4,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from flax import nnx
 
-import excitation_optax
-from excitation_optax import flax as excitation_flax
+from benchmarks import step_cost
 from models import topk_mlp
-
-CONFIG = topk_mlp.TopKMLPConfig(input_dim=784, width=2048, depth=2)
-BATCH = 512
-
-
-def make_step(config, excited, counting=True):
-    """The training step, and the shapes of its state."""
-    excitation = excitation_optax.scale_by_excitation(expert_axis=topk_mlp.TopKMLP.expert_axis)
-    tx = optax.chain(optax.adam(1e-3), *[excitation] * excited)
-    make_params = lambda seed: nnx.state(topk_mlp.TopKMLP(config, rngs=nnx.Rngs(jax.random.key(seed))))
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: topk_mlp.TopKMLP(config, rngs=nnx.Rngs(0))))
-
-    def step(params, opt_state, x, y):
-        def loss_fn(params):
-            model = nnx.merge(graphdef, params)
-            logits, utilization = excitation_flax.capture_routing(model)(x) if counting else (model(x), None)
-            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y)), utilization
-
-        (loss, utilization), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
-        return optax.apply_updates(params, updates), opt_state, loss, utilization
-
-    def init(seed):
-        params = make_params(seed)
-        return params, tx.init(params)
-
-    return step, init
 
 
 @functools.cache
 def compiled(excited, counting=True):
-    step, init = make_step(CONFIG, excited, counting)
-    params, opt_state = nnx.eval_shape(lambda: init(0))
-    x = jax.ShapeDtypeStruct((BATCH, CONFIG.input_dim), jnp.float32)
-    y = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
-        return jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, x, y).compile()
+        return step_cost.compile_step(step_cost.CONFIG, step_cost.BATCH, excited, counting)
 
 
 @pytest.mark.parametrize("measure", ["bytes accessed", "flops"])
@@ -76,12 +42,12 @@ def test_the_step_talks_to_no_host():
 
 
 def test_the_second_call_compiles_nothing():
-    step, init = make_step(topk_mlp.TopKMLPConfig(input_dim=6, width=8, depth=2), excited=True)
+    step, init = step_cost.make_step(topk_mlp.TopKMLPConfig(input_dim=6, width=8, depth=2), excited=True)
     events = []
     listen = lambda event, seconds, **kwargs: events.append(event)
     with jax.numpy_dtype_promotion("standard"):
         jitted = jax.jit(step)
-        params, opt_state = jax.jit(init)(0)
+        params, opt_state = jax.jit(init)()
         x, y = jnp.ones((4, 6)), jnp.zeros(4, jnp.int32)
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:

@@ -660,7 +660,7 @@ def test_describe_agrees_with_what_is_scaled(name):
     description = excitation_optax.describe(updates, utilization, expert_axis)
     for described, (path, leaf) in zip(description.parameters, leaves_by_path(updates).items(), strict=True):
         assert described.path.replace("'", "") == (path or "(root)")  # names with a slash are quoted
-        assert described.shape == (() if isinstance(leaf, optax.MaskedNode) else leaf.shape)
+        assert described.shape == (None if isinstance(leaf, optax.MaskedNode) else leaf.shape)
         if path not in factors:
             assert (described.scaled_by, described.axes, described.expert) == (None, (), None)
             continue

@@ -9,6 +9,7 @@ Axis letters: E experts, L layers.
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import numbers
 import re
 import reprlib
@@ -160,6 +161,10 @@ def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path,
     _check_paths_exist("utilization", entries, leaves)
     _check_paths_exist("expert_axis", specs, leaves)
 
+    @functools.cache
+    def number_children(parent: Path, pattern: str, shape: Shape) -> dict[str, int]:
+        return _number_children(parent, pattern, shape, leaves)
+
     def match(path: Path, leaf: Any) -> Match | None:
         entry = _covering(path, entries)
         if entry is None or is_masked(leaf):
@@ -170,8 +175,7 @@ def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path,
         if not isinstance(spec, children):
             return Match(entry, _place(path, np.shape(leaf), entry, shape, spec))
         parent = entry if spec_path is None else max(entry, spec_path, key=len)
-        numbers_of = _number_children(parent, spec.pattern, shape, leaves)
-        child = numbers_of.get(path[len(parent)])
+        child = number_children(parent, spec.pattern, shape).get(path[len(parent)])
         if child is None:
             return None
         layer_axes = tuple(range(len(shape) - 1))
@@ -245,7 +249,7 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
 def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path, Any]) -> dict[str, int]:
     """Numbers the children of a path that match a pattern, in natural order."""
     names = {path[len(parent)] for path in leaves if path[: len(parent)] == parent and len(path) > len(parent)}
-    experts = sorted(fnmatch.filter(names, pattern), key=_natural_order)
+    experts = sorted((name for name in names if fnmatch.fnmatchcase(name, pattern)), key=_natural_order)
     if len(experts) != shape[-1]:
         found = ", ".join(sorted(names, key=_natural_order)) or "(none)"
         raise ValueError(

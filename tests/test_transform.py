@@ -1,0 +1,245 @@
+"""scale_by_excitation by itself, and under every transformation of JAX."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_moe
+from jax.sharding import PartitionSpec as P
+
+import excitation_optax
+
+
+def excite(**kwargs):
+    return excitation_optax.scale_by_excitation(excitation_optax.zero_sum, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_dtype_and_structure_are_kept(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params = small_moe.init(0, jnp.dtype(dtype))
+        u = {"experts": jnp.array([0.1, 0.2, 0.3, 0.4], jnp.float32)}
+        updates, _ = excite().update(params, excite().init(params), utilization=u)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        phi = np.array([0.4, 0.8, 1.2, 1.6])  # u over its mean 0.25
+        expected = np.asarray(params["experts"]["bias"], np.float64) * phi[:, None]
+        # Scaled in float32 or wider, and rounded once.
+        np.testing.assert_allclose(
+            np.asarray(updates["experts"]["bias"], np.float64), expected, rtol=max(jnp.finfo(dtype).eps, 2e-7)
+        )
+
+
+def test_untouched_leaves_are_identical_bit_for_bit():
+    params = small_moe.init(0) | {"odd": jnp.array([jnp.nan, -0.0, jnp.inf, 1e-45])}
+    updates, _ = jax.jit(excite().update)(params, excite().init(params), utilization={"experts": jnp.ones(4) / 4})
+    for name in ("router", "odd"):
+        assert updates[name].tobytes() == params[name].tobytes()
+
+
+def test_state_holds_nothing_of_a_parameters_size():
+    params = small_moe.init(0)
+    assert excite().init(params) == optax.EmptyState()
+    random = excitation_optax.scale_by_excitation(excitation_optax.random_boost)
+    scheduled = excitation_optax.scale_by_excitation(gamma=optax.linear_schedule(0.0, 1.0, 10))
+    for tx in (random, scheduled):
+        (count,) = jax.tree.leaves(tx.init(params))
+        assert (count.shape, count.dtype) == ((), jnp.int32)
+
+
+UTILIZATION = {"experts": jnp.array([0.1, 0.2, 0.3, 0.4])}
+
+
+def scheduled_gamma():
+    return optax.linear_schedule(0.0, 2.0, 2)  # 0, 1, 2 at steps 0, 1, 2
+
+
+def expected_bias(gamma):
+    u = np.array([0.1, 0.2, 0.3, 0.4]) ** gamma
+    return (u / u.mean())[:, None] * np.ones((4, 2))
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_gamma_follows_a_schedule(injected):
+    if injected:
+        factory = optax.inject_hyperparams(
+            excitation_optax.scale_by_excitation, static_args=("strategy", "expert_axis")
+        )
+        tx = factory(excitation_optax.zero_sum, gamma=scheduled_gamma())
+    else:
+        tx = excite(gamma=scheduled_gamma())
+    ones = jax.tree.map(jnp.ones_like, small_moe.init(0))
+    state, update = tx.init(ones), jax.jit(tx.update)
+    for gamma in (0.0, 1.0, 2.0, 2.0):
+        updates, state = update(ones, state, ones, utilization=UTILIZATION)
+        np.testing.assert_allclose(updates["experts"]["bias"], expected_bias(gamma), rtol=1e-6)
+
+
+def test_gamma_can_be_traced():
+    ones = jax.tree.map(jnp.ones_like, small_moe.init(0))
+
+    @jax.jit
+    def bias(gamma):
+        tx = excite(gamma=gamma)
+        return tx.update(ones, tx.init(ones), utilization=UTILIZATION)[0]["experts"]["bias"]
+
+    np.testing.assert_allclose(bias(2.0), expected_bias(2.0), rtol=1e-6)
+    slope = jax.jacfwd(bias)(1.0)  # and differentiated, for those who learn it
+    np.testing.assert_allclose(slope, (expected_bias(1 + 1e-4) - expected_bias(1 - 1e-4)) / 2e-4, rtol=1e-3, atol=1e-4)
+
+
+def test_random_boost_is_what_the_documented_key_gives():
+    tx = excitation_optax.scale_by_excitation(excitation_optax.random_boost, seed=7)
+    ones = jax.tree.map(jnp.ones_like, small_moe.init(0))
+    state, seen = tx.init(ones), []
+    for step in range(3):
+        updates, state = tx.update(ones, state, utilization=UTILIZATION)
+        key = jax.random.fold_in(jax.random.key(7), step)
+        phi = excitation_optax.random_boost(UTILIZATION["experts"], 1.0, key=key)
+        np.testing.assert_array_equal(updates["experts"]["bias"][:, 0], phi)
+        np.testing.assert_array_equal(updates["experts"]["kernel"][:, 0, 0], phi)  # the same for every leaf
+        logged = excitation_optax.excitation(UTILIZATION, excitation_optax.random_boost, key=key)
+        np.testing.assert_array_equal(logged["experts"], phi)
+        seen.append(tuple(np.asarray(phi)))
+    assert len(set(seen)) > 1
+
+
+def test_excitation_is_what_the_transform_applies():
+    counts = excitation_optax.RoutingCounts(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array(10.0))
+    ones = jax.tree.map(jnp.ones_like, small_moe.init(0))
+    for strategy in (excitation_optax.exp_diff, excitation_optax.clipped(excitation_optax.zero_sum, 1.5)):
+        tx = excitation_optax.scale_by_excitation(strategy, 2.0)
+        updates, _ = tx.update(ones, tx.init(ones), utilization={"experts": counts})
+        phi = excitation_optax.excitation({"experts": counts}, strategy, 2.0)
+        np.testing.assert_array_equal(updates["experts"]["bias"][:, 0], phi["experts"])
+
+
+def test_a_strategy_of_ones_own():
+    tx = excitation_optax.scale_by_excitation(lambda u, gamma: 1 + gamma * u)
+    ones = jax.tree.map(jnp.ones_like, small_moe.init(0))
+    updates, _ = tx.update(ones, tx.init(ones), utilization=UTILIZATION)
+    np.testing.assert_allclose(updates["experts"]["bias"][:, 0], [1.1, 1.2, 1.3, 1.4], rtol=1e-6)
+
+
+# Transformations of JAX.
+
+
+def sgd():
+    return optax.chain(optax.sgd(0.1), excite())
+
+
+def step(params, state, x, y):
+    """One step of SGD with Excitation, counts as they come from a model."""
+    (_, active), grads = jax.value_and_grad(
+        lambda p: (jnp.mean((small_moe.forward(p, x)[0] - y) ** 2), small_moe.forward(p, x)[1]), has_aux=True
+    )(params)
+    counts = excitation_optax.count_active(active)
+    updates, state = sgd().update(grads, state, params, utilization={"experts": counts})
+    return optax.apply_updates(params, updates), state
+
+
+@functools.cache
+def one_step():
+    """Parameters, a batch, and the parameters after a step on one device."""
+    params = small_moe.init(0)
+    x, y = (a[0] for a in small_moe.batches())
+    with jax.numpy_rank_promotion("allow"):
+        return params, x, y, jax.jit(step)(params, sgd().init(params), x, y)[0]
+
+
+def test_vmap():
+    params = jax.vmap(small_moe.init)(jnp.arange(3))
+    x, y = (a[:3] for a in small_moe.batches())
+    stepped, _ = jax.jit(jax.vmap(lambda p, x, y: step(p, sgd().init(p), x, y)))(params, x, y)
+    alone_step = jax.jit(step)
+    for i in range(3):
+        take = functools.partial(jax.tree.map, lambda a, i=i: a[i])
+        alone, _ = alone_step(take(params), sgd().init(take(params)), x[i], y[i])
+        chex.assert_trees_all_close(take(stepped), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_scan_with_donated_buffers_compiles_once():
+    params = small_moe.init(0)
+    x, y = small_moe.batches()
+    looped, state = params, sgd().init(params)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    looped = jax.tree.map(jnp.copy, looped)
+    for i in range(small_moe.STEPS):
+        looped, state = jitted(looped, state, x[i], y[i])
+    assert jitted._cache_size() == 1
+    (scanned, _), _ = jax.lax.scan(
+        lambda carry, batch: (step(*carry, *batch), None), (params, sgd().init(params)), (x, y)
+    )
+    chex.assert_trees_all_close(scanned, looped, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tx", [excite(), excite(gamma=scheduled_gamma())], ids=["stateless", "scheduled"])
+def test_stable_under_cond(tx):
+    ones = jax.tree.map(jnp.ones_like, small_moe.init(0))
+    state = tx.init(ones)
+    updates, new_state = jax.jit(
+        lambda skip: jax.lax.cond(
+            skip, lambda: (ones, state), lambda: tx.update(ones, state, ones, utilization=UTILIZATION)
+        )
+    )(False)
+    chex.assert_trees_all_equal_shapes_and_dtypes((updates, new_state), (ones, state))
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=["auto", "explicit"])
+def test_jit_with_a_sharded_batch(kind):
+    params, x, y, expected = one_step()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        x, y = (jax.device_put(a, jax.NamedSharding(mesh, P("data"))) for a in (x, y))
+        replicated = jax.device_put(params, jax.NamedSharding(mesh, P()))
+        stepped, _ = jax.jit(step)(replicated, sgd().init(params), x, y)
+    chex.assert_trees_all_close(stepped, expected, rtol=1e-5, atol=1e-6)
+
+
+def data_parallel_step(params, x, y, sum_counts=True):
+    """The body for pmap and shard_map: gradients are averaged, and counts are summed, by hand."""
+    (_, active), grads = jax.value_and_grad(
+        lambda p: (jnp.mean((small_moe.forward(p, x)[0] - y) ** 2), small_moe.forward(p, x)[1]), has_aux=True
+    )(params)
+    counts = excitation_optax.count_active(active)
+    if sum_counts:
+        counts = jax.lax.psum(counts, "data")
+    updates, _ = sgd().update(jax.lax.pmean(grads, "data"), sgd().init(params), params, utilization={"experts": counts})
+    return optax.apply_updates(params, updates)
+
+
+def test_shard_map():
+    params, x, y, expected = one_step()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    body = jax.shard_map(
+        data_parallel_step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=False
+    )
+    chex.assert_trees_all_close(jax.jit(body)(params, x, y), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pmap_and_what_a_forgotten_psum_does():
+    params, x, y, expected = one_step()
+    x, y = (a.reshape(8, -1, *a.shape[1:]) for a in (x, y))
+    right = jax.pmap(data_parallel_step, axis_name="data", in_axes=(None, 0, 0))(params, x, y)
+    for replica in range(8):
+        chex.assert_trees_all_close(jax.tree.map(lambda a, r=replica: a[r], right), expected, rtol=1e-5, atol=1e-6)
+    forgot = functools.partial(data_parallel_step, sum_counts=False)
+    wrong = jax.pmap(forgot, axis_name="data", in_axes=(None, 0, 0))(params, x, y)
+    bias = np.asarray(wrong["experts"]["bias"])
+    assert not np.allclose(bias, bias[:1])  # the replicas have drifted apart
+    np.testing.assert_allclose(wrong["router"], right["router"], rtol=1e-5, atol=1e-6)
+
+
+def test_experts_sharded_under_jit_stay_sharded():
+    params, x, y, expected = one_step()
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    specs = {"router": P(), "experts": {"kernel": P("expert"), "bias": P("expert")}}
+    shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs, is_leaf=lambda s: isinstance(s, P))
+    sharded = jax.device_put(params, shardings)
+    jitted = jax.jit(lambda p, x, y: step(p, sgd().init(p), x, y)[0], out_shardings=shardings)
+    stepped = jitted(sharded, x, y)
+    assert stepped["experts"]["kernel"].sharding.spec == P("expert")
+    chex.assert_trees_all_close(stepped, expected, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-import jax
 import optax
 from optax import contrib
 
@@ -95,7 +94,7 @@ AFTER = [
     Row(
         "optax.contrib.dpsgd",
         "after",
-        lambda: contrib.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.01, key=jax.random.key(0)),
+        lambda: contrib.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.01, seed=0),
         "utilization is computed from the data: it is not covered by the privacy guarantee",
         per_example=True,
     ),

@@ -73,8 +73,8 @@ def as_is(updates, u):
     return updates
 
 
-# Optax says that optimistic_adam gives way to optimistic_adam_v2.
-@pytest.mark.filterwarnings("ignore:.*optimistic_adam:DeprecationWarning")
+# Optax says that optimistic_adam gives way to optimistic_adam_v2, and that dpsgd uses a deprecated argument of its own.
+@pytest.mark.filterwarnings('ignore:.*(optimistic_adam|"seed" is deprecated):DeprecationWarning')
 @rows(optimizer_table.AFTER)
 def test_after(row):
     """Equations 3 and 4, written as a loop: theta + Phi(u) (O(theta, grad) - theta). And it still learns."""

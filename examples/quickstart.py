@@ -9,6 +9,7 @@ there is to Excitation in a training loop.
 
 import dataclasses
 import functools
+import math
 import pathlib
 import sys
 from typing import Literal, NamedTuple
@@ -83,15 +84,26 @@ class Config:
     """Where the picture goes."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "seeds"):
+        """Errors before anything is loaded or trained."""
+        for name in ("epochs", "batch_size", "seeds", "width", "depth"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate must be positive; got {self.learning_rate}.")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"--gamma must not be negative; got {self.gamma}.")
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"--sparsity is a share in [0, 1]; got {self.sparsity}.")
+        if self.data_dir is not None and self.dataset == "digits":
+            raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
+        if self.output.suffix not in (".png", ".pdf", ".svg") or self.output.is_dir():
+            raise ValueError(f"--output must name a .png, .pdf or .svg file; got {self.output}.")
 
 
 class Evaluation(NamedTuple):
     """Measured on the test images. In a training run every array has a leading axis of seeds."""
 
-    accuracy: jax.Array  # []
+    accuracy: jax.Array  # []; NaN for a model that diverged
     entropy: jax.Array  # [L], nats, of the shares of the kept neurons in what a hidden layer passes on
     specialization: jax.Array  # [L], from 1/C to 1
     utilization: jax.Array  # [L, E]
@@ -128,9 +140,11 @@ def evaluate(graphdef, num_classes, params, images, labels) -> Evaluation:
     """Accuracy of one model, and what its hidden layers do."""
     model = nnx.merge(graphdef, params)
     hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
+    logits = model.head(hidden[-1])
+    correct = jnp.argmax(logits, axis=-1) == labels
     classes = [metrics.class_counts(h > 0, labels, num_classes) for h in hidden]
     return Evaluation(
-        accuracy=jnp.mean(jnp.argmax(model.head(hidden[-1]), axis=-1) == labels),
+        accuracy=jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(correct), jnp.nan),
         entropy=jnp.stack([metrics.routing_entropy(h) for h in hidden]),
         specialization=jnp.stack([metrics.specialization_score(c) for c in classes]),
         utilization=jnp.stack([excitation_optax.count_active(h > 0).utilization for h in hidden]),
@@ -176,7 +190,7 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
     Returns:
       For each strategy, its evaluations after every epoch, with leading axes `[epochs, seeds]`.
     """
-    epochs = config.epochs or EPOCHS[config.dataset]
+    epochs = config.epochs or EPOCHS[config.dataset]  # none of these can be 0
     batch_size = config.batch_size or BATCH_SIZE[config.dataset]
     learning_rate = config.learning_rate or LEARNING_RATE[config.dataset][config.optimizer]
     examples = len(data.train_labels)
@@ -219,13 +233,15 @@ def table(results: dict[str, Evaluation]) -> str:
         return f"{label:<24}" + "".join(f"{cell:>18}" for cell in cells)
 
     def spread(values, digits):  # over seeds
-        deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-        return f"{values.mean():.{digits}f} ± {deviation:.{digits}f}"
+        if diverged := np.isnan(values).sum():
+            return f"{diverged} of {len(values)} diverged"
+        return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
 
     last = len(results["vanilla"].accuracy)
     shown = sorted({n for n in (1, 3, 10, 30, 100, 300, 1000, 3000) if n < last} | {last})
     seeds = results["vanilla"].accuracy.shape[1]
-    lines = [f"test accuracy (%), mean ± standard deviation of {seeds} seeds", row("epoch", results)]
+    header = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    lines = [f"test accuracy (%), {header}", row("epoch", results)]
     lines += [row(n, [spread(100 * e.accuracy[n - 1], 1) for e in results.values()]) for n in shown]
     lines += ["", f"after epoch {last}, mean of the hidden layers"]
     lines += [row("routing entropy (nats)", [spread(e.entropy[-1].mean(-1), 3) for e in results.values()])]
@@ -264,6 +280,7 @@ def picture(results: dict[str, Evaluation], path: pathlib.Path, title: str) -> N
 def main(config: Config) -> dict[str, Evaluation]:
     """Loads the data, trains, prints the table and draws the picture."""
     config.output.parent.mkdir(parents=True, exist_ok=True)
+    config.output.touch()  # if it cannot be written, fail now
     data = datasets.load_digits() if config.dataset == "digits" else datasets.load_tfds(config.dataset, config.data_dir)
     print(f"{data.description}: {len(data.train_labels)} training and {len(data.test_labels)} test images")
     results = train(config, data)
@@ -276,5 +293,5 @@ def main(config: Config) -> dict[str, Evaluation]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=Config.__doc__))
-    except FileNotFoundError as error:
+    except OSError as error:
         sys.exit(f"quickstart: {error}")

@@ -15,7 +15,7 @@ class DescribedParameter:
 
     Attributes:
       path: its path, its names joined by "/".
-      shape: its shape; None for an `optax.MaskedNode`, a parameter that is another transformation's.
+      shape: its shape; None for what is no parameter here: an `optax.MaskedNode`, a function that a module holds.
       scaled_by: the path of the utilization leaf that scales it, or None if it is left untouched.
       axes: its axes that the axes of that utilization leaf run along, the experts' last; counted from the front.
       expert: the one expert that all of it belongs to, where experts are separate children; else None.
@@ -41,7 +41,7 @@ class Description:
     def __str__(self) -> str:
         rows = [("parameter", "shape", "scaled by", "along")]
         for p in self.parameters:
-            shape = "masked" if p.shape is None else str(list(p.shape))
+            shape = "-" if p.shape is None else str(list(p.shape))
             along = [f"axis {axis} ({p.shape[axis]})" for axis in p.axes] if p.shape else []
             along += [] if p.expert is None else [f"all of it, as expert {p.expert}"]
             rows.append((p.path, shape, p.scaled_by or "-", ", ".join(along)))
@@ -87,7 +87,7 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     matches = _experts.match_experts(params, utilization, expert_axis)
 
     def row(path, leaf, match):
-        shape = None if _experts.is_masked(leaf) else np.shape(leaf)
+        shape = np.shape(leaf) if _experts.is_parameter(leaf) else None
         if match is None:
             return DescribedParameter(_experts.show(path), shape, None)
         return DescribedParameter(_experts.show(path), shape, _experts.show(match.entry), match.axes, match.child)

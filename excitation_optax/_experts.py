@@ -77,14 +77,15 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     return leaves
 
 
-def utilization_by_path(utilization: Any) -> dict[Path, Any]:
+def utilization_by_path(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[Path, Any]:
     """The utilization leaves by their paths: arrays `[..., E]` and `RoutingCounts`, or the shapes of such."""
     entries = leaves_by_path(utilization, lambda x: isinstance(x, _routing.RoutingCounts))
     if not entries:
         raise ValueError(
             f"Excitation needs the utilization of at least one layer; got {utilization!r}. Pass it at every update: "
-            "tx.update(grads, state, params, utilization={'path': {'of': {'experts': counts}}}). If you did, a wrapper "
-            "around this transformation dropped it: it must forward extra arguments."
+            "tx.update(grads, state, params, utilization={'path': {'of': {'experts': counts}}}), or, in Flax NNX, "
+            "optimizer.update(model, grads, utilization=...). If you did, a wrapper around this transformation dropped "
+            f"it: it must forward extra arguments. Those that came: {', '.join(other_arguments) or 'none'}."
         )
     for path, leaf in entries.items():
         _check_utilization(path, leaf)
@@ -100,7 +101,8 @@ def _check_utilization(path: Path, leaf: Any) -> None:
     if not shape or shape[-1] == 0:
         raise ValueError(
             f"Utilization at {show(path)} must be an array of fractions [..., E] with an axis of experts; got "
-            f"{show_value(leaf)}, of shape {list(shape)}. (A Python list is a node of the tree: make it an array.)"
+            f"{show_value(leaf)}, of shape {list(shape)}. (A Python list is a node of the tree: make it an array. "
+            "Experts that are separate children have one array [E] at their parent, and expert_axis=children(...).)"
         )
     if isinstance(leaf, _routing.RoutingCounts):
         if leaf.tokens is None or np.shape(leaf.tokens) != shape[:-1]:
@@ -167,7 +169,7 @@ def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path,
 
     def match(path: Path, leaf: Any) -> Match | None:
         entry = _covering(path, entries)
-        if entry is None or is_masked(leaf):
+        if entry is None or not is_parameter(leaf):
             return None
         shape = utilization_shape(entries[entry])
         spec_path = _covering(path, specs)
@@ -189,6 +191,11 @@ def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
+def is_parameter(x: Any) -> bool:
+    """Arrays, their shapes, and numbers; not what is masked, nor the functions and strings that some modules hold."""
+    return not is_masked(x) and (hasattr(x, "shape") or isinstance(x, numbers.Number))
+
+
 def _covering(path: Path, prefixes: Iterable[Path]) -> Path | None:
     """The prefix of a path that is in `prefixes`; a tree has at most one."""
     return next((path[:n] for n in range(len(path) + 1) if path[:n] in prefixes), None)
@@ -202,7 +209,8 @@ def _check_paths_exist(what: str, paths: Iterable[Path], leaves: dict[Path, Any]
             raise ValueError(
                 f"The {what} path {show(path)} matches no parameter. Nearest: {_nearest(path, known)}. At the top "
                 f"level are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at the root "
-                "of the tree that is given to tx.update; describe() shows how they match."
+                "of the tree that is given to tx.update; describe() shows how they match. (A list is a node of a tree: "
+                "axes go in a tuple.)"
             )
 
 
@@ -232,7 +240,7 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
     if any(not -len(shape) <= axis < len(shape) for axis in spec):
         raise ValueError(
             f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the utilization path end "
-            "where there are experts only."
+            "where there are experts only. Separate modules are children('expert_*')."
         )
     axes = tuple(int(axis) % len(shape) for axis in spec)
     if len(set(axes)) != len(axes):
@@ -241,7 +249,8 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
     if found != list(sizes):
         raise ValueError(
             f"{problem} these have {found} entries, not {list(sizes)}. Set expert_axis (-1 for the neurons of a Dense "
-            "layer, (1, 0) for [E, L, ...]), or let the utilization path end where there are experts only."
+            "layer, (1, 0) for [E, L, ...], children('expert_*') for separate modules), or let the utilization path "
+            "end where there are experts only."
         )
     return axes
 

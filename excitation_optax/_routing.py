@@ -63,7 +63,8 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
     `[0, E)`, as some routers give to dropped tokens, counts for no expert.
 
     Args:
-      expert_indices: `[T..., K]` integers, the experts of each token, before any token is dropped for capacity.
+      expert_indices: `[T..., K]` integers, the experts of each token, before any token is dropped for capacity. From
+        an argmax `[T...]`, pass `indices[..., None]`.
       num_experts: E.
       where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
 
@@ -71,7 +72,8 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
       The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
 
     Raises:
-      ValueError: if the indices are not integers, `num_experts` is not positive, or `where` does not fit.
+      ValueError: if the indices are not integers, `num_experts` is not positive, K is more than E, or `where` does not
+        fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,6 +97,11 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
         )
     if num_experts < 1:
         raise ValueError(f"count_routing: num_experts must be at least 1; got {num_experts}.")
+    if expert_indices.shape[-1] > num_experts:
+        raise ValueError(
+            f"count_routing: the last axis of expert_indices {_describe(expert_indices)} holds the K experts of one "
+            f"token, at most num_experts = {num_experts}. With one expert per token, pass expert_indices[..., None]."
+        )
     # As int32, since E may be more than an 8-bit index can count to.
     chosen = jax.nn.one_hot(expert_indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
     return count_active(jnp.any(chosen, axis=-2), where)

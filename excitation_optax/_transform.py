@@ -87,17 +87,15 @@ def scale_by_excitation(
         return ScaleByExcitationState(jnp.zeros([], jnp.int32)) if counts_steps else optax.EmptyState()
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
-        del params, extra_args
+        del params
         _check_state(state, counts_steps)
         step_gamma = gamma(state.count) if callable(gamma) else gamma
         _check_gamma(step_gamma)
         key = jax.random.fold_in(jax.random.key(seed), state.count) if is_random else None
 
+        entries = _experts.utilization_by_path(utilization, other_arguments=extra_args)
         matches = _experts.match_experts(updates, utilization, expert_axis)
-        excitations = {
-            path: _excite(path, leaf, strategy, step_gamma, key)
-            for path, leaf in _experts.utilization_by_path(utilization).items()
-        }
+        excitations = {path: _excite(path, leaf, strategy, step_gamma, key) for path, leaf in entries.items()}
         leaves, treedef = jax.tree.flatten(updates, is_leaf=_experts.is_masked)
         scaled = [
             leaf if match is None else _scale(leaf, excitations[match.entry], match)

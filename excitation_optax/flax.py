@@ -10,6 +10,8 @@ where it was sown covers every expert and no router. Training code gets it back 
 This is the only file of the library that imports Flax, and `import excitation_optax` does not import it.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import operator
@@ -18,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import flax.errors
 import jax
 import optax
 from flax import linen, nnx
@@ -27,6 +30,9 @@ from excitation_optax import _routing
 
 # How sowing again adds up: from int(), which is 0, by +.
 _SUM: dict[str, Any] = {"reduce_fn": operator.add, "init_fn": int}
+
+# Whether a call of capture_routing is under way.
+_capturing = contextvars.ContextVar("capturing", default=False)
 
 __all__ = ["Routing", "TrainState", "capture_routing", "pop_routing", "routing_from_intermediates", "sow_routing"]
 
@@ -38,14 +44,16 @@ class Routing(nnx.Intermediate):
 def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCounts) -> None:
     """Hands over a layer's routing, from inside its call. Several calls in one forward pass add up.
 
-    In NNX, outside of `capture_routing`, the counts stay on the module until `pop_routing` takes them.
+    In NNX, outside of `capture_routing`, the counts stay on the module until `pop_routing` takes them. Not so if the
+    module has an attribute `deterministic` that is True, as `model.eval()` sets it, or if the model was closed over by
+    `jax.jit` and the like, which forbids it: then nothing is kept.
 
     Args:
       module: the module whose parameters are the experts, all of them and nothing else.
       counts: what the router decided, before any token was dropped.
 
     Raises:
-      ValueError: if counts are not `RoutingCounts`.
+      ValueError: if `module` is no module or counts are not `RoutingCounts`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +76,11 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
     if isinstance(module, linen.Module):
         module.sow("intermediates", "routing", counts, **_SUM)
         return
-    with warnings.catch_warnings():
+    if not isinstance(module, nnx.Module):
+        raise ValueError(f"sow_routing takes the module that holds the experts; got {type(module).__name__}.")
+    if getattr(module, "deterministic", False) and not _capturing.get():
+        return
+    with warnings.catch_warnings(), contextlib.suppress(flax.errors.TraceContextError):
         # Outside nnx.capture Flax warns that this way is deprecated in general; here pop_routing is the way out.
         warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
         module.sow(Routing, "routing", counts, **_SUM)
@@ -86,7 +98,7 @@ def capture_routing(model: nnx.Module | Callable[..., Any]) -> Callable[..., tup
       A function of the same inputs that returns `(output, utilization)`, the latter a nested dict of `RoutingCounts`.
 
     Raises:
-      ValueError: from the call, if no layer sowed any routing.
+      ValueError: from the call, if no layer sowed any routing, or the model was closed over by `jax.jit` or the like.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,7 +119,16 @@ def capture_routing(model: nnx.Module | Callable[..., Any]) -> Callable[..., tup
 
     @functools.wraps(model)
     def with_routing(*args, **kwargs):
-        output, routing = captured(*args, **kwargs)
+        token = _capturing.set(True)
+        try:
+            output, routing = captured(*args, **kwargs)
+        except flax.errors.TraceContextError as error:
+            raise ValueError(
+                "capture_routing cannot record on a model that was made outside of this jax.jit, vmap or scan. Pass it "
+                "in: through nnx.jit, or by nnx.split outside and nnx.merge inside."
+            ) from error
+        finally:
+            _capturing.reset(token)
         return output, _by_module(nnx.as_pure(routing), "The call of the model sowed no routing.")
 
     return with_routing
@@ -117,7 +138,8 @@ def pop_routing(model: nnx.Module) -> Any:
     """Takes the routing that calls of an NNX model left on it, for loops that call the model themselves.
 
     Pop after every call: a forward pass that nobody popped doubles the next count, and leaves variables in the model
-    that change the tree of a checkpoint. Evaluation counts too. `capture_routing` has none of these traps.
+    that change the tree of a checkpoint and make `nnx.jit` compile again. Evaluation counts too, except after
+    `model.eval()` for layers that heed it (see `sow_routing`). `capture_routing` has none of these traps.
 
     Args:
       model: the module that was called.

@@ -7,7 +7,7 @@ argument `[..., E]` are layers, each measured by itself.
 import jax
 import jax.numpy as jnp
 
-from excitation_optax import _strategies
+from excitation_optax import _routing, _strategies
 
 __all__ = [
     "class_counts",
@@ -106,14 +106,14 @@ def routing_entropy(weights: jax.Array, where: jax.Array | None = None) -> jax.A
     return jnp.sum(entropy, where=counted) / jnp.sum(counted).astype(entropy.dtype)
 
 
-def load_entropy(utilization: jax.Array) -> jax.Array:
+def load_entropy(utilization: jax.Array | _routing.RoutingCounts) -> jax.Array:
     r"""How evenly a batch is spread over the experts: 1 if all carry the same load, 0 if one carries everything.
 
     .. math::
       H = -\frac{1}{\log E} \sum_i p_i \log p_i, \qquad p_i = \frac{u_i}{\sum_j u_j}
 
     Args:
-      utilization: `[..., E]`.
+      utilization: `[..., E]`, or `RoutingCounts`.
 
     Returns:
       `[...]` in [0, 1], up to rounding; NaN where there was no load, or where E = 1.
@@ -124,16 +124,16 @@ def load_entropy(utilization: jax.Array) -> jax.Array:
       >>> metrics.load_entropy(jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]))
       Array([0.5, 1. ], dtype=float32)
     """
-    utilization = _strategies.float32_or_wider(utilization)
+    utilization = _fractions(utilization)
     entropy = _entropy(utilization) / jnp.log(jnp.asarray(utilization.shape[-1], utilization.dtype))
     return jnp.where(jnp.sum(utilization, axis=-1) == 0, jnp.nan, entropy)
 
 
-def max_over_mean_load(utilization: jax.Array) -> jax.Array:
+def max_over_mean_load(utilization: jax.Array | _routing.RoutingCounts) -> jax.Array:
     """The busiest expert's load over the mean load: 1 if all carry the same, E if one carries everything.
 
     Args:
-      utilization: `[..., E]`.
+      utilization: `[..., E]`, or `RoutingCounts`.
 
     Returns:
       `[...]`; NaN where there was no load.
@@ -144,14 +144,15 @@ def max_over_mean_load(utilization: jax.Array) -> jax.Array:
       >>> metrics.max_over_mean_load(jnp.array([0.25, 0.75]))
       Array(1.5, dtype=float32)
     """
+    utilization = _fractions(utilization)
     return jnp.max(utilization, axis=-1) / jnp.mean(utilization, axis=-1)
 
 
-def dead_experts(utilization: jax.Array, threshold: float = 0.0) -> jax.Array:
+def dead_experts(utilization: jax.Array | _routing.RoutingCounts, threshold: float = 0.0) -> jax.Array:
     """The share of experts that were given no token, or no more than a threshold.
 
     Args:
-      utilization: `[..., E]`.
+      utilization: `[..., E]`, or `RoutingCounts`.
       threshold: the utilization up to which an expert counts as dead.
 
     Returns:
@@ -163,6 +164,7 @@ def dead_experts(utilization: jax.Array, threshold: float = 0.0) -> jax.Array:
       >>> metrics.dead_experts(jnp.array([0.0, 0.5, 0.5, 0.0]))
       Array(0.5, dtype=float32)
     """
+    utilization = _fractions(utilization)
     dead = (utilization <= threshold).astype(jnp.float32)
     return jnp.mean(jnp.where(jnp.isnan(utilization), jnp.nan, dead), axis=-1)
 
@@ -183,6 +185,11 @@ def excitation_range(excitation: jax.Array) -> tuple[jax.Array, jax.Array]:
       (Array(0.5, dtype=float32), Array(1.5, dtype=float32))
     """
     return jnp.min(excitation, axis=-1), jnp.max(excitation, axis=-1)
+
+
+def _fractions(utilization: jax.Array | _routing.RoutingCounts) -> jax.Array:
+    counted = isinstance(utilization, _routing.RoutingCounts)
+    return _strategies.float32_or_wider(utilization.utilization if counted else utilization)
 
 
 def _entropy(weights: jax.Array) -> jax.Array:

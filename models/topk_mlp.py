@@ -124,6 +124,7 @@ class TopKLinear(nnx.Linear):
     def __init__(self, in_features: int, out_features: int, num_kept: int, *, rngs: nnx.Rngs):
         super().__init__(in_features, out_features, rngs=rngs)
         self.num_kept = num_kept
+        self.deterministic = False  # set by model.eval(): calls then leave no routing behind
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The kept activations `[B, E]` of inputs `[B, D]`, zeros elsewhere. Sows which neurons were active."""

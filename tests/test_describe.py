@@ -274,3 +274,14 @@ def test_describe_rejects_what_the_transform_rejects(params, utilization, expert
         describe(params, utilization, expert_axis)
     with pytest.raises(ValueError, match=message):
         scale_by_excitation(expert_axis=expert_axis).update(params, optax.EmptyState(), utilization=utilization)
+
+
+def test_what_is_no_array_is_left_out():
+    """Equinox modules hold functions among their leaves."""
+    params = {"experts": {"kernel": jnp.ones((3, 2)), "activation": jax.nn.relu}}
+    description = describe(params, {"experts": jnp.ones(3)})
+    assert [(p.path, p.shape, p.scaled_by) for p in description.parameters] == [
+        ("experts/activation", None, None),
+        ("experts/kernel", (3, 2), "experts"),
+    ]
+    assert "6 of 6 parameters" in str(description)

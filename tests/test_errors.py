@@ -390,3 +390,9 @@ def test_state_of_no_transformation(state):
     raises(
         ["expects EmptyState", f"received {type(state).__name__}"], tx.update, params(), state, utilization={"moe": U}
     )
+
+
+def test_a_misspelt_argument_is_named():
+    tx = excitation_optax.scale_by_excitation()
+    with pytest.raises(ValueError, match="Those that came: utilisation"):
+        tx.update({"moe": jnp.ones((3, 2))}, tx.init(None), utilisation={"moe": jnp.ones(3)})

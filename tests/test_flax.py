@@ -154,11 +154,49 @@ def test_nnx_optimizer_takes_utilization_as_it_is():
     np.testing.assert_allclose(model.head.kernel[...], kernels[2] - grads.head.kernel[...], rtol=1e-6)
 
 
+class Quiet(nnx.Module):
+    """A model whose layer heeds model.eval()."""
+
+    def __init__(self, rngs):
+        self.neurons = Neurons(2, 3, rngs=rngs)
+        self.neurons.deterministic = False
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.neurons(x))
+
+
+def test_in_evaluation_calls_leave_nothing_behind_and_capture_still_counts():
+    model = Quiet(nnx.Rngs(0))
+    model.eval()
+    before = jax.tree.structure(nnx.state(model))
+    output = model(X)
+    for call in (nnx.jit(lambda m, x: m(x)), nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))):
+        np.testing.assert_allclose(call(model, X), output, rtol=1e-6)
+    assert jax.tree.structure(nnx.state(model)) == before
+    _, utilization = excitation_flax.capture_routing(model)(X)
+    assert utilization["neurons"].tokens == 4
+    model.train()
+    model(X)
+    assert excitation_flax.pop_routing(model)["neurons"].tokens == 4
+
+
+def test_a_model_that_jit_closed_over_runs_but_cannot_be_recorded():
+    model = Model(nnx.Rngs(0))
+    expected, _ = excitation_flax.capture_routing(model)(X)
+    np.testing.assert_allclose(jax.jit(lambda x: model(x))(X), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda x: model(x[None])[0])(X), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"nnx.jit, or by nnx.split outside and nnx.merge inside"):
+        jax.jit(lambda x: excitation_flax.capture_routing(model)(x)[0])(X)
+
+
 def test_nothing_sown_is_an_error_and_so_is_what_is_no_counts():
     with pytest.raises(ValueError, match="sowed no routing"):
         excitation_flax.capture_routing(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))(X)
     with pytest.raises(ValueError, match="RoutingCounts"):
         excitation_flax.sow_routing(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.ones(3))
+    with pytest.raises(ValueError, match="takes the module"):
+        excitation_flax.sow_routing(jnp.ones(3), excitation_optax.count_active(jnp.ones((2, 3), bool)))
     with pytest.raises(ValueError, match="no RoutingCounts"):
         excitation_flax.routing_from_intermediates({"dense": {"activations": (jnp.ones(3),)}})
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from excitation_optax import count_active, metrics, zero_sum
+from excitation_optax import RoutingCounts, count_active, metrics, zero_sum
 
 E, C = 5, 3
 PER_LAYER = (metrics.load_entropy, metrics.max_over_mean_load, metrics.dead_experts)
@@ -326,3 +326,9 @@ def test_excitation_range_keeps_nan():
 def test_every_metric_is_public():
     functions = {name for name, value in vars(metrics).items() if callable(value) and not name.startswith("_")}
     assert functions == set(metrics.__all__)
+
+
+@pytest.mark.parametrize("metric", [metrics.dead_experts, metrics.load_entropy, metrics.max_over_mean_load])
+def test_load_takes_routing_counts(metric):
+    counts = RoutingCounts(jnp.array([6.0, 2.0, 0.0, 0.0]), jnp.array(8.0))
+    np.testing.assert_allclose(metric(counts), metric(jnp.array([0.75, 0.25, 0.0, 0.0])), rtol=1e-6)

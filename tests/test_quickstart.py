@@ -78,12 +78,24 @@ def test_every_strategy_trains(tmp_path):
         ({"seeds": 0}, "--seeds must be at least 1; got 0"),
         ({"batch_size": 5000}, "--batch-size must be at most the 1437 training images; got 5000"),
         ({"sparsity": 2.0}, "sparsity"),
-        ({"gamma": -1.0}, "gamma must be a finite number that is not negative"),
+        ({"gamma": -1.0}, "--gamma must not be negative; got -1.0"),
+        ({"depth": 0}, "--depth must be at least 1; got 0"),
+        ({"width": 0}, "--width must be at least 1; got 0"),
+        ({"learning_rate": 0.0}, "--learning-rate must be positive; got 0.0"),
+        ({"data_dir": pathlib.Path("data")}, "--data-dir goes with --dataset cifar10"),
+        ({"output": pathlib.Path("picture.xyz")}, "--output must name a .png, .pdf or .svg file; got picture.xyz"),
     ],
 )
 def test_bad_flags(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
         quickstart.train(tiny(tmp_path, **kwargs), datasets.load_digits())
+
+
+def test_a_model_that_diverged_is_named(tmp_path):
+    results = quickstart.train(tiny(tmp_path, learning_rate=1e6), datasets.load_digits())
+    diverged = np.isnan(results["vanilla"].accuracy[-1]).sum()
+    assert diverged > 0
+    assert f"{diverged} of 2 diverged" in quickstart.table(results)
 
 
 def test_digits_are_split_by_class_and_the_split_stays():
@@ -143,6 +155,9 @@ def test_help_and_errors_of_the_program(tmp_path):
     failed = run("--dataset", "cifar10", "--data-dir", str(tmp_path), "--output", str(tmp_path / "x.png"))
     assert failed.returncode == 1
     assert failed.stderr.strip().splitlines()[-1].startswith("quickstart: cifar10 is not prepared")
+    failed = run("--output", "/dev/null/picture.png")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("quickstart: ")
 
 
 @pytest.mark.slow

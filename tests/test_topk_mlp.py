@@ -108,6 +108,14 @@ def test_a_nan_is_not_hidden(nan):
     assert np.isnan(kept[0, 1])
 
 
+def test_evaluation_leaves_nothing_behind():
+    model = make()
+    before = jax.tree.structure(nnx.state(model))
+    model.eval()
+    model(X)
+    assert jax.tree.structure(nnx.state(model)) == before
+
+
 def test_inputs_are_flattened_and_checked():
     model = make()
     np.testing.assert_array_equal(model(X), model(X.reshape(8, 2, 2, 3)))

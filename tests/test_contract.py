@@ -145,6 +145,16 @@ def test_the_page_of_the_table_is_up_to_date():
 
 
 @jax.numpy_dtype_promotion("standard")  # Optax's Adam needs it
+def test_before_adam_excitation_cancels_out():
+    params = small_moe.init(0)
+    u = {"experts": jnp.array([0.4, 0.3, 0.2, 0.1])}
+    adam, before = optax.adam(0.03), optax.chain(excite(), optax.adam(0.03))
+    expected, _ = adam.update(params, adam.init(params), params)
+    updates, _ = before.update(params, before.init(params), params, utilization=u)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-4)
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's Adam needs it
 def test_decay_can_be_left_unexcited():
     """chain(scale_by_adam, excitation, add_decayed_weights, scale_by_learning_rate): decay is the same for all."""
     recipe = optax.chain(

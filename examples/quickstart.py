@@ -230,12 +230,13 @@ def table(results: dict[str, Evaluation]) -> str:
     """Test accuracy along training, and what the hidden layers do at the end, as text."""
 
     def row(label, cells):
-        return f"{label:<24}" + "".join(f"{cell:>18}" for cell in cells)
+        return f"{label:<24}" + "".join(f"{cell:>22}" for cell in cells)
 
-    def spread(values, digits):  # over seeds
-        if diverged := np.isnan(values).sum():
-            return f"{diverged} of {len(values)} diverged"
-        return f"{values.mean():.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
+    def spread(values, digits):  # over the seeds that did not diverge
+        finite = values[np.isfinite(values)]
+        deviation = f" ± {finite.std(ddof=1):.{digits}f}" if len(finite) > 1 else ""
+        diverged = f", {len(values) - len(finite)} NaN" if len(finite) < len(values) else ""
+        return (f"{finite.mean():.{digits}f}{deviation}" if len(finite) else "-") + diverged
 
     last = len(results["vanilla"].accuracy)
     shown = sorted({n for n in (1, 3, 10, 30, 100, 300, 1000, 3000) if n < last} | {last})

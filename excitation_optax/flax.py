@@ -78,12 +78,13 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
         return
     if not isinstance(module, nnx.Module):
         raise ValueError(f"sow_routing takes the module that holds the experts; got {type(module).__name__}.")
-    if getattr(module, "deterministic", False) and not _capturing.get():
-        return
-    with warnings.catch_warnings(), contextlib.suppress(flax.errors.TraceContextError):
-        # Outside nnx.capture Flax warns that this way is deprecated in general; here pop_routing is the way out.
-        warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
+    if _capturing.get():
         module.sow(Routing, "routing", counts, **_SUM)
+    elif not getattr(module, "deterministic", False):
+        with warnings.catch_warnings(), contextlib.suppress(flax.errors.TraceContextError):
+            # Outside nnx.capture Flax warns that this way is deprecated in general; here pop_routing is the way out.
+            warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
+            module.sow(Routing, "routing", counts, **_SUM)
 
 
 def capture_routing(model: nnx.Module | Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:

@@ -15,7 +15,7 @@ class DescribedParameter:
 
     Attributes:
       path: its path, its names joined by "/".
-      shape: its shape; None for what is no parameter here: an `optax.MaskedNode`, a function that a module holds.
+      shape: its shape; None for what is never scaled: an `optax.MaskedNode`, integers, functions.
       scaled_by: the path of the utilization leaf that scales it, or None if it is left untouched.
       axes: its axes that the axes of that utilization leaf run along, the experts' last; counted from the front.
       expert: the one expert that all of it belongs to, where experts are separate children; else None.
@@ -84,7 +84,7 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
       2 of 3 parameter leaves are scaled: 36 of 44 parameters.
     """
     leaves = _experts.leaves_by_path(params, _experts.is_masked)
-    matches = _experts.match_experts(params, utilization, expert_axis)
+    matches = _experts.match_experts(params, _experts.utilization_by_path(utilization), expert_axis)
 
     def row(path, leaf, match):
         shape = np.shape(leaf) if _experts.is_parameter(leaf) else None

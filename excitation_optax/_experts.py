@@ -143,12 +143,12 @@ def is_function(expert_axis: Any) -> bool:
     return callable(expert_axis) and not is_class and jax.tree_util.all_leaves([expert_axis])
 
 
-def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path, Match | None]:
+def match_experts(params: Any, entries: dict[Path, Any], expert_axis: Any) -> dict[Path, Match | None]:
     """Says of each parameter leaf how it is scaled, or None if it is left as it is.
 
     Args:
       params: the parameters, or their updates, or their shapes.
-      utilization: a partial tree prefix of them, its leaves arrays `[..., E]` or `RoutingCounts`, or their shapes.
+      entries: the leaves of the utilization, by path.
       expert_axis: as `scale_by_excitation` takes it.
 
     Returns:
@@ -158,7 +158,6 @@ def match_experts(params: Any, utilization: Any, expert_axis: Any) -> dict[Path,
       ValueError: if a path or an axis does not fit, with the path, the shapes received, and what to do.
     """
     leaves = leaves_by_path(params, is_masked)
-    entries = utilization_by_path(utilization)
     specs = specs_by_path(expert_axis(params) if is_function(expert_axis) else expert_axis)
     _check_paths_exist("utilization", entries, leaves)
     _check_paths_exist("expert_axis", specs, leaves)
@@ -192,8 +191,8 @@ def is_masked(x: Any) -> bool:
 
 
 def is_parameter(x: Any) -> bool:
-    """Arrays, their shapes, and numbers; not what is masked, nor the functions and strings that some modules hold."""
-    return not is_masked(x) and (hasattr(x, "shape") or isinstance(x, numbers.Number))
+    """Floating-point arrays, their shapes, and numbers; not integers, keys, or the functions that some modules hold."""
+    return isinstance(x, numbers.Number) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def _covering(path: Path, prefixes: Iterable[Path]) -> Path | None:

@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from excitation_optax import _strategies
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +54,9 @@ class RoutingCounts:
     @property
     def utilization(self) -> jax.Array:
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert was given; 0 where there were no tokens."""
-        tokens = jnp.expand_dims(jnp.asarray(self.tokens), -1)
-        return jnp.where(tokens == 0, 0, self.counts / jnp.where(tokens == 0, 1, tokens))
+        counts, tokens = (_strategies.float32_or_wider(x) for x in (self.counts, self.tokens))
+        tokens = jnp.expand_dims(tokens, -1)
+        return jnp.where(tokens == 0, 0, counts / jnp.where(tokens == 0, 1, tokens))
 
 
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:

@@ -94,7 +94,7 @@ def scale_by_excitation(
         key = jax.random.fold_in(jax.random.key(seed), state.count) if is_random else None
 
         entries = _experts.utilization_by_path(utilization, other_arguments=extra_args)
-        matches = _experts.match_experts(updates, utilization, expert_axis)
+        matches = _experts.match_experts(updates, entries, expert_axis)
         excitations = {path: _excite(path, leaf, strategy, step_gamma, key) for path, leaf in entries.items()}
         leaves, treedef = jax.tree.flatten(updates, is_leaf=_experts.is_masked)
         scaled = [
@@ -172,6 +172,7 @@ def _scale(update: jax.Array, phi: jax.Array, match: _experts.Match) -> jax.Arra
     phi = jnp.expand_dims(
         jnp.transpose(phi, in_order), [axis for axis in range(jnp.ndim(update)) if axis not in match.axes]
     )
+    update = jnp.asarray(update)
     wide = np.promote_types(update.dtype, phi.dtype)
     return (phi.astype(wide) * update.astype(wide)).astype(update.dtype)
 

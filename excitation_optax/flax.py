@@ -79,7 +79,11 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
     if not isinstance(module, nnx.Module):
         raise ValueError(f"sow_routing takes the module that holds the experts; got {type(module).__name__}.")
     if _capturing.get():
-        module.sow(Routing, "routing", counts, **_SUM)
+        if not module.sow(Routing, "routing", counts, **_SUM):
+            raise ValueError(
+                f"The routing of a {type(module).__name__} would be lost: an nnx.capture inside the model records only "
+                "other variable types. Name excitation_optax.flax.Routing there, or pass its types to capture_routing."
+            )
     elif not getattr(module, "deterministic", False):
         with warnings.catch_warnings(), contextlib.suppress(flax.errors.TraceContextError):
             # Outside nnx.capture Flax warns that this way is deprecated in general; here pop_routing is the way out.
@@ -87,16 +91,21 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
             module.sow(Routing, "routing", counts, **_SUM)
 
 
-def capture_routing(model: nnx.Module | Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+def capture_routing(
+    model: nnx.Module | Callable[..., Any], *other_types: type[nnx.Variable]
+) -> Callable[..., tuple[Any, ...]]:
     """Wraps an NNX model so that a call returns its routing too, and leaves nothing behind in the model.
 
     The main road, for training and evaluation alike. Inside a loss function, return the routing as auxiliary output.
 
     Args:
       model: a module, a bound method of one, or a function whose first argument is one.
+      *other_types: variable types to record beside the routing, such as that of an auxiliary loss. As under
+        `nnx.capture`, what layers sow in types that are not named is dropped.
 
     Returns:
-      A function of the same inputs that returns `(output, utilization)`, the latter a nested dict of `RoutingCounts`.
+      A function of the same inputs that returns `(output, utilization)`, the latter a nested dict of `RoutingCounts`;
+      and then an `nnx.State` for each of the other types.
 
     Raises:
       ValueError: from the call, if no layer sowed any routing, or the model was closed over by `jax.jit` or the like.
@@ -116,21 +125,24 @@ def capture_routing(model: nnx.Module | Callable[..., Any]) -> Callable[..., tup
       >>> utilization["layers"][0].utilization.shape
       (8,)
     """
-    captured = nnx.capture(model, Routing)
+    captured = nnx.capture(model, Routing, *other_types)
 
-    @functools.wraps(model)
+    @functools.wraps(model, updated=())
     def with_routing(*args, **kwargs):
         token = _capturing.set(True)
         try:
-            output, routing = captured(*args, **kwargs)
+            output, routing, *others = captured(*args, **kwargs)
         except flax.errors.TraceContextError as error:
             raise ValueError(
                 "capture_routing cannot record on a model that was made outside of this jax.jit, vmap or scan. Pass it "
                 "in: through nnx.jit, or by nnx.split outside and nnx.merge inside."
             ) from error
+        except Exception:
+            _forget_capture(model, args)
+            raise
         finally:
             _capturing.reset(token)
-        return output, _by_module(nnx.as_pure(routing), "The call of the model sowed no routing.")
+        return output, _by_module(nnx.as_pure(routing), "The call of the model sowed no routing."), *others
 
     return with_routing
 
@@ -233,12 +245,21 @@ class TrainState(train_state.TrainState):
           The new state.
         """
         fields = {field.name for field in dataclasses.fields(self)}
+        new_tx = kwargs.pop("tx", self.tx)
         replaced = {name: value for name, value in kwargs.items() if name in fields}
         extra_args = {name: value for name, value in kwargs.items() if name not in fields}
         update = functools.partial(self.tx.update, **extra_args)
         with_extra_args = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         updated: Any = train_state.TrainState.apply_gradients(with_extra_args, grads=grads, **replaced)
-        return updated.replace(tx=self.tx)
+        return updated.replace(tx=new_tx)
+
+
+def _forget_capture(model: Any, args: tuple[Any, ...]) -> None:
+    """Removes what nnx.capture attaches to modules, and leaves there when the call fails."""
+    module: Any = model if isinstance(model, nnx.Module) else getattr(model, "__self__", args[0] if args else None)
+    for _, submodule in nnx.iter_modules(module):
+        if hasattr(submodule, "__captures__"):
+            del submodule.__captures__
 
 
 def _by_module(sown: Any, none_found: str) -> Any:

@@ -31,6 +31,9 @@ def class_counts(active: jax.Array, labels: jax.Array, num_classes: int) -> jax.
     Returns:
       `[E, C]` float32; matrices of several batches add up.
 
+    Raises:
+      ValueError: if `active` is not boolean.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from excitation_optax import metrics
@@ -39,6 +42,8 @@ def class_counts(active: jax.Array, labels: jax.Array, num_classes: int) -> jax.
       Array([[1., 2.],
              [0., 1.]], dtype=float32)
     """
+    if active.dtype != jnp.bool_:
+        raise ValueError(f"class_counts: active must be boolean; got {active.dtype}. Pass `activations > 0`.")
     by_class = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return jnp.einsum("te,tc->ec", active.astype(jnp.float32), by_class)
 

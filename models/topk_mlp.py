@@ -146,6 +146,9 @@ def keep_top_k(h: jax.Array, k: int) -> jax.Array:
     Returns:
       `[..., E]`.
 
+    Raises:
+      ValueError: if K is not between 1 and E.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from models import topk_mlp
@@ -153,6 +156,10 @@ def keep_top_k(h: jax.Array, k: int) -> jax.Array:
       Array([[3., 0., 0., 2.],
              [0., 5., 0., 0.]], dtype=float32)
     """
+    if not 1 <= k <= h.shape[-1]:
+        raise ValueError(
+            f"keep_top_k: k must be between 1 and {h.shape[-1]}, the last axis of {list(h.shape)}; got {k}."
+        )
     return jnp.where(h < kth_largest(jax.lax.stop_gradient(h), k), 0, h)
 
 

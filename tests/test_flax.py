@@ -91,6 +91,44 @@ def test_a_root_module_of_experts_only():
     assert isinstance(utilization, excitation_optax.RoutingCounts)
 
 
+class AuxiliaryLoss(nnx.Variable):
+    pass
+
+
+def test_other_variable_types_are_recorded_on_request():
+    class WithLoss(Model):
+        def __call__(self, x):
+            y = super().__call__(x)
+            self.sow(AuxiliaryLoss, "loss", jnp.mean(y))
+            return y
+
+    model = WithLoss(nnx.Rngs(0))
+    output, utilization, losses = excitation_flax.capture_routing(model, AuxiliaryLoss)(X)
+    assert utilization["layers"][0].tokens == 4
+    np.testing.assert_array_equal(losses["loss"].get_value()[0], jnp.mean(output))
+
+
+def test_a_call_that_fails_leaves_nothing_behind_either():
+    model = Model(nnx.Rngs(0))
+    graphdef = nnx.graphdef(model)
+    for call in (model, model.encode, lambda model, x: model(x)):
+        args = (model,) if call not in (model, model.encode) else ()
+        with pytest.raises(TypeError, match="dot_general"):
+            excitation_flax.capture_routing(call)(*args, jnp.ones((4, 7)))
+        assert nnx.graphdef(model) == graphdef
+    _, utilization = excitation_flax.capture_routing(model)(X)
+    np.testing.assert_array_equal(utilization["layers"][0].counts, expected_counts(model))
+
+
+def test_routing_that_an_inner_capture_would_swallow_is_an_error():
+    class Tapped(Model):
+        def __call__(self, x):
+            return nnx.capture(self.layers[1], nnx.Intermediate)(self.layers[0](x))[0]
+
+    with pytest.raises(ValueError, match="routing of a Neurons would be lost"):
+        excitation_flax.capture_routing(Tapped(nnx.Rngs(0)))(X)
+
+
 def test_pop_takes_what_calls_left_and_leaves_nothing():
     model = Model(nnx.Rngs(0))
     before = jax.tree.structure(nnx.state(model))
@@ -295,3 +333,4 @@ def test_linen_train_state_hands_extra_arguments_on():
     assert (state.step, state.batch_stats, state.tx) == (2, 2, tx)
     with pytest.raises(ValueError, match="utilization"):
         state.apply_gradients(grads=params)
+    assert state.apply_gradients(grads=params, utilization={"experts": u}, tx=optax.sgd(1.0)).tx is not tx

@@ -181,3 +181,9 @@ def test_it_learns_with_every_strategy():
 
         _, losses = jax.lax.scan(step, (params, tx.init(params)), length=40)
         assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_keep_top_k_refuses_what_is_no_count_of_neurons(k):
+    with pytest.raises(ValueError, match=rf"k must be between 1 and 3, .*got {k}"):
+        topk_mlp.keep_top_k(jnp.ones((2, 3)), k)

@@ -243,3 +243,17 @@ def test_experts_sharded_under_jit_stay_sharded():
     stepped = jitted(sharded, x, y)
     assert stepped["experts"]["kernel"].sharding.spec == P("expert")
     chex.assert_trees_all_close(stepped, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_leaves_that_no_optimizer_moves_pass_through():
+    """Integers, their float0 gradients, and keys, beside the weights of an expert; a Python float is a parameter."""
+    table = np.zeros((4,), jax.dtypes.float0)
+    updates = {"experts": {"w": jnp.ones((4, 2)), "ids": jnp.arange(4), "table": table, "key": jax.random.key(0)}}
+    scaled, _ = excite().update(updates, excite().init(updates), utilization=UTILIZATION)
+    for name in ("ids", "table", "key"):
+        assert scaled["experts"][name] is updates["experts"][name]
+    np.testing.assert_allclose(scaled["experts"]["w"], expected_bias(1.0), rtol=1e-6)
+    experts = {f"expert_{k}": 1.0 for k in range(4)}
+    tx = excite(expert_axis=excitation_optax.children("*"))
+    scaled, _ = tx.update(experts, tx.init(experts), utilization=UTILIZATION["experts"])
+    np.testing.assert_allclose(list(scaled.values()), expected_bias(1.0)[:, 0], rtol=1e-6)

@@ -79,7 +79,7 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
 
 def utilization_by_path(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[Path, Any]:
     """The utilization leaves by their paths: arrays `[..., E]` and `RoutingCounts`, or the shapes of such."""
-    entries = leaves_by_path(utilization, lambda x: isinstance(x, _routing.RoutingCounts))
+    entries = leaves_by_path(utilization, _routing.is_counts)
     if not entries:
         raise ValueError(
             f"Excitation needs the utilization of at least one layer; got {utilization!r}. Pass it at every update: "

@@ -59,6 +59,11 @@ class RoutingCounts:
         return jnp.where(tokens == 0, 0, counts / jnp.where(tokens == 0, 1, tokens))
 
 
+def is_counts(x: object) -> bool:
+    """For `is_leaf=`: where a tree of utilization ends."""
+    return isinstance(x, RoutingCounts)
+
+
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
     """Counts from the experts that each token chose.
 

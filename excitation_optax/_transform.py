@@ -147,7 +147,7 @@ def excitation(
         _excite(path, leaf, strategy, gamma, key if is_random else None)
         for path, leaf in _experts.utilization_by_path(utilization).items()
     ]
-    treedef = jax.tree.structure(utilization, is_leaf=lambda x: isinstance(x, _routing.RoutingCounts))
+    treedef = jax.tree.structure(utilization, is_leaf=_routing.is_counts)
     return treedef.unflatten(excitations)
 
 

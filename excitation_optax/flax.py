@@ -265,9 +265,7 @@ def _forget_capture(model: Any, args: tuple[Any, ...]) -> None:
 def _by_module(sown: Any, none_found: str) -> Any:
     """The RoutingCounts in a tree of sown values, added up by the module that they were sown on."""
     by_path: dict[tuple[Any, ...], _routing.RoutingCounts] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(
-        sown, is_leaf=lambda x: isinstance(x, _routing.RoutingCounts)
-    ):
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(sown, is_leaf=_routing.is_counts):
         if isinstance(leaf, _routing.RoutingCounts):
             # The last dictionary key is the name it was sown under; what follows it is a position in a tuple.
             module = tuple(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))[:-1]

@@ -44,10 +44,6 @@ def expected_counts(model, x=X):
     return np.sum(h > 0, axis=0)
 
 
-def variables(model):
-    return set(jax.tree_util.tree_structure(nnx.state(model)).__repr__().split())
-
-
 def test_capture_returns_output_and_counts_and_leaves_nothing_behind():
     model = Model(nnx.Rngs(0))
     before = jax.tree.structure(nnx.state(model))

@@ -1,0 +1,110 @@
+"""Expert parallelism: experts split over an axis of the mesh, tokens over all of its axes.
+
+Axis letters: T tokens, D model width, E experts, K experts per token, P devices along the axis, C rows of an expert.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from models import dispatch
+
+
+def apply_experts(
+    expert: dispatch.Expert,
+    params: Any,
+    x: jax.Array,
+    indices: jax.Array,
+    gates: jax.Array,
+    *,
+    axis: str,
+    backend: dispatch.Backend | None = None,
+    capacity_factor: float | None = None,
+) -> jax.Array:
+    """`dispatch.apply_experts`, where every device along `axis` of the mesh holds E / P experts.
+
+    Dropless, the tokens are gathered along the axis, every device computes what its experts add to each, and the sums
+    are scattered back: 2 T D numbers are sent per group of P devices, whatever the routing. With a capacity, every
+    device fills a buffer of its own, `[E, C, D]`, and two all-to-alls bring it to the experts and back.
+
+    Args:
+      expert, params, x, indices, gates, backend: as in `dispatch.apply_experts`, whole: under `jax.jit` XLA splits them.
+      axis: the axis of the mesh that `jax.set_mesh` set.
+      capacity_factor: an expert takes at most this times K T / E assignments of each device's T tokens.
+
+    Returns:
+      `[T, D]`, as `dispatch.apply_experts` does on one device, except that a capacity counts for each device.
+
+    Raises:
+      ValueError: if no such mesh is set, or E or T cannot be split evenly.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from models import dispatch, expert_parallel
+      >>> def expert(linear, params, rows):
+      ...     return linear(rows, params, None)
+      >>> x, kernels = jnp.array([[1.0], [2.0]]), jnp.array([[[1.0]], [[10.0]]])
+      >>> indices, gates = jnp.array([[0], [1]]), jnp.ones((2, 1))
+      >>> with jax.set_mesh(jax.make_mesh((1,), ("expert",))):
+      ...     expert_parallel.apply_experts(expert, kernels, x, indices, gates, axis="expert")
+      Array([[ 1.],
+             [20.]], dtype=float32)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"expert_parallel_axis={axis!r} names an axis of the mesh; the mesh that is set has {mesh.axis_names}. Set one "
+            f"with jax.set_mesh(jax.make_mesh((8,), ({axis!r},)))."
+        )
+    num_experts = jax.tree.leaves(params)[0].shape[0]
+    if num_experts % mesh.shape[axis]:
+        raise ValueError(f"{num_experts} experts cannot be split over {mesh.shape[axis]} devices along {axis!r}.")
+    if x.shape[0] % mesh.size:
+        raise ValueError(f"{x.shape[0]} tokens cannot be split over the {mesh.size} devices of {dict(mesh.shape)}.")
+    capacity = dispatch.capacity(capacity_factor, x.shape[0] // mesh.size, indices.shape[-1], num_experts)
+
+    def on_each_device(params, x, indices, gates):
+        # The experts' gradient is a sum over the other axes; said here, before a custom gradient hides it.
+        others = tuple(name for name in mesh.axis_names if name != axis)
+        params = jax.tree.map(lambda p: lax.pcast(p, others, to="varying") if others else p, params)
+        if capacity is not None:
+            return _exchange(expert, capacity, axis, params, x, indices, gates)
+        return _gather(expert, backend, axis, params, x, indices, gates)
+
+    tokens = PartitionSpec(mesh.axis_names)
+    specs = (PartitionSpec(axis), tokens, tokens, tokens)
+    arguments = (params, x, indices, gates)
+    if mesh.explicit_axes:  # on a mesh of automatic axes, shard_map does this by itself
+        arguments = tuple(
+            jax.tree.map(lambda a, spec=spec: jax.reshard(a, spec), argument)
+            for argument, spec in zip(arguments, specs, strict=True)
+        )
+    return jax.shard_map(on_each_device, in_specs=specs, out_specs=tokens)(*arguments)
+
+
+def _gather(expert, backend, axis, params, x, indices, gates):
+    """Every token of the group to every device, which adds what its own experts give."""
+    x, indices, gates = (lax.all_gather(a, axis, tiled=True) for a in (x, indices, gates))
+    held = jax.tree.leaves(params)[0].shape[0]
+    mine = indices - held * lax.axis_index(axis)
+    mine = jnp.where((mine >= 0) & (mine < held), mine, held)
+    mean_load = indices.size / (held * lax.axis_size(axis))
+    y = dispatch.apply_experts(expert, params, x, mine, gates, backend=backend, mean_load=mean_load)
+    return lax.psum_scatter(y, axis, tiled=True)
+
+
+def _exchange(expert, capacity, axis, params, x, indices, gates):
+    """Every device fills a buffer for all experts; all-to-all brings each part to the device of its expert, and back."""
+    num_experts = jax.tree.leaves(params)[0].shape[0] * lax.axis_size(axis)
+    plan = dispatch.sort_assignments(indices.T.reshape(-1), num_experts)
+
+    def experts(params, buffer):  # [E, C, D]
+        buffer = lax.all_to_all(buffer, axis, split_axis=0, concat_axis=1, tiled=True)  # [E / P, P C, D]
+        buffer = jax.vmap(functools.partial(expert, dispatch.dense))(params, buffer)
+        return lax.all_to_all(buffer, axis, split_axis=1, concat_axis=0, tiled=True)
+
+    return dispatch.through_buffer(experts, capacity, params, x, gates.T, plan)

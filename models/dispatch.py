@@ -12,6 +12,7 @@ choice number `a // T`: all first choices come before all second ones.
 import functools
 import importlib.util
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -37,8 +38,8 @@ BLOCK_ROWS = 64
 def default_backend() -> Backend:
     """The backend for the platform that JAX runs on: `ragged_dot` on TPU, `tokamax` on GPU if installed, or `padded`.
 
-    XLA lowers `ragged_dot` to E dense products on CPU, and by default on GPU too; on TPU it is native. On CPU the choice
-    is measured (`python -m benchmarks.moe_layer`), on GPU and TPU it follows what the libraries say of themselves.
+    XLA lowers `ragged_dot` to E dense products on CPU, and by default on GPU too; on TPU it is native. On CPU the
+    choice is measured (`python -m benchmarks.moe_layer`), on GPU and TPU it follows what the libraries say.
 
     Example:
       >>> from models import dispatch
@@ -75,13 +76,13 @@ def apply_experts(
       x: `[T, D]`.
       indices: e, `[T, K]` integers; an index that is E or more sends the token nowhere, and adds nothing.
       gates: g, `[T, K]` floats.
-      backend: "padded" (a padded buffer and a batched product, then a loop over blocks of what did not fit), "ragged_dot"
-        (`jax.lax.ragged_dot`), "tokamax" (`tokamax.ragged_dot`), or "one_hot" (every expert on every token: for tests
-        and tiny models). By default `default_backend()`. All give the same numbers, up to rounding.
+      backend: "padded" (a padded buffer and a batched product, then a loop over blocks of what did not fit),
+        "ragged_dot" (`jax.lax.ragged_dot`), "tokamax" (`tokamax.ragged_dot`), or "one_hot" (every expert on every
+        token: for tests and tiny models). By default `default_backend()`. All give the same numbers, up to rounding.
       capacity: the rows that an expert takes at most. Assignments beyond it are dropped, last choices and last tokens
         first. It goes with the padded buffer alone. None, the default, drops nothing.
-      mean_load: the assignments that an expert is expected to get; by default `K T / E`. It sizes the padded buffer, and
-        changes no result.
+      mean_load: the assignments that an expert is expected to get; by default `K T / E`. It sizes the padded buffer,
+        and changes no result.
 
     Returns:
       `[T, D]`, float32 or wider; the sum over K is taken in it.
@@ -119,12 +120,12 @@ def apply_experts(
     return _padded_dropless(expert, buffer_rows, params, x, gates, plan)
 
 
-def capacity(factor: float | None, tokens: int, choices: int, num_experts: int) -> int | None:
+def expert_capacity(factor: float | None, tokens: int, choices: int, num_experts: int) -> int | None:
     """C, the rows that an expert takes: `factor` times `K T / E`, rounded up. None for no limit.
 
     Example:
       >>> from models import dispatch
-      >>> dispatch.capacity(1.25, tokens=100, choices=2, num_experts=8)
+      >>> dispatch.expert_capacity(1.25, tokens=100, choices=2, num_experts=8)
       32
     """
     return None if factor is None else math.ceil(factor * tokens * choices / num_experts)
@@ -182,7 +183,7 @@ def _take_rows_fwd(x, rows, takers):
 
 
 def _take_rows_bwd(takers, cotangent):
-    return sum(_take(cotangent, places) for places in takers), None, None
+    return functools.reduce(operator.add, [_take(cotangent, places) for places in takers]), None, None
 
 
 take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
@@ -211,7 +212,7 @@ def _through_slots(compute, x, gates, slot_of_assignment, assignment_of_slot):
 
 def _weigh(gates, rows):
     """The sum over K of gates `[K, T]` times rows `[K, T, D]`. One term at a time: XLA's CPU code is 10x faster so."""
-    return sum(gate[:, None] * row.astype(gate.dtype) for gate, row in zip(gates, rows, strict=True))
+    return functools.reduce(operator.add, [g[:, None] * r.astype(g.dtype) for g, r in zip(gates, rows, strict=True)])
 
 
 # ----------------------------------------------------------------------------------------------------------- backends
@@ -240,9 +241,7 @@ def _sorted_rows(expert, params, x, gates, plan, backend):
 
     def linear(rows, kernel, bias):
         if backend == "tokamax":
-            import tokamax  # an extra
-
-            rows = tokamax.ragged_dot(rows, kernel, plan.sizes)
+            rows = importlib.import_module("tokamax").ragged_dot(rows, kernel, plan.sizes)
         else:
             rows = lax.ragged_dot(rows, kernel, plan.sizes)
         if bias is not None:

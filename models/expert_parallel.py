@@ -32,8 +32,13 @@ def apply_experts(
     device fills a buffer of its own, `[E, C, D]`, and two all-to-alls bring it to the experts and back.
 
     Args:
-      expert, params, x, indices, gates, backend: as in `dispatch.apply_experts`, whole: under `jax.jit` XLA splits them.
+      expert: as in `dispatch.apply_experts`, like the next four and the backend; arrays are whole, devices hold parts.
+      params: every leaf `[E, ...]`.
+      x: `[T, D]`.
+      indices: `[T, K]` integers.
+      gates: `[T, K]` floats.
       axis: the axis of the mesh that `jax.set_mesh` set.
+      backend: what each device computes its experts by.
       capacity_factor: an expert takes at most this times K T / E assignments of each device's T tokens.
 
     Returns:
@@ -57,15 +62,15 @@ def apply_experts(
     mesh = jax.sharding.get_abstract_mesh()
     if axis not in mesh.axis_names:
         raise ValueError(
-            f"expert_parallel_axis={axis!r} names an axis of the mesh; the mesh that is set has {mesh.axis_names}. Set one "
-            f"with jax.set_mesh(jax.make_mesh((8,), ({axis!r},)))."
+            f"expert_parallel_axis={axis!r} names an axis of the mesh; the mesh that is set has {mesh.axis_names}. "
+            f"Set one with jax.set_mesh(jax.make_mesh((8,), ({axis!r},)))."
         )
     num_experts = jax.tree.leaves(params)[0].shape[0]
     if num_experts % mesh.shape[axis]:
         raise ValueError(f"{num_experts} experts cannot be split over {mesh.shape[axis]} devices along {axis!r}.")
     if x.shape[0] % mesh.size:
         raise ValueError(f"{x.shape[0]} tokens cannot be split over the {mesh.size} devices of {dict(mesh.shape)}.")
-    capacity = dispatch.capacity(capacity_factor, x.shape[0] // mesh.size, indices.shape[-1], num_experts)
+    capacity = dispatch.expert_capacity(capacity_factor, x.shape[0] // mesh.size, indices.shape[-1], num_experts)
 
     def on_each_device(params, x, indices, gates):
         # The experts' gradient is a sum over the other axes; said here, before a custom gradient hides it.
@@ -98,7 +103,7 @@ def _gather(expert, backend, axis, params, x, indices, gates):
 
 
 def _exchange(expert, capacity, axis, params, x, indices, gates):
-    """Every device fills a buffer for all experts; all-to-all brings each part to the device of its expert, and back."""
+    """Every device fills a buffer for all experts; all-to-all brings its parts to their experts' devices, and back."""
     num_experts = jax.tree.leaves(params)[0].shape[0] * lax.axis_size(axis)
     plan = dispatch.sort_assignments(indices.T.reshape(-1), num_experts)
 

@@ -72,6 +72,11 @@ class MoEConfig(MoEOptions):
             )
 
 
+def config_of_layers(config: Any) -> MoEConfig:
+    """The `MoEConfig` of a model's MoE layers, from the fields of the same names in the model's config."""
+    return MoEConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MoEConfig)})
+
+
 def check_sizes(config: Any, *names: str) -> None:
     """Raises ValueError if a field of a config is not an integer of at least 1."""
     for name in names:
@@ -81,7 +86,10 @@ def check_sizes(config: Any, *names: str) -> None:
 
 
 class AuxiliaryLoss(nnx.Intermediate):
-    """The NNX variable type that routers sow their losses into. `auxiliary_losses` reads it."""
+    """The NNX variable type that routers sow their losses into, while `capture_routing(model, AuxiliaryLoss)` runs.
+
+    `auxiliary_losses` reads what was captured. Outside of a capture nothing is sown.
+    """
 
 
 class AuxiliaryLosses(NamedTuple):
@@ -206,7 +214,6 @@ class Router(nnx.Module):
       >>> from models import moe
       >>> config = moe.MoEConfig(d_model=16, d_ff=32, num_experts=8, experts_per_token=2)
       >>> router = moe.Router(config, rngs=nnx.Rngs(0))
-      >>> router.eval()
       >>> gates, indices = router(jnp.ones((3, 16)))
       >>> gates.shape, indices.shape
       ((3, 2), (3, 2))
@@ -216,7 +223,7 @@ class Router(nnx.Module):
         self.config = config
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (config.d_model, config.num_experts), jnp.float32))  # [D, E]
-        self.deterministic = False  # set by model.eval(): no jitter, and calls leave no losses behind
+        self.deterministic = False  # set by model.eval(): no jitter
 
     def __call__(
         self, x: jax.Array, where: jax.Array | None = None, key: jax.Array | None = None
@@ -235,7 +242,7 @@ class Router(nnx.Module):
         normalize = self.config.normalize_gates
         if self.config.experts_per_token > 1 if normalize is None else normalize:
             gates /= jnp.sum(gates, axis=-1, keepdims=True)
-        if not self.deterministic:
+        if hasattr(self, "__captures__"):  # set by nnx.capture; nothing is left in the model by other calls
             self._sow("load_balancing", load_balancing_loss(probabilities, indices, where))
             self._sow("router_z", router_z_loss(logits, where))
         return gates, indices
@@ -418,5 +425,7 @@ class Experts(MLP):
                 backend=config.backend,
                 capacity_factor=config.capacity_factor,
             )
-        capacity = dispatch.capacity(config.capacity_factor, *indices.shape, config.num_experts)
+        capacity = dispatch.expert_capacity(
+            config.capacity_factor, indices.shape[0], indices.shape[1], config.num_experts
+        )
         return dispatch.apply_experts(*arguments, backend=config.backend, capacity=capacity)

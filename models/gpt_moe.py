@@ -1,0 +1,239 @@
+"""GPT-MoE, the language model of the paper's section 4.5: an MoE in place of every feed-forward block.
+
+Axis letters: B batch, S sequence, D model width, V vocabulary, L layers, P positions of a cache.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models import moe, transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTMoEConfig(transformer.TransformerOptions):
+    """Sizes and options of a `GPTMoE`. The defaults are what all 60 models of the paper's Table 2 have in common.
+
+    Example:
+      >>> from models import gpt_moe
+      >>> gpt_moe.GPTMoEConfig(num_experts=16, experts_per_token=2, d_ff=512).d_model
+      512
+    """
+
+    num_experts: int
+    experts_per_token: int
+    d_ff: int  # the hidden width of an expert
+    d_model: int = 512  # D
+    num_layers: int = 12
+    num_heads: int = 8
+    context: int = 128  # the longest sequence
+    vocab_size: int = 50257  # V; GPT-2's
+
+    def __post_init__(self):
+        self.moe_config()  # checks what MoE layers need
+        moe.check_sizes(self, "num_layers", "num_heads", "context", "vocab_size")
+        transformer.check_heads(self.d_model, self.num_heads)
+
+    def moe_config(self) -> moe.MoEConfig:
+        """That of its MoE layers."""
+        return moe.config_of_layers(self)
+
+
+class GPTMoE(nnx.Module):
+    """A causal language model with an MoE in every layer, learned positions, and a head of its own without bias.
+
+    It sows `RoutingCounts` at `layers/stack/moe/experts` (see `models.transformer.Layers`), and the routers' losses.
+
+    Attributes:
+      expert_axis: what `scale_by_excitation` needs for this model: layers and experts are the leading axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from excitation_optax import flax as excitation_flax
+      >>> from models import gpt_moe
+      >>> config = gpt_moe.GPTMoEConfig(
+      ...     num_experts=4, experts_per_token=2, d_ff=32, d_model=16, num_layers=3, num_heads=2, vocab_size=11
+      ... )
+      >>> model = gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))
+      >>> logits, utilization = excitation_flax.capture_routing(model)(jnp.ones((2, 5), jnp.int32))
+      >>> logits.shape, utilization["layers"]["stack"]["moe"]["experts"].counts.shape
+      ((2, 5, 11), (3, 4))
+
+    References:
+      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 4.5, Table 2.
+    """
+
+    expert_axis = None
+
+    def __init__(self, config: GPTMoEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, dtype = config.d_model, config.dtype
+        embed = functools.partial(nnx.Embed, embedding_init=nnx.initializers.normal(0.02), dtype=dtype, rngs=rngs)
+        self.tokens = embed(config.vocab_size, width)
+        self.positions = embed(config.context, width)
+        self.layers = transformer.Layers(
+            config.moe_config(), config, config.num_layers, config.num_heads, causal=True, rngs=rngs
+        )
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, where: jax.Array | None = None, *, key: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token at every position.
+
+        Args:
+          tokens: `[B, S]` integers.
+          where: `[B, S]` boolean; False marks padding, which is not routed, not counted and not attended to.
+          key: a JAX key for the routers' jitter, if there is any.
+
+        Returns:
+          `[B, S, V]` float32. Causal: a position depends on itself and on those before it.
+
+        Raises:
+          ValueError: if tokens are not integers `[B, S]`, or S is more than the context.
+        """
+        x, _ = self.layers(self._embed(tokens), where, key=key)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+    def decode(self, tokens: jax.Array, cache: transformer.KVCache) -> tuple[jax.Array, transformer.KVCache]:
+        """Logits of tokens that follow those in a cache.
+
+        Args:
+          tokens: `[B, S]` integers.
+          cache: from `empty_cache`, or of the call before. Its positions and S together are at most the context.
+
+        Returns:
+          `[B, S, V]` float32, and the cache with these tokens added.
+        """
+        x, longer = self.layers(self._embed(tokens, cache.length[0]), cache=cache)
+        assert longer is not None  # as a cache was given
+        return self.head(self.norm(x)).astype(jnp.float32), longer
+
+    def empty_cache(self, batch: int, positions: int | None = None) -> transformer.KVCache:
+        """A cache for `decode`, `[L, B, P, H, D / H]` each of keys and values; P is the context unless given."""
+        config = self.config
+        head = config.d_model // config.num_heads
+        shape = (config.num_layers, batch, positions or config.context, config.num_heads, head)
+        keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+        return transformer.KVCache(keys, values, jnp.zeros(config.num_layers, jnp.int32))
+
+    def _embed(self, tokens, start=0):
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"GPTMoE takes tokens [B, S] as integers; got {tokens.dtype}{list(tokens.shape)}.")
+        if tokens.shape[1] > self.config.context:
+            raise ValueError(
+                f"GPTMoE: a sequence may have at most context = {self.config.context} tokens; got {tokens.shape[1]}. "
+                "Cut it, or configure a longer context."
+            )
+        x = self.tokens(tokens)
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        return x + jnp.broadcast_to(self.positions(positions), x.shape)
+
+
+def generate(
+    model: GPTMoE,
+    prompt: jax.Array,
+    num_tokens: int,
+    *,
+    key: jax.Array | None = None,
+    temperature: float | jax.Array = 1.0,
+    top_p: float | jax.Array = 1.0,
+) -> jax.Array:
+    r"""Continues prompts, a token at a time, with a cache of keys and values.
+
+    The next token is drawn from :math:`\mathrm{softmax}(z / \mathrm{temperature})`, cut to the fewest tokens whose
+    probabilities add up to `top_p` or more (nucleus sampling).
+
+    Args:
+      model: it is left as it is.
+      prompt: `[B, S]` integers, S at least 1.
+      num_tokens: how many to add. With S, at most the model's context.
+      key: a JAX key; not needed at temperature 0.
+      temperature: 0 is greedy, the most probable token each time.
+      top_p: in (0, 1].
+
+    Returns:
+      `[B, S + num_tokens]` int32.
+
+    Raises:
+      ValueError: if the tokens do not fit, or an argument is out of range, or the key is missing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from models import gpt_moe
+      >>> config = gpt_moe.GPTMoEConfig(
+      ...     num_experts=4, experts_per_token=2, d_ff=32, d_model=16, num_layers=2, num_heads=2, vocab_size=11
+      ... )
+      >>> model = gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))
+      >>> gpt_moe.generate(model, jnp.array([[1, 2, 3]]), num_tokens=4, temperature=0.0).shape
+      (1, 7)
+
+    References:
+      Holtzman et al., `The Curious Case of Neural Text Degeneration <https://arxiv.org/abs/1904.09751>`_, for top-p.
+    """
+    prompt = jnp.asarray(prompt)
+    if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        raise ValueError(
+            f"generate: prompt must be integers [B, S], S at least 1; got {prompt.dtype}{list(prompt.shape)}."
+        )
+    if num_tokens < 1 or prompt.shape[1] + num_tokens > model.config.context:
+        raise ValueError(
+            f"generate: num_tokens must be from 1 to {model.config.context - prompt.shape[1]}, the context "
+            f"{model.config.context} less the prompt's {prompt.shape[1]}; got {num_tokens}."
+        )
+    if not isinstance(temperature, jax.Array) and not temperature >= 0:
+        raise ValueError(f"generate: temperature must not be negative; got {temperature}.")
+    if not isinstance(top_p, jax.Array) and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1]; got {top_p}.")
+    if key is None:
+        if isinstance(temperature, jax.Array) or temperature > 0:
+            raise ValueError("generate: pass key=jax.random.key(seed) to sample, or temperature=0 to be greedy.")
+        key = jax.random.key(0)
+    model = nnx.merge(*nnx.split(model))  # another one, that shares its arrays
+    model.eval()
+    graphdef, state = nnx.split(model)
+    return _generate(
+        graphdef, num_tokens, state, prompt.astype(jnp.int32), key, jnp.float32(temperature), jnp.float32(top_p)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(graphdef, num_tokens, state, prompt, key, temperature, top_p):
+    def decode(tokens, cache):
+        model = nnx.merge(graphdef, state)  # here, as Flax allows no module of an outer trace within a scan
+        return model.decode(tokens, cache)
+
+    def step(carry, key):
+        logits, cache = carry
+        token = sample(key, logits[:, -1], temperature, top_p)
+        return decode(token[:, None], cache), token
+
+    batch, length = prompt.shape
+    empty = nnx.merge(graphdef, state).empty_cache(batch, length + num_tokens)
+    logits, cache = decode(prompt, empty)
+    _, tokens = jax.lax.scan(step, (logits[:, -1:], cache), jax.random.split(key, num_tokens))
+    return jnp.concatenate([prompt, tokens.T], axis=1)
+
+
+def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:
+    """A token `[B]` int32 for each of the logits `[B, V]`; see `generate`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from models import gpt_moe
+      >>> logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
+      >>> gpt_moe.sample(jax.random.key(0), logits, temperature=1.0, top_p=0.5)
+      Array([1], dtype=int32)
+    """
+    scaled = logits / jnp.where(temperature > 0, temperature, 1)
+    order = jnp.argsort(-scaled, axis=-1)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1))
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # what more probable tokens add up to
+    kept = jnp.where(before < top_p, jnp.log(probabilities), -jnp.inf)
+    kept = kept.at[:, 0].set(jnp.log(probabilities[:, 0]))  # at least one, whatever rounding does
+    place = jnp.where(temperature > 0, jax.random.categorical(key, kept), 0)
+    return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -203,19 +203,15 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(graphdef, num_tokens, state, prompt, key, temperature, top_p):
-    def decode(tokens, cache):
-        model = nnx.merge(graphdef, state)  # here, as Flax allows no module of an outer trace within a scan
-        return model.decode(tokens, cache)
-
     def step(carry, key):
-        logits, cache = carry
+        logits, cache, state = carry  # the state too: Flax allows no variable of an outer trace in its own scan
         token = sample(key, logits[:, -1], temperature, top_p)
-        return decode(token[:, None], cache), token
+        return (*nnx.merge(graphdef, state).decode(token[:, None], cache), state), token
 
     batch, length = prompt.shape
-    empty = nnx.merge(graphdef, state).empty_cache(batch, length + num_tokens)
-    logits, cache = decode(prompt, empty)
-    _, tokens = jax.lax.scan(step, (logits[:, -1:], cache), jax.random.split(key, num_tokens))
+    model = nnx.merge(graphdef, state)
+    logits, cache = model.decode(prompt, model.empty_cache(batch, length + num_tokens))
+    _, tokens = jax.lax.scan(step, (logits[:, -1:], cache, state), jax.random.split(key, num_tokens))
     return jnp.concatenate([prompt, tokens.T], axis=1)
 
 

@@ -207,7 +207,7 @@ def _through_slots(compute, x, gates, slot_of_assignment, assignment_of_slot):
     token_of_slot = jnp.where(assignment_of_slot < assignments, assignment_of_slot % tokens, tokens)
     rows = take_rows(x, token_of_slot, slot_of_assignment.reshape(choices, tokens))
     rows = take_rows(compute(rows), slot_of_assignment, assignment_of_slot[None])
-    return _weigh(gates, rows.reshape(choices, tokens, -1))
+    return _weigh(gates, rows.reshape(choices, tokens, rows.shape[-1]))
 
 
 def _weigh(gates, rows):
@@ -257,6 +257,8 @@ def _sorted_rows(expert, params, x, gates, plan, backend):
 
 def _padded(expert, buffer_rows, params, x, gates, plan):
     """A buffer of C rows for every expert and one batched product; what does not fit adds nothing."""
+    if buffer_rows == 0:
+        return jnp.zeros_like(x, gates.dtype)
     return through_buffer(jax.vmap(functools.partial(expert, dense)), buffer_rows, params, x, gates, plan)
 
 
@@ -265,8 +267,8 @@ def through_buffer(experts, buffer_rows, params, x, gates, plan):
     num_experts = plan.sizes.shape[0]
 
     def compute(rows):
-        rows = experts(params, rows.reshape(num_experts, buffer_rows, -1))
-        return rows.reshape(num_experts * buffer_rows, -1)
+        rows = experts(params, rows.reshape(num_experts, buffer_rows, rows.shape[-1]))
+        return rows.reshape(num_experts * buffer_rows, rows.shape[-1])
 
     return _through_slots(compute, x, gates, *_buffer_slots(plan, buffer_rows))
 

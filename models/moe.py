@@ -15,6 +15,7 @@ from jax import lax
 
 import excitation_optax
 import excitation_optax.flax
+import excitation_optax.metrics
 from models import dispatch, expert_parallel
 
 
@@ -93,10 +94,11 @@ class AuxiliaryLoss(nnx.Intermediate):
 
 
 class AuxiliaryLosses(NamedTuple):
-    """The means over the layers; a loss function adds them with weights of its own, such as 0.01 and 0.001."""
+    """Means over the layers. A loss function adds the first two, with weights such as 0.01 and 0.001."""
 
     load_balancing: jax.Array  # [] float32; 1 when all experts are as likely, E / K when K experts get every token
     router_z: jax.Array  # [] float32
+    entropy: jax.Array  # [] float32, nats; `metrics.routing_entropy` of the router's probabilities, to be logged
 
 
 def auxiliary_losses(sown: nnx.State) -> AuxiliaryLosses:
@@ -153,7 +155,7 @@ class MoE(nnx.Module):
       >>> output.shape, float(utilization["experts"].utilization.sum())
       ((4, 5, 16), 2.0)
       >>> sorted(moe.auxiliary_losses(sown)._fields)
-      ['load_balancing', 'router_z']
+      ['entropy', 'load_balancing', 'router_z']
 
     References:
       Shazeer et al., `Outrageously Large Neural Networks <https://arxiv.org/abs/1701.06538>`_, 2017;
@@ -245,6 +247,7 @@ class Router(nnx.Module):
         if hasattr(self, "__captures__"):  # set by nnx.capture; nothing is left in the model by other calls
             self._sow("load_balancing", load_balancing_loss(probabilities, indices, where))
             self._sow("router_z", router_z_loss(logits, where))
+            self._sow("entropy", excitation_optax.metrics.routing_entropy(probabilities, where))
         return gates, indices
 
     def _sow(self, name, loss):

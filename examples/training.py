@@ -1,0 +1,168 @@
+"""What the training programs share: flags, the optimizer, what is logged about routing, and the log.
+
+Axis letters: E experts, L layers.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+import tqdm
+
+import excitation_optax
+from excitation_optax import metrics
+from models import moe
+
+Strategy = Literal["none", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Flags of every training program."""
+
+    strategy: Strategy = "none"
+    """Excitation, chained after the optimizer; none leaves it out."""
+    gamma: float = 1.0
+    """The intensity of Excitation."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """sgd has momentum 0.9."""
+    learning_rate: float = 1e-3
+    """At its peak."""
+    warmup: float = 0.05
+    """The share of all steps in which the learning rate rises from 0; then it falls as a cosine, to a tenth."""
+    weight_decay: float = 0.01
+    """Of adamw, on matrices and no vectors."""
+    clip: float = 1.0
+    """The largest norm that a gradient keeps."""
+    load_balancing: float = 0.01
+    """The weight of the load-balancing loss."""
+    router_z: float = 0.001
+    """The weight of the router z-loss."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in; its parameters stay float32."""
+    seed: int = 0
+    """Of the initialization, the order of the data and all noise."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    log: pathlib.Path | None = None
+    """A file for the log, as JSON lines; by default one in out/ named after the program and the strategy."""
+
+    def __post_init__(self):
+        """Errors before anything is loaded or trained."""
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}.")
+        for name in ("gamma", "weight_decay", "load_balancing", "router_z"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
+        check_positive(self, "log_every")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a flag that is not at least 1."""
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+
+
+def make_optimizer(config: TrainingConfig, steps: int, expert_axis: Any) -> optax.GradientTransformationExtraArgs:
+    """Clipping, AdamW or SGD with warm-up and cosine decay, and Excitation after it all."""
+    warmup = max(1, round(config.warmup * steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=0.1 * config.learning_rate
+    )
+    if config.optimizer == "adamw":
+        matrices = lambda params: jax.tree.map_with_path(_is_matrix, params)
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=matrices)
+    else:
+        optimizer = optax.sgd(schedule, momentum=0.9)
+    transforms = [optax.clip_by_global_norm(config.clip), optimizer]
+    if config.strategy != "none":
+        strategy = getattr(excitation_optax, config.strategy)
+        transforms.append(
+            excitation_optax.scale_by_excitation(strategy, config.gamma, expert_axis=expert_axis, seed=config.seed)
+        )
+    return optax.chain(*transforms)
+
+
+def _is_matrix(path, _):
+    """Whether the last name of a parameter's path is that of a weight: those of biases and norms are others."""
+    names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+    return any(name.startswith(("kernel", "embedding")) for name in names)
+
+
+def add_auxiliary(config: TrainingConfig, loss: jax.Array, losses: moe.AuxiliaryLosses) -> jax.Array:
+    """The loss that is trained on."""
+    return loss + config.load_balancing * losses.load_balancing + config.router_z * losses.router_z
+
+
+def routing_metrics(
+    config: TrainingConfig, utilization: Any, losses: moe.AuxiliaryLosses, step: jax.Array
+) -> dict[str, jax.Array]:
+    """What is logged about routing, as scalars: means over the layers, and the extremes of the excitation."""
+    layers = jax.tree.leaves(utilization, is_leaf=lambda leaf: isinstance(leaf, excitation_optax.RoutingCounts))
+    mean = lambda f: jnp.mean(jnp.stack([jnp.mean(f(layer)) for layer in layers]))
+    logged = {
+        "load_balancing_loss": losses.load_balancing,
+        "router_z_loss": losses.router_z,
+        "routing_entropy": losses.entropy,
+        "max_over_mean_load": mean(metrics.max_over_mean_load),
+        "dead_experts": mean(metrics.dead_experts),
+    }
+    if config.strategy != "none":
+        strategy = getattr(excitation_optax, config.strategy)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)  # the one that scale_by_excitation takes
+        phi = jax.tree.leaves(excitation_optax.excitation(utilization, strategy, config.gamma, key=key))
+        logged["excitation_min"] = jnp.min(jnp.stack([jnp.min(p) for p in phi]))
+        logged["excitation_max"] = jnp.max(jnp.stack([jnp.max(p) for p in phi]))
+    return logged
+
+
+class Log:
+    """JSON lines in a file, and a progress bar with what a reader wants to see move."""
+
+    def __init__(self, config: TrainingConfig, program: str, steps: int):
+        self.path = config.log or pathlib.Path("out") / f"{program}-{config.strategy}-{config.seed}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("w", encoding="utf-8")
+        self._bar = tqdm.tqdm(total=steps, unit="step", mininterval=0.5, desc=config.strategy)
+        self._last_write = (time.perf_counter(), 0)
+        self.write(0, {"config": dataclasses.asdict(config)})
+
+    def write(self, step: int, values: dict[str, Any], shown: str = "") -> None:
+        """A line `{"step": ..., ...}`; arrays become numbers, NaN and infinities null."""
+        self._file.write(json.dumps({"step": step} | jax.tree.map(_to_json, values)) + "\n")
+        self._file.flush()
+        if shown:
+            self._bar.set_postfix_str(shown, refresh=False)
+
+    def advance(self) -> None:
+        """One more step on the bar."""
+        self._bar.update()
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call, given the tokens so far. The first call counts from the start."""
+        now = time.perf_counter()
+        (then, before), self._last_write = self._last_write, (now, tokens)
+        return (tokens - before) / (now - then)
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+        self._bar.close()
+        self._file.close()
+
+
+def _to_json(value):
+    if isinstance(value, str | int | bool | None):
+        return value
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    return value if math.isfinite(value := float(value)) else None

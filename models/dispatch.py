@@ -68,13 +68,13 @@ def apply_experts(
     .. math::
       y_t = \sum_{k=1}^{K} g_{tk} \, f_{e_{tk}}(x_t)
 
-    Memory is in proportion to K T rows, not to E T, except with the backend "one_hot".
+    Memory is in proportion to K T rows, not to E T, except with "one_hot", and "ragged_dot" where it is not native.
 
     Args:
       expert: f, as in `models.moe.gelu_mlp`: a module-level function, or one that is hashed by what it does.
       params: its parameters, every leaf `[E, ...]`.
       x: `[T, D]`.
-      indices: e, `[T, K]` integers; an index that is E or more sends the token nowhere, and adds nothing.
+      indices: e, `[T, K]` integers; one out of range sends the token nowhere, and adds nothing.
       gates: g, `[T, K]` floats.
       backend: "padded" (a padded buffer and a batched product, then a loop over blocks of what did not fit),
         "ragged_dot" (`jax.lax.ragged_dot`), "tokamax" (`tokamax.ragged_dot`), or "one_hot" (every expert on every
@@ -105,7 +105,8 @@ def apply_experts(
     num_experts = jax.tree.leaves(params)[0].shape[0]
     tokens, choices = indices.shape
     gates = gates.astype(jnp.promote_types(gates.dtype, jnp.float32)).T  # [K, T]
-    indices = jnp.minimum(indices.T.astype(jnp.int32), num_experts)
+    indices = indices.T.astype(jnp.int32)
+    indices = jnp.where((indices >= 0) & (indices < num_experts), indices, num_experts)
     if backend == "one_hot":
         return _one_hot(expert, params, x, indices, gates)
     plan = sort_assignments(indices.reshape(-1), num_experts)

@@ -78,7 +78,7 @@ class GPTMoE(nnx.Module):
         self.layers = transformer.Layers(
             config.moe_config(), config, config.num_layers, config.num_heads, causal=True, rngs=rngs
         )
-        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.norm = transformer.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, where: jax.Array | None = None, *, key: jax.Array | None = None) -> jax.Array:

@@ -30,7 +30,7 @@ class MoEOptions:
     # the gate would always be 1, and the router would not learn.
     normalize_gates: bool | None = None
     router_jitter: float = 0.0  # the router's input is multiplied by noise from 1 - jitter to 1 + jitter in training
-    capacity_factor: float | None = None  # an expert takes at most this times K T / E tokens; None drops nothing
+    capacity_factor: float | None = None  # an expert takes at most this times K T / E of T tokens; None drops nothing
     backend: dispatch.Backend | None = None  # see `dispatch.apply_experts`; None is the platform's
     expert_parallel_axis: str | None = None  # the axis of the mesh (jax.set_mesh) along which experts are split
     dtype: Any = jnp.float32  # what experts compute in; parameters and router are float32
@@ -195,6 +195,8 @@ class MoE(nnx.Module):
             )
         tokens = x.reshape(-1, self.config.d_model)
         is_token = None if where is None else where.reshape(-1)
+        if is_token is not None:
+            tokens = jnp.where(is_token[:, None], tokens, 0)  # whatever padding holds, NaN too
         gates, indices = self.router(tokens, is_token, key)
         counts = excitation_optax.count_routing(indices, self.config.num_experts, is_token)
         excitation_optax.flax.sow_routing(self.experts, counts)
@@ -240,10 +242,12 @@ class Router(nnx.Module):
         # HIGHEST, as TPUs would otherwise take this product in bfloat16.
         logits = jnp.matmul(x, self.kernel[...], precision=lax.Precision.HIGHEST)
         probabilities = jax.nn.softmax(logits)
-        gates, indices = lax.top_k(probabilities, self.config.experts_per_token)
+        scores, indices = lax.top_k(logits, self.config.experts_per_token)
         normalize = self.config.normalize_gates
         if self.config.experts_per_token > 1 if normalize is None else normalize:
-            gates /= jnp.sum(gates, axis=-1, keepdims=True)
+            gates = jax.nn.softmax(scores)  # and so no gradient for experts that were not chosen, not even by rounding
+        else:
+            gates = jnp.exp(scores - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
         if hasattr(self, "__captures__"):  # set by nnx.capture; nothing is left in the model by other calls
             self._sow("load_balancing", load_balancing_loss(probabilities, indices, where))
             self._sow("router_z", router_z_loss(logits, where))

@@ -92,7 +92,7 @@ class MoEViT(nnx.Module):
         self.layers = transformer.Layers(
             config.moe_config(), config, config.num_layers, config.num_heads, causal=False, rngs=rngs
         )
-        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.norm = transformer.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, config.num_classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:

@@ -78,9 +78,10 @@ class Attention(nnx.Module):
             mask = (jnp.arange(key.shape[1], dtype=jnp.int32)[None] <= position[:, None])[None, None]  # [1, 1, S, P]
             causal = False
             cache = KVCache(key, value, cache.length + x.shape[1])
-        y = jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=causal, implementation=_implementation(query)
-        )
+        with jax.numpy_dtype_promotion("standard"):  # in half precision, JAX's own code needs it
+            y = jax.nn.dot_product_attention(
+                query, key, value, mask=mask, is_causal=causal, implementation=_implementation(query)
+            )
         return self.out(y.reshape(x.shape)), cache
 
 
@@ -88,6 +89,14 @@ def _implementation(query):
     """Flash attention where cuDNN has it; else XLA's."""
     fused = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     return "cudnn" if fused and jax.default_backend() == "gpu" else None
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization in float32, whatever the model computes in."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # pyrefly: ignore
+        """In the shape and dtype of x `[..., D]`."""
+        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Layer(nnx.Module):
@@ -108,9 +117,9 @@ class Layer(nnx.Module):
     """
 
     def __init__(self, config: moe.MoEConfig, num_heads: int, causal: bool, *, rngs: nnx.Rngs):
-        self.norm_attention = nnx.LayerNorm(config.d_model, dtype=config.dtype, rngs=rngs)
+        self.norm_attention = LayerNorm(config.d_model, rngs=rngs)
         self.attention = Attention(config, num_heads, causal, rngs=rngs)
-        self.norm_moe = nnx.LayerNorm(config.d_model, dtype=config.dtype, rngs=rngs)
+        self.norm_moe = LayerNorm(config.d_model, rngs=rngs)
         self.moe = moe.MoE(config, rngs=rngs)
 
     def __call__(

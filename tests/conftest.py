@@ -1,4 +1,8 @@
-"""Strict JAX for every test, and eight CPU devices."""
+"""Strict JAX for every test, eight CPU devices, and programs that compile fast, as tests run each but once or twice."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 

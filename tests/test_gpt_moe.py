@@ -1,0 +1,285 @@
+"""The GPT-MoE: sizes, causality, padding, scanned against unrolled layers, generation, errors."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import excitation_optax
+from excitation_optax import flax as excitation_flax
+from models import gpt_moe, moe
+
+SIZES = {
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "d_ff": 12,
+    "d_model": 8,
+    "num_layers": 3,
+    "num_heads": 2,
+    "context": 16,
+    "vocab_size": 11,
+}
+TOKENS = jax.random.randint(jax.random.key(0), (3, 10), 0, 11)
+
+
+def make(seed=0, **kwargs):
+    """Weights are tripled, so that attention and routing differ visibly between tokens."""
+    model = gpt_moe.GPTMoE(gpt_moe.GPTMoEConfig(**SIZES | kwargs), rngs=nnx.Rngs(seed))
+    nnx.update(model, jax.tree.map(lambda leaf: 3 * leaf, nnx.state(model)))
+    return model
+
+
+def run(model, tokens=TOKENS, where=None):
+    """Logits, utilization and auxiliary losses of a model, compiled."""
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def compiled(params, tokens, where):
+        model = nnx.merge(graphdef, params)
+        logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(tokens, where)
+        return logits, utilization, moe.auxiliary_losses(sown)
+
+    return compiled(params, tokens, where)
+
+
+# Table 2 of the paper: millions of parameters for d_ff = 256, 384, 512, 768, 1024. They do not depend on K.
+TABLE_2 = {
+    4: (77, 83, 89, 102, 115),
+    8: (89, 102, 115, 140, 165),
+    16: (115, 140, 165, 216, 266),
+    32: (165, 216, 266, 367, 468),
+    64: (266, 367, 468, 670, 871),
+}
+K_OF_TABLE_2 = {4: (2,), 8: (2, 4), 16: (2, 4, 8), 32: (2, 4, 8), 64: (2, 4, 8)}
+
+
+@pytest.mark.parametrize("num_experts", list(TABLE_2))
+def test_the_60_sizes_of_table_2(num_experts):
+    for d_ff, millions in zip((256, 384, 512, 768, 1024), TABLE_2[num_experts], strict=True):
+        for k in K_OF_TABLE_2[num_experts]:
+            config = gpt_moe.GPTMoEConfig(num_experts, k, d_ff)
+            params = nnx.eval_shape(lambda config=config: nnx.state(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))))
+            assert round(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e6) == millions
+
+
+def test_a_position_depends_on_itself_and_on_those_before():
+    model = make()
+    logits = run(model)[0]
+    for position in (0, 4, 9):
+        changed = run(model, TOKENS.at[:, position].set((TOKENS[:, position] + 1) % 11))[0]
+        np.testing.assert_allclose(changed[:, :position], logits[:, :position], atol=1e-5)
+        differs = np.max(np.abs(changed - logits), axis=(0, 2)) > 1e-4
+        assert np.all(differs[position:])
+
+
+def test_padding_is_not_attended_to_not_routed_and_not_counted():
+    model = make()
+    where = jnp.arange(10)[None] < jnp.array([[10], [7], [4]])
+    logits, utilization, losses = run(model, where=where)
+    noise = jnp.where(where, TOKENS, (TOKENS + 5) % 11)
+    other = run(model, noise, where)
+    chex.assert_trees_all_close((logits[1, :7], utilization, losses), (other[0][1, :7], *other[1:]), atol=1e-5)
+    counts = utilization["layers"]["stack"]["moe"]["experts"]
+    np.testing.assert_array_equal(counts.tokens, [21.0] * 3)  # 10 + 7 + 4
+    np.testing.assert_allclose(counts.utilization.sum(-1), 2, rtol=1e-6)
+    # The same as with no padding at all.
+    alone = run(model, TOKENS[1:2, :7])[0]
+    np.testing.assert_allclose(logits[1, :7], alone[0], atol=1e-4)
+
+
+def unrolled(stacked):
+    """The same model with a list of layers."""
+    model = make(scan_layers=False)
+    state = nnx.as_pure(nnx.state(stacked))
+    layers = state["layers"].pop("stack")
+    state["layers"]["list"] = {n: jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(3)}
+    nnx.update(model, nnx.State(state))
+    return model
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_layers_are_unrolled_ones(remat):
+    model = make(remat=remat)
+    logits, utilization, losses = run(model)
+    expected = run(unrolled(model))
+    np.testing.assert_allclose(logits, expected[0], atol=1e-4)
+    chex.assert_trees_all_close(losses, expected[2], rtol=1e-5)
+    counts = utilization["layers"]["stack"]["moe"]["experts"].counts
+    for number in range(3):
+        np.testing.assert_array_equal(counts[number], expected[1]["layers"]["list"][number]["moe"]["experts"].counts)
+
+
+def train_step(model, tx):
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def step(params, state, tokens):
+        def loss_fn(params):
+            logits, utilization = excitation_flax.capture_routing(nnx.merge(graphdef, params))(tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(), utilization
+
+        (loss, utilization), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params, utilization=utilization)
+        return optax.apply_updates(params, updates), state, loss, utilization
+
+    return step, params, tx.init(params)
+
+
+def test_remat_and_scan_change_no_update():
+    """Nor do they count tokens twice."""
+    tx = optax.chain(optax.sgd(0.1), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+    models = [make(), make(remat=True), unrolled(make())]
+    results = []
+    for model in models:
+        step, params, state = train_step(model, tx)
+        params, _, _, utilization = step(params, state, TOKENS)
+        results.append((nnx.as_pure(params), utilization))
+    chex.assert_trees_all_close(results[0], results[1], atol=1e-5)
+    np.testing.assert_array_equal(results[1][1]["layers"]["stack"]["moe"]["experts"].tokens, [27.0] * 3)
+    stacked, listed = results[0][0], results[2][0]
+    for number in range(3):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, n=number: leaf[n], stacked["layers"]["stack"]),
+            listed["layers"]["list"][number],
+            atol=1e-5,
+        )
+
+
+def test_it_learns_and_excitation_changes_experts_alone_at_first():
+    with jax.numpy_dtype_promotion("standard"):
+        plain, excited = optax.adam(3e-2), optax.chain(optax.adam(3e-2), excitation_optax.scale_by_excitation())
+        after = []
+        for tx in (optax.chain(plain), excited):
+            model = gpt_moe.GPTMoE(gpt_moe.GPTMoEConfig(**SIZES), rngs=nnx.Rngs(0))
+            step, params, state = train_step(model, tx)
+            losses = []
+            for number in range(40):
+                params, state, loss, _ = step(params, state, TOKENS)
+                if number == 0:
+                    after.append(nnx.as_pure(params))
+                losses.append(float(loss))
+            assert losses[-1] < 0.5 * losses[0]  # of three sequences
+    differences = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), *after)
+    for path, differs in jax.tree.leaves_with_path(differences):
+        assert differs == ("experts" in jax.tree_util.keystr(path)), path
+
+
+def test_compile_time_is_flat_in_the_number_of_layers():
+    """One layer in the program, however many there are."""
+
+    def lines(num_layers):
+        graphdef, params = nnx.split(
+            nnx.eval_shape(
+                lambda: gpt_moe.GPTMoE(gpt_moe.GPTMoEConfig(**SIZES | {"num_layers": num_layers}), rngs=nnx.Rngs(0))
+            )
+        )
+        loss = lambda params: jnp.sum(excitation_flax.capture_routing(nnx.merge(graphdef, params))(TOKENS)[0])
+        return len(jax.jit(jax.grad(loss)).lower(params).as_text().splitlines())
+
+    assert lines(12) == lines(3)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"scan_layers": False}, {"num_experts": 12, "experts_per_token": 3}])
+def test_greedy_generation_is_the_most_probable_token_each_time(kwargs):
+    model = make(**kwargs)
+    before = jax.tree.structure(nnx.state(model))
+    generated = gpt_moe.generate(model, TOKENS[:, :4], 12, temperature=0.0)
+    assert generated.shape == (3, 16)
+    assert jax.tree.structure(nnx.state(model)) == before
+    np.testing.assert_array_equal(generated[:, :4], TOKENS[:, :4])
+    logits = run(model, generated[:, :-1])[0]  # causal, so one call tells what each token should have been
+    np.testing.assert_array_equal(generated[:, 4:], jnp.argmax(logits, axis=-1)[:, 3:])
+
+
+def test_decoding_gives_the_logits_of_the_whole():
+    model = make()
+    logits = run(model)[0]
+    model.eval()
+    first, cache = model.decode(TOKENS[:, :6], model.empty_cache(3))
+    second, cache = model.decode(TOKENS[:, 6:9], cache)
+    third, cache = model.decode(TOKENS[:, 9:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, second, third], axis=1), logits, atol=1e-4)
+    np.testing.assert_array_equal(cache.length, [10] * 3)
+
+
+def test_samples_follow_the_probabilities():
+    probabilities = jnp.array([0.5, 0.3, 0.15, 0.05])
+    logits = jnp.broadcast_to(jnp.log(probabilities), (20_000, 4))
+
+    def shares(temperature, top_p):
+        tokens = gpt_moe.sample(jax.random.key(1), logits, temperature, top_p)
+        return np.bincount(tokens, minlength=4) / 20_000
+
+    np.testing.assert_allclose(shares(1.0, 1.0), probabilities, atol=0.015)
+    # 0.5 and 0.3 add up to 0.8: 0.75 needs both, and no more.
+    np.testing.assert_allclose(shares(1.0, 0.75), [5 / 8, 3 / 8, 0, 0], atol=0.015)
+    # At temperature 1/2 probabilities are squared: 0.25, 0.09, 0.0225, 0.0025 over their sum, 0.365.
+    np.testing.assert_allclose(shares(0.5, 1.0), np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365, atol=0.015)
+    np.testing.assert_array_equal(shares(1.0, 1e-6), [1, 0, 0, 0])
+    np.testing.assert_array_equal(shares(0.0, 1.0), [1, 0, 0, 0])
+
+
+def test_seeds_of_generation():
+    model = make()
+    one, same, two = (gpt_moe.generate(model, TOKENS[:, :2], 10, key=jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert np.any(one != two)
+    assert (
+        len(
+            {
+                tuple(row)
+                for row in np.asarray(gpt_moe.generate(model, jnp.zeros((3, 1), jnp.int32), 12, key=jax.random.key(0)))
+            }
+        )
+        > 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_heads": 3}, "d_model must be divisible by num_heads = 3; got 8"),
+        ({"context": 0}, "context must be an integer of at least 1; got 0"),
+        ({"experts_per_token": 5}, "experts_per_token must be at most num_experts = 4; got 5"),
+        ({"vocab_size": -1}, "vocab_size must be an integer of at least 1; got -1"),
+        ({"capacity_factor": -1.0}, "capacity_factor must be positive"),
+    ],
+)
+def test_bad_configs(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (jnp.ones((2, 5)), r"takes tokens \[B, S\] as integers; got float32\[2, 5\]"),
+        (jnp.ones(5, jnp.int32), r"takes tokens \[B, S\] as integers; got int32\[5\]"),
+        (jnp.ones((2, 17), jnp.int32), "at most context = 16 tokens; got 17. Cut it, or configure a longer context"),
+    ],
+)
+def test_bad_tokens(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        make()(tokens)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_tokens": 13}, "num_tokens must be from 1 to 12, the context 16 less the prompt's 4; got 13"),
+        ({"num_tokens": 0}, "num_tokens must be from 1 to 12.*got 0"),
+        ({"temperature": -1.0}, "temperature must not be negative; got -1.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
+        ({}, r"pass key=jax.random.key\(seed\) to sample, or temperature=0 to be greedy"),
+        ({"prompt": jnp.ones((1, 4))}, r"prompt must be integers \[B, S\].*got float32\[1, 4\]"),
+        ({"prompt": jnp.ones((1, 0), jnp.int32)}, r"S at least 1; got int32\[1, 0\]"),
+    ],
+)
+def test_bad_arguments_of_generate(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        gpt_moe.generate(make(), **{"prompt": TOKENS[:, :4], "num_tokens": 3} | kwargs)

@@ -44,9 +44,9 @@ class Config(training.TrainingConfig):
     """Tokens of a sequence."""
     remat: bool = False
     """Compute layers again in the backward pass: less memory, more time."""
-    steps: int = 600
-    batch_size: int = 32
-    eval_every: int = 200
+    steps: int = 500
+    batch_size: int = 16
+    eval_every: int = 250
     """Steps between evaluations; there is one at the end in any case."""
     learning_rate: float = 3e-3
     """At its peak."""

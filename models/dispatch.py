@@ -36,20 +36,19 @@ BLOCK_ROWS = 64
 
 
 def default_backend() -> Backend:
-    """The backend for the platform that JAX runs on: `ragged_dot` on TPU, `tokamax` on GPU if installed, or `padded`.
+    """The backend for the platform that JAX runs on: "tokamax" on GPU and TPU where it is installed, else "padded".
 
-    XLA lowers `ragged_dot` to E dense products on CPU, and by default on GPU too; on TPU it is native. On CPU the
-    choice is measured (`python -m benchmarks.moe_layer`), on GPU and TPU it follows what the libraries say.
+    "ragged_dot" is never the default. XLA lowers it to E dense products on CPU, and by default on GPU too; on TPU its
+    forward pass is native, but the gradient of the kernels is E dense products there as well
+    (`python -m benchmarks.tpu_flops`). On CPU the choice was measured by `python -m benchmarks.moe_layer`.
 
     Example:
       >>> from models import dispatch
       >>> dispatch.default_backend() in dispatch.BACKENDS
       True
     """
-    platform = jax.default_backend()
-    if platform == "tpu":
-        return "ragged_dot"
-    return "tokamax" if platform == "gpu" and importlib.util.find_spec("tokamax") else "padded"
+    installed = importlib.util.find_spec("tokamax") is not None
+    return "tokamax" if jax.default_backend() != "cpu" and installed else "padded"
 
 
 def apply_experts(

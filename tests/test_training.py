@@ -1,0 +1,374 @@
+"""What the training programs share: the optimizer by hand, what is logged about routing, the log, the flags.
+
+Axis letters: E experts, L layers.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import excitation_optax
+from examples import training
+from models import gpt_moe, moe, moe_vit
+
+L, E = 2, 4
+# Of 4 tokens in layer 0 and 2 in layer 1, so that utilization is [[1, 0, 1/2, 1/2], [1/2, 1/2, 1/2, 1/2]].
+COUNTS = excitation_optax.RoutingCounts(jnp.array([[4.0, 0, 2, 2], [1, 1, 1, 1]]), jnp.array([4.0, 2.0]))
+LOSSES = moe.AuxiliaryLosses(load_balancing=jnp.float32(3), router_z=jnp.float32(5), entropy=jnp.float32(0.25))
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
+        yield
+
+
+def updates_of(config, steps, params, grads, expert_axis=None, utilization=None):
+    """The update of each step, from a list of gradients."""
+    tx = training.make_optimizer(config, steps, expert_axis)
+    update = jax.jit(lambda grads, state: tx.update(grads, state, params, utilization=utilization))
+    state, updates = tx.init(params), []
+    for grad in grads:
+        step_updates, state = update(grad, state)
+        updates.append(step_updates)
+    return updates
+
+
+# make_optimizer: the learning rate.
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [
+        # 10 steps of warm-up: 0, half, the peak. Then a cosine over 90 steps from 0.4 to 0.04: at 40 it has gone a third,
+        # 0.04 + 0.36 (1 + cos(pi/3)) / 2 = 0.04 + 0.36 * 3/4; at 55 a half, 0.04 + 0.36 / 2; at 100 all of it.
+        (0.1, {0: 0.0, 5: 0.2, 10: 0.4, 40: 0.31, 55: 0.22, 100: 0.04}),
+        # At least one step of warm-up, so step 0 changes nothing.
+        (0.0, {0: 0.0, 1: 0.4, 100: 0.04}),
+        # All of it.
+        (1.0, {0: 0.0, 50: 0.2, 99: 0.396}),
+    ],
+)
+def test_the_learning_rate_rises_and_falls(warmup, expected):
+    """Adam's update is minus the learning rate, as long as the gradient stays the same and positive."""
+    config = training.TrainingConfig(learning_rate=0.4, warmup=warmup, weight_decay=0.0)
+    params = {"bias": jnp.ones(1)}
+    updates = updates_of(config, 100, params, [{"bias": jnp.full(1, 0.5)}] * 101)
+    rates = {step: -float(updates[step]["bias"][0]) for step in expected}
+    assert rates == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_a_run_may_be_as_short_as_it_likes(steps, warmup):
+    config = training.TrainingConfig(warmup=warmup, learning_rate=0.4, optimizer="sgd")
+    updates = updates_of(config, steps, {"w": jnp.ones(1)}, [{"w": jnp.ones(1)}] * steps)
+    assert np.all(np.isfinite([update["w"] for update in updates]))
+
+
+# make_optimizer: weight decay.
+
+
+def decay_by_path(model, **kwargs):
+    """The update by path, of parameters that are all 1 and gradients that are all 0, at a learning rate of 1/2."""
+    params = jax.tree.map(jnp.ones_like, nnx.state(model))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    config = training.TrainingConfig(learning_rate=0.5, warmup=0.0, **kwargs)
+    updates = updates_of(config, 10, params, [zeros, zeros])[1]  # that of step 0 is zero
+    by_path = {}
+    for path, leaf in nnx.to_flat_state(updates):
+        assert np.ptp(leaf[...]) == 0
+        by_path["/".join(map(str, path))] = float(leaf[...].ravel()[0])
+    return by_path
+
+
+LAYERS = "layers/stack/"
+DECAYED = {
+    "head/kernel",
+    LAYERS + "attention/qkv/kernel",
+    LAYERS + "attention/out/kernel",
+    LAYERS + "moe/experts/kernel_in",
+    LAYERS + "moe/experts/kernel_out",
+    LAYERS + "moe/router/kernel",
+}
+LEFT = {
+    "norm/scale",
+    "norm/bias",
+    *(LAYERS + name for name in ("norm_attention/scale", "norm_attention/bias", "norm_moe/scale", "norm_moe/bias")),
+    *(LAYERS + name for name in ("attention/qkv/bias", "attention/out/bias")),
+    *(LAYERS + name for name in ("moe/experts/bias_in", "moe/experts/bias_out")),
+}
+
+
+def small(model):
+    if model == "gpt_moe":
+        config = gpt_moe.GPTMoEConfig(
+            num_experts=E,
+            experts_per_token=2,
+            d_ff=6,
+            d_model=4,
+            num_layers=L,
+            num_heads=2,
+            context=8,
+            vocab_size=11,
+        )
+        return gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))
+    config = moe_vit.MoEViTConfig(
+        num_experts=E, experts_per_token=2, d_model=4, d_ff=6, num_layers=L, num_heads=2, image_size=8
+    )
+    return moe_vit.MoEViT(config, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("model", "decayed", "left"),
+    [
+        ("gpt_moe", DECAYED | {"tokens/embedding", "positions/embedding"}, LEFT),
+        ("moe_vit", DECAYED | {"patches/kernel"}, LEFT | {"patches/bias", "head/bias", "positions"}),
+    ],
+)
+def test_matrices_decay_and_vectors_do_not(model, decayed, left):
+    by_path = decay_by_path(small(model), weight_decay=0.1)
+    assert set(by_path) == decayed | left
+    for path, update in by_path.items():
+        assert update == pytest.approx(-0.5 * 0.1 if path in decayed else 0.0), path
+
+
+def test_sgd_decays_nothing():
+    by_path = decay_by_path(small("gpt_moe"), weight_decay=0.1, optimizer="sgd")
+    assert set(by_path.values()) == {0.0}
+
+
+# make_optimizer: clipping, momentum, Excitation.
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_leaves():
+    config = training.TrainingConfig(optimizer="sgd", learning_rate=0.5, warmup=0.0, clip=2.0)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    zero, large, small = ({"a": jnp.full(1, 3.0 * c), "b": jnp.full(1, 4.0 * c)} for c in (0, 1, 0.25))
+    # A norm of 5 becomes 2; times -1/2: -3/5, -4/5. A norm of 5/4 stays.
+    update = updates_of(config, 10, params, [zero, large])[1]
+    np.testing.assert_allclose([update["a"][0], update["b"][0]], [-0.6, -0.8], rtol=1e-6)
+    update = updates_of(config, 10, params, [zero, small])[1]
+    np.testing.assert_allclose([update["a"][0], update["b"][0]], [-0.375, -0.5], rtol=1e-6)
+
+
+def test_sgd_has_momentum():
+    config = training.TrainingConfig(optimizer="sgd", learning_rate=0.5, warmup=0.0)
+    updates = updates_of(config, 10, {"w": jnp.zeros(1)}, [{"w": jnp.full(1, 0.1)}] * 2)
+    np.testing.assert_allclose(updates[1]["w"], [-0.5 * (0.1 + 0.9 * 0.1)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("strategy", "gamma", "phi"),
+    [
+        ("zero_sum", 1.0, [2, 0, 1, 1]),
+        ("zero_sum", 2.0, [8 / 3, 0, 2 / 3, 2 / 3]),  # 1, 0, 1/4, 1/4 over their mean, 3/8
+        ("positive_sum", 1.0, [2, 1, 1, 1]),
+    ],
+)
+def test_excitation_scales_the_whole_update(optimizer, strategy, gamma, phi):
+    """Clipping, Adam's normalization and weight decay come before: without Excitation all is the same but for Phi."""
+    params = {"experts": {"kernel": jnp.linspace(1, 2, 12).reshape(3, E)}, "router": {"kernel": jnp.ones((3, E))}}
+    grads = [jax.tree.map(lambda p, c=c: c * jnp.cos(p * c), params) for c in (1.0, 2.0, 3.0)]
+    utilization = {"experts": jnp.array([1, 0, 0.5, 0.5])}
+    flags = {"optimizer": optimizer, "learning_rate": 0.5, "weight_decay": 0.1, "gamma": gamma}
+    plain = updates_of(training.TrainingConfig(**flags), 20, params, grads)
+    # The experts are on the last axis here.
+    config = training.TrainingConfig(strategy=strategy, **flags)
+    excited = updates_of(config, 20, params, grads, 1, utilization)
+    for mine, other in zip(excited[1:], plain[1:], strict=True):
+        assert np.all(other["experts"]["kernel"] != 0)
+        expected = other["experts"]["kernel"] * np.array([phi])
+        np.testing.assert_allclose(mine["experts"]["kernel"], expected, rtol=1e-5)
+        np.testing.assert_allclose(mine["router"]["kernel"], other["router"]["kernel"], rtol=1e-6)
+
+
+def test_excitation_is_there_and_last_unless_left_out():
+    params = {"experts": jnp.ones((E, 3))}
+    plain, random = (
+        training.make_optimizer(training.TrainingConfig(strategy=strategy), 10, None).init(params)
+        for strategy in ("none", "random_boost")
+    )
+    assert len(random) == len(plain) + 1
+    assert isinstance(random[-1], excitation_optax.ScaleByExcitationState)
+    tx = training.make_optimizer(training.TrainingConfig(strategy="positive_sum"), 10, None)
+    with pytest.raises(ValueError, match="utilization"):
+        tx.update(params, tx.init(params), params)
+    tx = training.make_optimizer(training.TrainingConfig(), 10, None)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert optax.tree.norm(updates) == 0  # the warm-up's first step
+
+
+# The losses.
+
+
+def test_auxiliary_losses_are_added_by_their_weights():
+    config = training.TrainingConfig(load_balancing=0.5, router_z=0.25)
+    assert training.add_auxiliary(config, jnp.float32(2), LOSSES) == 2 + 0.5 * 3 + 0.25 * 5
+    config = training.TrainingConfig(load_balancing=0.0, router_z=0.0)
+    assert training.add_auxiliary(config, jnp.float32(2), LOSSES) == 2
+
+
+# routing_metrics.
+
+COMMON = {
+    "load_balancing_loss": 3.0,
+    "router_z_loss": 5.0,
+    "routing_entropy": 0.25,
+    "max_over_mean_load": 1.5,  # 1 / (1/2) in layer 0, 1 in layer 1
+    "dead_experts": 0.125,  # one of four, and none
+}
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+@pytest.mark.parametrize(
+    ("strategy", "gamma", "expected"),
+    [
+        ("none", 1.0, {}),
+        ("zero_sum", 1.0, {"excitation_min": 0.0, "excitation_max": 2.0}),
+        ("zero_sum", 2.0, {"excitation_min": 0.0, "excitation_max": 8 / 3}),
+        ("zero_sum", 0.0, {"excitation_min": 1.0, "excitation_max": 1.0}),
+        ("positive_sum", 1.0, {"excitation_min": 1.0, "excitation_max": 2.0}),
+        ("inverted", 1.0, {"excitation_min": 0.0, "excitation_max": 4.0}),  # the idle expert gets it all
+        # The mean over four experts of e^(u - 1/2) where that is above: (e^(1/2) + 3) / 4; 1 in layer 1.
+        ("global_exp", 1.0, {"excitation_min": 1.0, "excitation_max": (math.exp(0.5) + 3) / 4}),
+    ],
+)
+def test_routing_metrics_by_hand(stacked, strategy, gamma, expected):
+    layers = [excitation_optax.RoutingCounts(COUNTS.counts[n], COUNTS.tokens[n]) for n in range(L)]
+    utilization = {"layers": {"stack": COUNTS} if stacked else {"list": layers}}
+    config = training.TrainingConfig(strategy=strategy, gamma=gamma)
+    logged = training.routing_metrics(config, utilization, LOSSES, jnp.int32(3))
+    assert all(jnp.shape(value) == () for value in logged.values())
+    assert {name: float(value) for name, value in logged.items()} == pytest.approx(COMMON | expected, rel=1e-5)
+
+
+def test_layers_may_differ_in_their_number_of_experts():
+    layers = [
+        excitation_optax.RoutingCounts(jnp.array([3.0, 1.0]), jnp.float32(4)),  # 3/4 and 1/4: 3/2 of the mean
+        excitation_optax.RoutingCounts(jnp.array([4.0, 0, 0, 0]), jnp.float32(4)),  # 4 times the mean, 3/4 dead
+    ]
+    config = training.TrainingConfig(strategy="zero_sum")
+    logged = training.routing_metrics(config, layers, LOSSES, jnp.int32(0))
+    names = ("max_over_mean_load", "dead_experts", "excitation_min", "excitation_max")
+    assert [float(logged[name]) for name in names] == pytest.approx([(1.5 + 4) / 2, 0.75 / 2, 0.0, 4.0])
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_logged_excitation_is_the_one_applied(seed):
+    """Also where it is random: the ratio of updates with and without it, over every step."""
+    params = {"experts": jnp.ones((L, E, 3)), "router": jnp.ones(3)}
+    counts = excitation_optax.RoutingCounts(jnp.array([[7.0, 1, 3, 5], [4, 6, 2, 4]]), jnp.array([8.0, 8.0]))
+    utilization = {"experts": counts}
+    flags = {"optimizer": "sgd", "seed": seed, "warmup": 0.0}
+    config = training.TrainingConfig(strategy="random_boost", gamma=1.5, **flags)
+    excited = updates_of(config, 10, params, [params] * 4, utilization=utilization)
+    plain = updates_of(training.TrainingConfig(**flags), 10, params, [params] * 4)
+    orders = []
+    for step in range(1, 4):
+        phi = np.asarray(excited[step]["experts"] / plain[step]["experts"])
+        logged = training.routing_metrics(config, utilization, LOSSES, jnp.int32(step))
+        assert float(logged["excitation_min"]) == pytest.approx(phi.min(), rel=1e-5)
+        assert float(logged["excitation_max"]) == pytest.approx(phi.max(), rel=1e-5)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        expected = excitation_optax.excitation(utilization, excitation_optax.random_boost, 1.5, key=key)["experts"]
+        np.testing.assert_allclose(phi, np.broadcast_to(expected[..., None], phi.shape), rtol=1e-5)
+        orders.append(tuple(np.argsort(phi[..., 0]).ravel()))
+    assert len(set(orders)) > 1  # shuffled anew
+
+
+# The log.
+
+
+def read(path):
+    """The lines of a log, as strict JSON: no NaN, no Infinity."""
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_the_log_is_lines_of_json_with_the_config_first(tmp_path):
+    config = training.TrainingConfig(log=tmp_path / "new" / "folder" / "log.jsonl", gamma=2.0)
+    log = training.Log(config, "program", 10)
+    log.advance()
+    log.write(1, {"loss": jnp.float32(0.5), "count": np.int32(3), "epoch": 2}, "loss 0.5")
+    # A line is there as soon as it is written.
+    assert read(config.log)[1] == {"step": 1, "loss": 0.5, "count": 3.0, "epoch": 2}
+    values = {"nan": jnp.float32(np.nan), "inf": math.inf, "minus": jnp.float32(-np.inf), "nothing": None}
+    log.write(2, values | {"path": pathlib.Path("a") / "b", "name": "x", "flag": True, "many": (1, pathlib.Path("c"))})
+    log.close()
+    first, _, last = read(config.log)
+    assert first == {"step": 0, "config": dataclasses.asdict(config) | {"log": str(config.log)}}
+    assert last == {
+        **{"step": 2, "nan": None, "inf": None, "minus": None, "nothing": None},
+        **{"path": str(pathlib.Path("a") / "b"), "name": "x", "flag": True, "many": [1, "c"]},
+    }
+
+
+def test_a_log_has_a_name_by_default_and_replaces_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for rows in (3, 1):
+        log = training.Log(training.TrainingConfig(strategy="zero_sum", seed=4), "program", 10)
+        for step in range(rows):
+            log.write(step, {})
+        log.close()
+    assert log.path == pathlib.Path("out") / "program-zero_sum-4.jsonl"
+    assert len(read(log.path)) == 1 + 1
+
+
+def test_the_rate_is_that_since_the_last_call(tmp_path):
+    start = time.perf_counter()
+    log = training.Log(training.TrainingConfig(log=tmp_path / "log"), "program", 10)
+    opened = time.perf_counter()
+    time.sleep(0.02)
+    before = time.perf_counter()
+    first = log.rate(1000)
+    after = time.perf_counter()
+    assert 1000 / (after - start) <= first <= 1000 / (before - opened)
+    time.sleep(0.02)
+    again = time.perf_counter()
+    second = log.rate(4000)  # 3000 more
+    assert 3000 / (time.perf_counter() - before) <= second <= 3000 / (again - after)
+    log.close()
+
+
+# Flags.
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"learning_rate": 0.0}, "--learning-rate must be positive; got 0.0."),
+        ({"learning_rate": math.nan}, "--learning-rate must be positive; got nan."),
+        ({"learning_rate": math.inf}, "--learning-rate must be positive; got inf."),
+        ({"clip": -1.0}, "--clip must be positive; got -1.0."),
+        ({"gamma": -0.5}, "--gamma must not be negative; got -0.5."),
+        ({"gamma": math.inf}, "--gamma must not be negative; got inf."),
+        ({"weight_decay": -0.1}, "--weight-decay must not be negative; got -0.1."),
+        ({"load_balancing": -0.1}, "--load-balancing must not be negative; got -0.1."),
+        ({"router_z": math.nan}, "--router-z must not be negative; got nan."),
+        ({"warmup": 1.5}, "--warmup is a share of the steps, in [0, 1]; got 1.5."),
+        ({"warmup": -0.1}, "--warmup is a share of the steps, in [0, 1]; got -0.1."),
+        ({"log_every": 0}, "--log-every must be at least 1; got 0."),
+    ],
+)
+def test_bad_flags(kwargs, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        training.TrainingConfig(**kwargs)
+    assert str(error.value) == message
+
+
+def test_flags_at_the_edge_are_good():
+    training.TrainingConfig(gamma=0.0, weight_decay=0.0, load_balancing=0.0, router_z=0.0, warmup=1.0, log_every=1)

@@ -72,13 +72,26 @@ def test_every_public_name_is_documented_and_listed(module, name):
     assert ">>>" in public.__doc__
 
 
+MODEL_MODULES = [path.stem for path in (ROOT / "models").glob("*.py") if path.stem != "__init__"]
+
+
+@pytest.mark.parametrize("module", MODEL_MODULES)
+def test_every_public_name_of_the_models_is_documented_and_listed(module):
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    loaded = importlib.import_module(f"models.{module}")
+    for name, public in vars(loaded).items():
+        if not name.startswith("_") and getattr(public, "__module__", None) == loaded.__name__:
+            assert f"`{module}.{name}`" in reference or f"`{name}`" in reference, name
+            assert public.__doc__, name
+
+
 def test_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == excitation_optax.__version__
     assert re.search(rf"^## {re.escape(project['version'])}", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reference.md", "docs/compatibility.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/reference.md", "docs/models.md", "docs/compatibility.md", "CHANGELOG.md"])
 def test_links_to_files_hold(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):

@@ -49,8 +49,8 @@ def updates_of(config, steps, params, grads, expert_axis=None, utilization=None)
 @pytest.mark.parametrize(
     ("warmup", "expected"),
     [
-        # 10 steps of warm-up: 0, half, the peak. Then a cosine over 90 steps from 0.4 to 0.04: at 40 it has gone a third,
-        # 0.04 + 0.36 (1 + cos(pi/3)) / 2 = 0.04 + 0.36 * 3/4; at 55 a half, 0.04 + 0.36 / 2; at 100 all of it.
+        # 10 steps of warm-up: 0, half, the peak. Then a cosine over 90 steps from 0.4 to 0.04: at 40 a third of it is
+        # done, 0.04 + 0.36 (1 + cos(pi/3)) / 2 = 0.04 + 0.36 * 3/4; at 55 a half, 0.04 + 0.36 / 2; at 100 all.
         (0.1, {0: 0.0, 5: 0.2, 10: 0.4, 40: 0.31, 55: 0.22, 100: 0.04}),
         # At least one step of warm-up, so step 0 changes nothing.
         (0.0, {0: 0.0, 1: 0.4, 100: 0.04}),

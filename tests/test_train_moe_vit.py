@@ -1,0 +1,262 @@
+"""The training program of the MoE-ViT: short runs, their logs, that they repeat; images, flags, errors."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from examples import datasets, train_moe_vit
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZES = {"num_experts": 4, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads": 2, "patch_size": 16}
+# A third of the 1437 training images: three steps an epoch.
+FLAGS = SIZES | {"batch_size": 479, "learning_rate": 0.03, "log_every": 2}
+ROUTING = {"load_balancing_loss", "router_z_loss", "routing_entropy", "max_over_mean_load", "dead_experts"}
+LOGGED = {"step", "loss", "accuracy", "images_per_second"} | ROUTING
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Programs that were compiled before are read back: most of the time of a short run is compiling the same again."""
+    flags = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in flags}
+    for name, value in flags.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def train(folder, **kwargs):
+    """The accuracy that a run returns, and the lines of its log."""
+    config = train_moe_vit.Config(log=folder / "log.jsonl", **FLAGS | kwargs)
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
+        accuracy = train_moe_vit.main(config)
+    return accuracy, [json.loads(line) for line in config.log.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Eight epochs without Excitation."""
+    return train(tmp_path_factory.mktemp("run"), epochs=8)
+
+
+def repeatable(rows):
+    """The lines after the first, without what depends on the clock."""
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows[1:]]
+
+
+def test_a_run_writes_its_log_and_learns(run):
+    accuracy, rows = run
+    steps = [row for row in rows if "loss" in row]
+    epochs = [row for row in rows if "epoch" in row]
+    assert rows[0]["step"] == 0
+    assert rows[0]["config"]["batch_size"] == 479
+    assert rows[0]["config"]["data_dir"] is None
+    assert [row["step"] for row in steps] == list(range(2, 25, 2))
+    assert all(set(row) == LOGGED for row in steps)
+    assert all(np.all(np.isfinite(list(row.values()))) for row in steps)
+    assert all(row["images_per_second"] > 0 for row in steps)
+    assert [(row["step"], row["epoch"]) for row in epochs] == [(3 * n, n) for n in range(1, 9)]
+    assert all(set(row) == {"step", "epoch", "test_accuracy"} for row in epochs)
+    assert epochs[-1]["test_accuracy"] == accuracy
+    assert 360 * accuracy == pytest.approx(round(360 * accuracy))  # of as many test images
+    assert steps[0]["loss"] > 2  # about log 10
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    assert accuracy > 0.25
+    # K = 2 of E = 4 experts get a token, so one gets at most twice the mean; the router's entropy is at most log 4.
+    assert all(1 <= row["max_over_mean_load"] <= 2 + 1e-5 for row in steps)
+    assert all(0 <= row["routing_entropy"] <= np.log(4) + 1e-5 for row in steps)
+
+
+def test_a_run_repeats_with_its_seed_and_not_with_another(tmp_path, run, capsys):
+    accuracy, rows = train(tmp_path, epochs=8)
+    assert repeatable(rows) == repeatable(run[1])
+    assert accuracy == run[0]
+    printed = capsys.readouterr().out
+    assert "1437 training and 360 test images" in printed
+    assert f"none: test accuracy {100 * accuracy:.2f} % after 8 epochs; log: {tmp_path / 'log.jsonl'}" in printed
+    _, rows = train(tmp_path, epochs=1, seed=1)
+    assert rows[1]["step"] == run[1][1]["step"] == 2
+    assert abs(rows[1]["loss"] - run[1][1]["loss"]) > 1e-3
+
+
+def test_gamma_zero_is_no_excitation(tmp_path, run):
+    accuracy, rows = train(tmp_path, epochs=8, strategy="zero_sum", gamma=0.0)
+    rows = repeatable(rows)
+    for row in rows:
+        if "loss" in row:
+            assert row.pop("excitation_min") == row.pop("excitation_max") == 1
+    for mine, other in zip(rows, repeatable(run[1]), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)
+    assert rows[0]["loss"] == pytest.approx(run[1][1]["loss"], rel=1e-6)
+    assert accuracy == pytest.approx(run[0], abs=1 / 360)
+
+
+# Images.
+
+
+def test_pixels_are_from_minus_one_to_one():
+    pixels = train_moe_vit.to_unit_range(jnp.array([0, 51, 255], jnp.uint8))
+    assert pixels.dtype == jnp.float32
+    np.testing.assert_allclose(pixels, [-1, -0.6, 1], rtol=1e-6)
+
+
+IMAGES = jax.random.normal(jax.random.key(0), (200, 6, 6, 3))
+
+
+@jax.jit
+def flipped(key):
+    return train_moe_vit.augment(key, IMAGES, flip=True)
+
+
+@jax.jit
+def shifted(key):
+    return train_moe_vit.augment(key, IMAGES, flip=False)
+
+
+def moves(augmented):
+    """How each image was moved: down, right, mirrored. Every image is one of the 162 that are allowed, and one only."""
+    padded = np.pad(IMAGES, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+    found = [[] for _ in IMAGES]
+    for down in range(9):
+        for right in range(9):
+            crop = padded[:, down : down + 6, right : right + 6]
+            for mirrored in (False, True):
+                same = np.all(augmented == (crop[:, :, ::-1] if mirrored else crop), axis=(1, 2, 3))
+                for number in np.flatnonzero(same):
+                    found[number].append((down - 4, right - 4, mirrored))
+    assert all(len(moves) == 1 for moves in found)
+    return np.array([moves[0] for moves in found])
+
+
+def test_images_are_shifted_by_at_most_four_pixels():
+    found = moves(np.asarray(shifted(jax.random.key(1))))
+    for axis in (0, 1):
+        assert set(found[:, axis]) == set(range(-4, 5))  # 200 images take all of them
+    assert len({tuple(move) for move in found}) > 50  # of 81: down and right are independent
+    assert not np.any(found[:, 2])
+
+
+def test_half_of_the_images_are_mirrored_if_asked():
+    plain, found = (moves(np.asarray(augment(jax.random.key(1)))) for augment in (shifted, flipped))
+    np.testing.assert_array_equal(plain[:, :2], found[:, :2])
+    assert 0.4 < np.mean(found[:, 2]) < 0.6
+
+
+def test_augmentation_goes_by_its_key():
+    first = flipped(jax.random.key(1))
+    assert (first.shape, first.dtype) == (IMAGES.shape, IMAGES.dtype)
+    np.testing.assert_array_equal(flipped(jax.random.key(1)), first)
+    assert np.mean(np.all(flipped(jax.random.key(2)) == first, axis=(1, 2, 3))) < 0.1
+
+
+def test_digits_are_enlarged():
+    data, small = train_moe_vit.load(train_moe_vit.Config()), datasets.load_digits()
+    assert (data.train_images.shape, data.test_images.shape) == ((1437, 32, 32, 3), (360, 32, 32, 3))
+    assert data.train_images.dtype == np.uint8
+    np.testing.assert_array_equal(data.test_labels, small.test_labels)
+    for images, originals in ((data.train_images, small.train_images), (data.test_images, small.test_images)):
+        for row, column, channel in ((0, 0, 0), (3, 3, 1), (4, 3, 2), (17, 30, 0), (31, 31, 2)):
+            np.testing.assert_array_equal(images[:, row, column, channel], originals[:, row // 4, column // 4, 0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_every_test_image_counts_once(batch_size):
+    """Images that hold what is predicted: five of seven are right."""
+    labels = np.array([3, 1, 4, 1, 5, 9, 2])
+    images = np.array([3, 1, 4, 0, 5, 9, 6])
+    sizes = []
+
+    def predict(params, images):
+        assert params == "params"
+        sizes.append(len(images))
+        return jnp.asarray(images)
+
+    assert train_moe_vit.evaluate(predict, "params", images, labels, batch_size) == 5 / 7
+    assert sizes == {1: [1] * 7, 3: [3, 3, 1], 7: [7], 100: [7]}[batch_size]
+
+
+# Flags and errors.
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1; got 0."),
+        ({"batch_size": 0}, "--batch-size must be at least 1; got 0."),
+        ({"gamma": -1.0}, "--gamma must not be negative; got -1.0."),
+        ({"patch_size": 5}, "image_size must be divisible by patch_size = 5; got 32."),
+        ({"num_heads": 3}, "d_model must be divisible by num_heads = 3; got 128."),
+        ({"experts_per_token": 17}, "experts_per_token must be at most num_experts = 16; got 17."),
+    ],
+)
+def test_bad_flags(kwargs, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        train_moe_vit.Config(**kwargs)
+    assert str(error.value) == message
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
+    with pytest.raises(ValueError, match="--batch-size must be at most the 1437 training images; got 5000"):
+        train(tmp_path, batch_size=5000)
+    assert not list(tmp_path.iterdir())
+
+
+def program(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "examples.train_moe_vit", *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+
+
+def test_help_names_the_flags():
+    shown = program("--help")
+    assert shown.returncode == 0
+    for flag in ("--strategy", "--gamma", "--data-dir", "--experts-per-token", "--epochs", "--log-every", "--log"):
+        assert f"{flag} " in shown.stdout
+    assert "(default: 128)" in shown.stdout
+
+
+def test_errors_of_the_program_are_short():
+    """Flags are checked at once; what the data say, before training."""
+    failed = program("--warmup", "2")
+    assert failed.returncode == 2
+    assert "--warmup is a share of the steps, in [0, 1]; got 2.0." in failed.stderr
+    assert "Traceback" not in failed.stderr
+    failed = program("--batch-size", "5000")
+    assert failed.returncode == 1
+    assert failed.stderr == "train_moe_vit: --batch-size must be at most the 1437 training images; got 5000.\n"
+
+
+# CIFAR-10.
+
+TFDS = pathlib.Path(os.environ.get("TFDS_DATA_DIR", pathlib.Path.home() / "tensorflow_datasets"))
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 in TFDS_DATA_DIR")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets", "ignore::ResourceWarning")
+def test_two_steps_on_cifar10(tmp_path, capsys):
+    accuracy, rows = train(tmp_path, data_dir=TFDS, epochs=1, batch_size=25_000, log_every=1, strategy="positive_sum")
+    assert "50000 training and 10000 test images" in capsys.readouterr().out
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert set(rows[2]) == LOGGED | {"excitation_min", "excitation_max"}
+    assert np.isfinite(rows[2]["loss"])
+    assert rows[0]["config"]["data_dir"] == str(TFDS)
+    assert 0 < accuracy < 0.5

@@ -63,6 +63,12 @@ class Config(training.TrainingConfig):
         training.check_positive(self, "steps", "batch_size", "eval_every")
         if not self.prompt:
             raise ValueError("--prompt must not be empty.")
+        if self.context < 2:
+            raise ValueError(f"--context must be at least 2, for a prompt and what follows; got {self.context}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature must not be negative; got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p is in (0, 1]; got {self.top_p}.")
         self.model(1)
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
@@ -116,7 +122,7 @@ def main(config: Config) -> float:
     if min(len(text.train), len(text.evaluation)) < config.context + 1:
         raise ValueError(f"{text.description}: shorter than --context {config.context}.")
     model_config = config.model(text.vocab_size)
-    prompt = texts.encode(config.prompt, config.tokenizer)[: config.context - 1]
+    prompt = texts.encode(config.prompt.encode(), config.tokenizer)[: config.context - 1]
     graphdef, params = nnx.split(gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed)))
     print(
         f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; "
@@ -143,6 +149,7 @@ def main(config: Config) -> float:
         params, opt_state, logged = step(params, opt_state, number - 1, tokens)
         log.advance()
         if number % config.log_every == 0:
+            logged = jax.device_get(logged)  # wait for it
             logged["tokens_per_second"] = log.rate(number * config.batch_size * config.context)
             log.write(number, logged, f"loss {logged['loss']:.3f}")
         if number % config.eval_every == 0 or number == config.steps:
@@ -153,6 +160,7 @@ def main(config: Config) -> float:
                 "bits_per_byte": loss / math.log(2) / bytes_per_token,
             }
             log.write(number, evaluation, f"evaluation loss {loss:.3f}")
+            log.skip(number * config.batch_size * config.context)
     log.close()
     entropy = texts.unigram_entropy(text.evaluation_bytes)
     bits = evaluation["bits_per_byte"]

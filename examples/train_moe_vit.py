@@ -143,20 +143,23 @@ def main(config: Config) -> float:
         return jnp.argmax(model(to_unit_range(images)), axis=-1)
 
     log = training.Log(config, "train_moe_vit", steps)
+    augmentation_key = jax.random.fold_in(jax.random.key(config.seed), 1)  # apart from random strategies' keys
     number, accuracy = 0, 0.0
     for epoch in range(1, epochs + 1):
         order = np.random.default_rng((config.seed, epoch)).permutation(examples)
         for batch in order[: steps_per_epoch * config.batch_size].reshape(steps_per_epoch, -1):
-            key = jax.random.fold_in(jax.random.key(config.seed), number)
+            key = jax.random.fold_in(augmentation_key, number)
             images, labels = data.train_images[batch], data.train_labels[batch]
             params, opt_state, logged = step(params, opt_state, number, images, labels, key)
             number += 1
             log.advance()
             if number % config.log_every == 0:
+                logged = jax.device_get(logged)  # wait for it
                 logged["images_per_second"] = log.rate(number * config.batch_size)
                 log.write(number, logged, f"loss {logged['loss']:.3f}")
         accuracy = evaluate(predict, params, data.test_images, data.test_labels)
         log.write(number, {"epoch": epoch, "test_accuracy": accuracy}, f"test accuracy {100 * accuracy:.1f} %")
+        log.skip(number * config.batch_size)
     log.close()
     print(f"{config.strategy}: test accuracy {100 * accuracy:.2f} % after {epochs} epochs; log: {log.path}")
     return accuracy

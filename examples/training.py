@@ -35,9 +35,9 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     """At its peak."""
     warmup: float = 0.05
-    """The share of all steps in which the learning rate rises from 0; then it falls as a cosine, to a tenth."""
+    """The share of all steps in which the learning rate rises; then it falls as a cosine, to a tenth."""
     weight_decay: float = 0.01
-    """Of adamw, on matrices and no vectors."""
+    """Of adamw, on kernels and embeddings: not on biases, norms and positions."""
     clip: float = 1.0
     """The largest norm that a gradient keeps."""
     load_balancing: float = 0.01
@@ -51,14 +51,14 @@ class TrainingConfig:
     log_every: int = 10
     """Steps between lines of the log."""
     log: pathlib.Path | None = None
-    """A file for the log, as JSON lines; by default one in out/ named after the program and the strategy."""
+    """A file for the log, as JSON lines, which replaces an earlier one; by default out/PROGRAM-STRATEGY-SEED.jsonl."""
 
     def __post_init__(self):
         """Errors before anything is loaded or trained."""
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}.")
-        for name in ("gamma", "weight_decay", "load_balancing", "router_z"):
+        for name in ("gamma", "weight_decay", "load_balancing", "router_z", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
         if not 0 <= self.warmup <= 1:
@@ -77,7 +77,11 @@ def make_optimizer(config: TrainingConfig, steps: int, expert_axis: Any) -> opta
     """Clipping, AdamW or SGD with warm-up and cosine decay, and Excitation after it all."""
     warmup = max(1, round(config.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=0.1 * config.learning_rate
+        config.learning_rate / warmup,
+        config.learning_rate,
+        warmup,
+        max(steps, warmup + 1),
+        end_value=0.1 * config.learning_rate,
     )
     if config.optimizer == "adamw":
         matrices = lambda params: jax.tree.map_with_path(_is_matrix, params)
@@ -94,9 +98,9 @@ def make_optimizer(config: TrainingConfig, steps: int, expert_axis: Any) -> opta
 
 
 def _is_matrix(path, _):
-    """Whether the last name of a parameter's path is that of a weight: those of biases and norms are others."""
+    """Whether a parameter is a kernel or an embedding, by its path: experts' biases are matrices too, `[E, F]`."""
     names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
-    return any(name.startswith(("kernel", "embedding")) for name in names)
+    return "positions" not in names and any(name.startswith(("kernel", "embedding")) for name in names)
 
 
 def add_auxiliary(config: TrainingConfig, loss: jax.Array, losses: moe.AuxiliaryLosses) -> jax.Array:
@@ -153,6 +157,10 @@ class Log:
         now = time.perf_counter()
         (then, before), self._last_write = self._last_write, (now, tokens)
         return (tokens - before) / (now - then)
+
+    def skip(self, tokens: int) -> None:
+        """Leaves the time since the last call out of the next rate, as that of an evaluation."""
+        self._last_write = (time.perf_counter(), tokens)
 
     def close(self) -> None:
         """Ends the bar and the file."""

@@ -311,7 +311,8 @@ def _padded_dropless_bwd(expert, buffer_rows, residuals, cotangent):
     def add_block(i, gradients):
         d_params, d_x, d_gates = gradients
         number, choice, token, is_row = read(i)
-        rows, vjp = jax.vjp(functools.partial(expert, dense), _expert_params(params, number), x[token])
+        x_rows = jnp.where(is_row[:, None], x[token], 0)
+        rows, vjp = jax.vjp(functools.partial(expert, dense), _expert_params(params, number), x_rows)
         d_out = jnp.where(is_row[:, None], cotangent[token], 0)
         d_expert, d_rows = vjp((gates[choice, token][:, None] * d_out).astype(rows.dtype))
         # Read, add, and write one expert's slice in place; .at[number].add would be a scatter.
@@ -335,7 +336,7 @@ def _add_overflow(expert, buffer_rows, params, x, gates, plan, out):
 
     def add_block(i, out):
         number, choice, token, is_row = read(i)
-        rows = expert(dense, _expert_params(params, number), x[token])
+        rows = expert(dense, _expert_params(params, number), jnp.where(is_row[:, None], x[token], 0))
         gate = jnp.where(is_row, gates[choice, token], 0)
         return out.at[token].add(gate[:, None] * rows.astype(out.dtype))
 

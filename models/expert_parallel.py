@@ -45,7 +45,7 @@ def apply_experts(
       `[T, D]`, as `dispatch.apply_experts` does on one device, except that a capacity counts for each device.
 
     Raises:
-      ValueError: if no such mesh is set, or E or T cannot be split evenly.
+      ValueError: if no such mesh is set, or E cannot be split evenly.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -68,8 +68,12 @@ def apply_experts(
     num_experts = jax.tree.leaves(params)[0].shape[0]
     if num_experts % mesh.shape[axis]:
         raise ValueError(f"{num_experts} experts cannot be split over {mesh.shape[axis]} devices along {axis!r}.")
-    if x.shape[0] % mesh.size:
-        raise ValueError(f"{x.shape[0]} tokens cannot be split over the {mesh.size} devices of {dict(mesh.shape)}.")
+    # Rows that go nowhere fill up the last device's, as when a few tokens at a time are generated.
+    tokens = x.shape[0]
+    fill = -tokens % mesh.size
+    spec = jax.typeof(x).sharding.spec
+    x, gates = (jnp.pad(a, ((0, fill), (0, 0))) for a in (x, gates))
+    indices = jnp.pad(indices, ((0, fill), (0, 0)), constant_values=num_experts)
     capacity = dispatch.expert_capacity(capacity_factor, x.shape[0] // mesh.size, indices.shape[-1], num_experts)
 
     def on_each_device(params, x, indices, gates):
@@ -80,15 +84,18 @@ def apply_experts(
             return _exchange(expert, capacity, axis, params, x, indices, gates)
         return _gather(expert, backend, axis, params, x, indices, gates)
 
-    tokens = PartitionSpec(mesh.axis_names)
-    specs = (PartitionSpec(axis), tokens, tokens, tokens)
+    by_token = PartitionSpec(mesh.axis_names)
+    specs = (PartitionSpec(axis), by_token, by_token, by_token)
     arguments = (params, x, indices, gates)
     if mesh.explicit_axes:  # on a mesh of automatic axes, shard_map does this by itself
         arguments = tuple(
             jax.tree.map(lambda a, spec=spec: jax.reshard(a, spec), argument)
             for argument, spec in zip(arguments, specs, strict=True)
         )
-    return jax.shard_map(on_each_device, in_specs=specs, out_specs=tokens)(*arguments)
+    y = jax.shard_map(on_each_device, in_specs=specs, out_specs=by_token)(*arguments)
+    if mesh.explicit_axes:  # as x came
+        y = jax.reshard(y, spec)
+    return y[:tokens]
 
 
 def _gather(expert, backend, axis, params, x, indices, gates):

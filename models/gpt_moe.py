@@ -90,11 +90,19 @@ class GPTMoE(nnx.Module):
           key: a JAX key for the routers' jitter, if there is any.
 
         Returns:
-          `[B, S, V]` float32. Causal: a position depends on itself and on those before it.
+          `[B, S, V]` float32. Causal: a position depends on itself and on those before it; but for a capacity, for
+          which tokens of a batch compete, later ones too. A token that is V or more gives NaN.
 
         Raises:
-          ValueError: if tokens are not integers `[B, S]`, or S is more than the context.
+          ValueError: if tokens are not integers `[B, S]`, S is more than the context, or `where` does not fit.
         """
+        if where is not None:
+            if where.shape != tokens.shape or where.dtype != jnp.bool_:
+                raise ValueError(
+                    f"GPTMoE: where must be boolean {list(tokens.shape)}, an entry for every token; "
+                    f"got {where.dtype}{list(where.shape)}."
+                )
+            tokens = jnp.where(where, tokens, 0)  # whatever stands for padding
         x, _ = self.layers(self._embed(tokens), where, key=key)
         return self.head(self.norm(x)).astype(jnp.float32)
 
@@ -103,20 +111,36 @@ class GPTMoE(nnx.Module):
 
         Args:
           tokens: `[B, S]` integers.
-          cache: from `empty_cache`, or of the call before. Its positions and S together are at most the context.
+          cache: from `empty_cache`, or of the call before. With these tokens at most P positions long.
 
         Returns:
-          `[B, S, V]` float32, and the cache with these tokens added.
+          `[B, S, V]` float32, and the cache with these tokens added. NaN once there are more than P positions.
+
+        Raises:
+          ValueError: if tokens are not integers `[B, S]`, or more than P, or the cache is for another B.
         """
+        _, batch, positions = cache.keys.shape[:3]
+        if tokens.shape[0] != batch or tokens.shape[1] > positions:
+            raise ValueError(
+                f"GPTMoE: the cache is for {batch} sequences of up to {positions} tokens; got {list(tokens.shape)}."
+            )
         x, longer = self.layers(self._embed(tokens, cache.length[0]), cache=cache)
         assert longer is not None  # as a cache was given
-        return self.head(self.norm(x)).astype(jnp.float32), longer
+        logits = self.head(self.norm(x)).astype(jnp.float32)
+        return jnp.where(longer.length[0] > positions, jnp.nan, logits), longer
 
     def empty_cache(self, batch: int, positions: int | None = None) -> transformer.KVCache:
-        """A cache for `decode`, `[L, B, P, H, D / H]` each of keys and values; P is the context unless given."""
+        """A cache for `decode`, `[L, B, P, H, D / H]` each of keys and values; P is the context unless given.
+
+        Raises:
+          ValueError: if P is not from 1 to the context.
+        """
         config = self.config
+        positions = config.context if positions is None else positions
+        if not 1 <= positions <= config.context:
+            raise ValueError(f"GPTMoE: a cache may have 1 to context = {config.context} positions; got {positions}.")
         head = config.d_model // config.num_heads
-        shape = (config.num_layers, batch, positions or config.context, config.num_heads, head)
+        shape = (config.num_layers, batch, positions, config.num_heads, head)
         keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
         return transformer.KVCache(keys, values, jnp.zeros(config.num_layers, jnp.int32))
 
@@ -180,6 +204,11 @@ def generate(
         raise ValueError(
             f"generate: prompt must be integers [B, S], S at least 1; got {prompt.dtype}{list(prompt.shape)}."
         )
+    if not isinstance(prompt, jax.core.Tracer) and not 0 <= prompt.min() <= prompt.max() < model.config.vocab_size:
+        raise ValueError(
+            f"generate: tokens must be from 0 to {model.config.vocab_size - 1}, the vocabulary; "
+            f"got {prompt.min()} to {prompt.max()}."
+        )
     if num_tokens < 1 or prompt.shape[1] + num_tokens > model.config.context:
         raise ValueError(
             f"generate: num_tokens must be from 1 to {model.config.context - prompt.shape[1]}, the context "
@@ -229,7 +258,7 @@ def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array | float, to
     order = jnp.argsort(-scaled, axis=-1)
     probabilities = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1))
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # what more probable tokens add up to
-    kept = jnp.where(before < top_p, jnp.log(probabilities), -jnp.inf)
+    kept = jnp.where((before < top_p) | (top_p >= 1), jnp.log(probabilities), -jnp.inf)
     kept = kept.at[:, 0].set(jnp.log(probabilities[:, 0]))  # at least one, whatever rounding does
     place = jnp.where(temperature > 0, jax.random.categorical(key, kept), 0)
     return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -30,7 +30,7 @@ class MoEOptions:
     # the gate would always be 1, and the router would not learn.
     normalize_gates: bool | None = None
     router_jitter: float = 0.0  # the router's input is multiplied by noise from 1 - jitter to 1 + jitter in training
-    capacity_factor: float | None = None  # an expert takes at most this times K T / E of T tokens; None drops nothing
+    capacity_factor: float | None = None  # an expert takes at most this times K T / E of T tokens; None drops none
     backend: dispatch.Backend | None = None  # see `dispatch.apply_experts`; None is the platform's
     expert_parallel_axis: str | None = None  # the axis of the mesh (jax.set_mesh) along which experts are split
     dtype: Any = jnp.float32  # what experts compute in; parameters and router are float32
@@ -94,9 +94,12 @@ class AuxiliaryLoss(nnx.Intermediate):
 
 
 class AuxiliaryLosses(NamedTuple):
-    """Means over the layers. A loss function adds the first two, with weights such as 0.01 and 0.001."""
+    """Means over the layers. A loss function adds the first two, with weights such as 0.01 and 0.001.
 
-    load_balancing: jax.Array  # [] float32; 1 when all experts are as likely, E / K when K experts get every token
+    What a layer adds that is called several times in one forward pass is the sum of its calls.
+    """
+
+    load_balancing: jax.Array  # [] float32; about 1 when all experts are as busy, E / K when K of them take everything
     router_z: jax.Array  # [] float32
     entropy: jax.Array  # [] float32, nats; `metrics.routing_entropy` of the router's probabilities, to be logged
 
@@ -188,6 +191,8 @@ class MoE(nnx.Module):
         """
         if x.shape[-1] != self.config.d_model:
             raise ValueError(f"MoE: the last axis of x {list(x.shape)} must be d_model = {self.config.d_model}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"MoE: x must be floats; got {x.dtype}{list(x.shape)}.")
         if where is not None and (where.shape != x.shape[:-1] or where.dtype != jnp.bool_):
             raise ValueError(
                 f"MoE: where must be boolean {list(x.shape[:-1])}, an entry for every token of x {list(x.shape)}; "
@@ -259,7 +264,7 @@ class Router(nnx.Module):
 
 
 def load_balancing_loss(probabilities: jax.Array, indices: jax.Array, where: jax.Array | None = None) -> jax.Array:
-    r"""How unevenly a router loads its experts: 1 for an even load, and up to E / K.
+    r"""How unevenly a router loads its experts: 1 if all are as likely, and up to E / K.
 
     .. math::
       \frac{E}{K} \sum_{e=1}^{E} u_e \, \frac{1}{T} \sum_{t=1}^{T} p_{te}

@@ -67,9 +67,13 @@ class Attention(nnx.Module):
         Returns:
           `[B, S, D]`, and the cache with the positions of x added.
         """
+        if where is not None:
+            x = jnp.where(where[..., None], x, 0)  # a weight of zero does not make up for a NaN
         heads = (*x.shape[:2], 3, self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = jnp.moveaxis(self.qkv(x).reshape(heads), 2, 0)  # [B, S, H, D / H] each
-        mask = None if where is None else where[:, None, None, :]
+        mask = (
+            None if where is None else jnp.broadcast_to(where[:, None, None], (x.shape[0], 1, x.shape[1], x.shape[1]))
+        )
         causal = self.causal
         if cache is not None:
             put = lambda kept, new: lax.dynamic_update_slice_in_dim(kept, new.astype(kept.dtype), cache.length, axis=1)
@@ -80,14 +84,16 @@ class Attention(nnx.Module):
             cache = KVCache(key, value, cache.length + x.shape[1])
         with jax.numpy_dtype_promotion("standard"):  # in half precision, JAX's own code needs it
             y = jax.nn.dot_product_attention(
-                query, key, value, mask=mask, is_causal=causal, implementation=_implementation(query)
+                query, key, value, mask=mask, is_causal=causal, implementation=_implementation(query, key)
             )
         return self.out(y.reshape(x.shape)), cache
 
 
-def _implementation(query):
-    """Flash attention where cuDNN has it; else XLA's."""
-    fused = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+def _implementation(query, key):
+    """Flash attention where cuDNN has it, forward and backward; else XLA's."""
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    fused = half and even and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     return "cudnn" if fused and jax.default_backend() == "gpu" else None
 
 
@@ -165,6 +171,7 @@ class Layers(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.options, self.num_layers = options, num_layers
+        self.deterministic = False  # set by model.eval()
         make = lambda rngs: Layer(config, num_heads, causal, rngs=rngs)
         if options.scan_layers:
             self.stack = nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
@@ -188,7 +195,9 @@ class Layers(nnx.Module):
             apply = nnx.remat(apply)
         if self.options.scan_layers:
             scan = nnx.scan(apply, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0), length=self.num_layers)
-            return scan(x, self.stack, cache, keys)
+            # In evaluation nothing is sown, so a copy will do, which a function compiled by JAX may close over.
+            copied = self.deterministic and not hasattr(self, "__captures__")
+            return scan(x, nnx.clone(self.stack) if copied else self.stack, cache, keys)
         caches = []
         for number, layer in enumerate(self.list):
             x, layer_cache = apply(x, layer, *jax.tree.map(lambda leaf, n=number: leaf[n], (cache, keys)))

@@ -338,3 +338,19 @@ def test_tokamax_has_to_be_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package tokamax: pip install tokamax"):
         dispatch.check_backend("tokamax", capacity_limited=False)
+
+
+def test_rows_of_other_experts_do_not_leak_into_a_block():
+    """The last block of an expert runs on into the next expert's rows, which may be too large for this one, or NaN."""
+    kernels = jnp.array([[[6e4]], [[1.0]]], jnp.float16)
+    indices = jnp.array([[0]] * 70 + [[1]] * 2)
+    x = jnp.array([[1e-4]] * 70 + [[2.0]] * 2, jnp.float16)  # 2 * 6e4 is more than float16 can hold
+    linear_expert = lambda linear, params, rows: linear(rows, params, None)
+    apply = lambda kernels, x: dispatch.apply_experts(
+        linear_expert, kernels, x, indices, jnp.ones((72, 1)), backend="padded", mean_load=0.0
+    )
+    np.testing.assert_array_equal(apply(kernels, x)[70:, 0], [2, 2])
+    x = x.at[70:].set(jnp.nan).astype(jnp.float32)
+    gradient = jax.grad(lambda kernels: jnp.sum(apply(kernels, x)))(kernels.astype(jnp.float32))
+    assert np.isfinite(gradient[0, 0, 0])
+    assert np.isnan(gradient[1, 0, 0])

@@ -207,6 +207,48 @@ def test_decoding_gives_the_logits_of_the_whole():
     np.testing.assert_array_equal(cache.length, [10] * 3)
 
 
+def test_a_cache_that_is_too_short_is_seen():
+    model = make()
+    model.eval()
+    _, cache = model.decode(TOKENS[:, :3], model.empty_cache(3, positions=4))
+    logits, _ = model.decode(TOKENS[:, 3:4], cache)
+    assert np.all(np.isfinite(logits))
+    logits, _ = model.decode(TOKENS[:, 3:5], cache)
+    assert np.all(np.isnan(logits))
+    with pytest.raises(ValueError, match=r"the cache is for 3 sequences of up to 4 tokens; got \[3, 5\]"):
+        model.decode(TOKENS[:, :5], model.empty_cache(3, positions=4))
+    for positions in (0, 17):
+        with pytest.raises(ValueError, match=f"may have 1 to context = 16 positions; got {positions}"):
+            model.empty_cache(3, positions)
+
+
+def test_padding_may_be_no_token_at_all():
+    where = jnp.arange(10)[None] < jnp.array([[10], [7], [4]])
+    logits, _, losses = run(make(), jnp.where(where, TOKENS, 99), where)
+    expected, _, expected_losses = run(make(), TOKENS, where)
+    np.testing.assert_array_equal(np.asarray(logits)[np.asarray(where)], np.asarray(expected)[np.asarray(where)])
+    chex.assert_trees_all_equal(losses, expected_losses)
+
+
+def test_after_eval_a_compiled_function_may_close_over_the_model():
+    model = make()
+    expected = run(model)[0]
+    model.eval()
+    np.testing.assert_allclose(jax.jit(lambda tokens: model(tokens))(TOKENS), expected, atol=1e-5)
+    assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(nnx.state(make()))
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_experts_on_several_devices(axis_type):
+    """Logits and generated text are those of one device, though a token at a time cannot be split evenly."""
+    mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(axis_type,) * 2)
+    expected, text = run(make())[0], gpt_moe.generate(make(), TOKENS[:, :4], 3, temperature=0.0)
+    with jax.set_mesh(mesh):
+        model = make(expert_parallel_axis="expert")
+        np.testing.assert_allclose(run(model)[0], expected, atol=1e-4)
+        np.testing.assert_array_equal(gpt_moe.generate(model, TOKENS[:, :4], 3, temperature=0.0), text)
+
+
 def test_samples_follow_the_probabilities():
     probabilities = jnp.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.broadcast_to(jnp.log(probabilities), (20_000, 4))
@@ -268,6 +310,12 @@ def test_bad_tokens(tokens, message):
         make()(tokens)
 
 
+@pytest.mark.parametrize("where", [jnp.ones((3, 9), bool), jnp.ones((3, 10), jnp.int32), jnp.ones(3, bool)])
+def test_bad_masks(where):
+    with pytest.raises(ValueError, match=r"where must be boolean \[3, 10\], an entry for every token; got "):
+        make()(TOKENS, where)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -276,6 +324,7 @@ def test_bad_tokens(tokens, message):
         ({"temperature": -1.0}, "temperature must not be negative; got -1.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
         ({}, r"pass key=jax.random.key\(seed\) to sample, or temperature=0 to be greedy"),
+        ({"prompt": jnp.array([[1, 11]])}, "tokens must be from 0 to 10, the vocabulary; got 1 to 11"),
         ({"prompt": jnp.ones((1, 4))}, r"prompt must be integers \[B, S\].*got float32\[1, 4\]"),
         ({"prompt": jnp.ones((1, 0), jnp.int32)}, r"S at least 1; got int32\[1, 0\]"),
     ],

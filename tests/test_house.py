@@ -91,7 +91,9 @@ def test_versions_agree():
     assert re.search(rf"^## {re.escape(project['version'])}", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reference.md", "docs/models.md", "docs/compatibility.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/reference.md", "docs/models.md", "docs/compatibility.md", "CHANGELOG.md"]
+)
 def test_links_to_files_hold(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):

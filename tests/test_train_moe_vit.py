@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -16,8 +17,8 @@ from examples import datasets, train_moe_vit
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {"num_experts": 4, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads": 2, "patch_size": 16}
-# A third of the 1437 training images: three steps an epoch.
-FLAGS = SIZES | {"batch_size": 479, "learning_rate": 0.03, "log_every": 2}
+# Ten steps an epoch: of the 1437 training images, seven are left over.
+FLAGS = SIZES | {"batch_size": 143, "epochs": 2, "learning_rate": 0.03, "log_every": 4}
 ROUTING = {"load_balancing_loss", "router_z_loss", "routing_entropy", "max_over_mean_load", "dead_experts"}
 LOGGED = {"step", "loss", "accuracy", "images_per_second"} | ROUTING
 
@@ -49,8 +50,8 @@ def train(folder, **kwargs):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Eight epochs without Excitation."""
-    return train(tmp_path_factory.mktemp("run"), epochs=8)
+    """Two epochs without Excitation."""
+    return train(tmp_path_factory.mktemp("run"))
 
 
 def repeatable(rows):
@@ -63,38 +64,38 @@ def test_a_run_writes_its_log_and_learns(run):
     steps = [row for row in rows if "loss" in row]
     epochs = [row for row in rows if "epoch" in row]
     assert rows[0]["step"] == 0
-    assert rows[0]["config"]["batch_size"] == 479
+    assert rows[0]["config"]["batch_size"] == 143
     assert rows[0]["config"]["data_dir"] is None
-    assert [row["step"] for row in steps] == list(range(2, 25, 2))
+    assert [row["step"] for row in steps] == [4, 8, 12, 16, 20]
     assert all(set(row) == LOGGED for row in steps)
     assert all(np.all(np.isfinite(list(row.values()))) for row in steps)
     assert all(row["images_per_second"] > 0 for row in steps)
-    assert [(row["step"], row["epoch"]) for row in epochs] == [(3 * n, n) for n in range(1, 9)]
+    assert [(row["step"], row["epoch"]) for row in epochs] == [(10, 1), (20, 2)]
     assert all(set(row) == {"step", "epoch", "test_accuracy"} for row in epochs)
     assert epochs[-1]["test_accuracy"] == accuracy
     assert 360 * accuracy == pytest.approx(round(360 * accuracy))  # of as many test images
-    assert steps[0]["loss"] > 2  # about log 10
-    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
-    assert accuracy > 0.25
+    assert steps[0]["loss"] > 2.2  # about log 10
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
+    assert accuracy > 0.2  # twice that of a guess
     # K = 2 of E = 4 experts get a token, so one gets at most twice the mean; the router's entropy is at most log 4.
     assert all(1 <= row["max_over_mean_load"] <= 2 + 1e-5 for row in steps)
     assert all(0 <= row["routing_entropy"] <= np.log(4) + 1e-5 for row in steps)
 
 
 def test_a_run_repeats_with_its_seed_and_not_with_another(tmp_path, run, capsys):
-    accuracy, rows = train(tmp_path, epochs=8)
+    accuracy, rows = train(tmp_path)
     assert repeatable(rows) == repeatable(run[1])
     assert accuracy == run[0]
     printed = capsys.readouterr().out
     assert "1437 training and 360 test images" in printed
-    assert f"none: test accuracy {100 * accuracy:.2f} % after 8 epochs; log: {tmp_path / 'log.jsonl'}" in printed
-    _, rows = train(tmp_path, epochs=1, seed=1)
-    assert rows[1]["step"] == run[1][1]["step"] == 2
+    assert f"none: test accuracy {100 * accuracy:.2f} % after 2 epochs; log: {tmp_path / 'log.jsonl'}" in printed
+    _, rows = train(tmp_path, seed=1)
+    assert rows[1]["step"] == run[1][1]["step"] == 4
     assert abs(rows[1]["loss"] - run[1][1]["loss"]) > 1e-3
 
 
 def test_gamma_zero_is_no_excitation(tmp_path, run):
-    accuracy, rows = train(tmp_path, epochs=8, strategy="zero_sum", gamma=0.0)
+    accuracy, rows = train(tmp_path, strategy="zero_sum", gamma=0.0)
     rows = repeatable(rows)
     for row in rows:
         if "loss" in row:
@@ -192,6 +193,12 @@ def test_every_test_image_counts_once(batch_size):
 # Flags and errors.
 
 
+def test_flags_reach_the_model():
+    model = train_moe_vit.Config(dtype="bfloat16", num_experts=8, experts_per_token=3, d_ff=24, patch_size=4).model()
+    assert (model.dtype, model.num_experts, model.experts_per_token, model.d_ff) == (jnp.bfloat16, 8, 3, 24)
+    assert (model.d_model, model.num_layers, model.num_heads, model.num_patches) == (128, 4, 4, 64)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -215,33 +222,40 @@ def test_a_batch_larger_than_the_data(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def program(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "examples.train_moe_vit", *flags],
+def run_module(monkeypatch, *flags):
+    """The program as `python -m` runs it, without the seconds that another Python takes to start. Its exit code."""
+    monkeypatch.setattr(sys, "argv", ["train_moe_vit", *flags])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("examples.train_moe_vit", run_name="__main__")
+    return end.value.code
+
+
+# runpy says that the module is imported already.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_help_and_errors_of_the_program(monkeypatch, capsys):
+    assert run_module(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    for flag in ("--strategy", "--gamma", "--data-dir", "--experts-per-token", "--epochs", "--log-every", "--log"):
+        assert f"{flag} " in shown
+    assert "(default: 128)" in shown
+    assert run_module(monkeypatch, "--strategy", "some") == 2
+    assert "positive_sum" in capsys.readouterr().err
+    message = "train_moe_vit: --batch-size must be at most the 1437 training images; got 5000."
+    assert run_module(monkeypatch, "--batch-size", "5000") == message  # printed, and the code is 1
+
+
+def test_a_bad_flag_of_the_program():
+    failed = subprocess.run(
+        [sys.executable, "-m", "examples.train_moe_vit", "--warmup", "2"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "200"},
     )
-
-
-def test_help_names_the_flags():
-    shown = program("--help")
-    assert shown.returncode == 0
-    for flag in ("--strategy", "--gamma", "--data-dir", "--experts-per-token", "--epochs", "--log-every", "--log"):
-        assert f"{flag} " in shown.stdout
-    assert "(default: 128)" in shown.stdout
-
-
-def test_errors_of_the_program_are_short():
-    """Flags are checked at once; what the data say, before training."""
-    failed = program("--warmup", "2")
     assert failed.returncode == 2
     assert "--warmup is a share of the steps, in [0, 1]; got 2.0." in failed.stderr
     assert "Traceback" not in failed.stderr
-    failed = program("--batch-size", "5000")
-    assert failed.returncode == 1
-    assert failed.stderr == "train_moe_vit: --batch-size must be at most the 1437 training images; got 5000.\n"
 
 
 # CIFAR-10.

@@ -224,7 +224,4 @@ def test_meshes_and_sizes_that_do_not_fit():
             apply(axis="model")
         with pytest.raises(ValueError, match="6 experts cannot be split over 4 devices along 'expert'"):
             apply(num_experts=6)
-        with pytest.raises(
-            ValueError, match=r"12 tokens cannot be split over the 8 devices of \{'data': 2, 'expert': 4"
-        ):
-            apply(tokens=12)
+        assert apply(tokens=12).shape == (12, 1)  # rows that go nowhere fill up the devices

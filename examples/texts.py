@@ -76,8 +76,8 @@ def _splits(folder: pathlib.Path) -> tuple[tuple[bytes, bytes], str]:
     for name in (train, evaluation):
         if len(files[name]) != 1:
             raise FileNotFoundError(
-                f"{folder} should hold one file named like *{name}*; it holds {[p.name for p in files[name]]}. "
-                "Name text files instead."
+                f"{folder} should hold one file named like *{name}*; of that name there are "
+                f"{[p.name for p in files[name]] or 'none'}. For other texts, name the files."
             )
     description = f"{files[train][0].name} for training, {files[evaluation][0].name} for evaluation, of {folder}"
     return (files[train][0].read_bytes(), files[evaluation][0].read_bytes()), description

@@ -120,9 +120,14 @@ def main(config: Config) -> float:
     """Loads the text, trains, writes the log, prints a sample, and returns the loss in nats per token."""
     text = texts.load(config.text, config.tokenizer)
     if min(len(text.train), len(text.evaluation)) < config.context + 1:
-        raise ValueError(f"{text.description}: shorter than --context {config.context}.")
+        raise ValueError(
+            f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; each must have more than "
+            f"--context {config.context}."
+        )
     model_config = config.model(text.vocab_size)
-    prompt = texts.encode(config.prompt.encode(), config.tokenizer)[: config.context - 1]
+    prompt = texts.encode(config.prompt.encode(), config.tokenizer)
+    if len(prompt) >= config.context:
+        raise ValueError(f"--prompt has {len(prompt)} tokens, and must be shorter than --context {config.context}.")
     graphdef, params = nnx.split(gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed)))
     print(
         f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; "
@@ -165,8 +170,8 @@ def main(config: Config) -> float:
     entropy = texts.unigram_entropy(text.evaluation_bytes)
     bits = evaluation["bits_per_byte"]
     print(
-        f"{config.strategy}: perplexity {evaluation['perplexity']:.3f} per token, {bits:.3f} bits per byte; "
-        f"the entropy of the text's bytes is {entropy:.3f}, {entropy - bits:.3f} more. Log: {log.path}"
+        f"{config.strategy}: perplexity {evaluation['perplexity']:.3f} per token, {bits:.3f} bits per byte, "
+        f"{entropy - bits:.3f} under the entropy of the text's single bytes, {entropy:.3f}; log: {log.path}"
     )
     model = nnx.merge(graphdef, params)
     sample = gpt_moe.generate(

@@ -101,6 +101,7 @@ def apply_experts(
              [11. ]], dtype=float32)
     """
     check_backend(backend, capacity is not None)
+    params, x, indices, gates = jax.tree.map(jnp.asarray, (params, x, indices, gates))
     num_experts = jax.tree.leaves(params)[0].shape[0]
     tokens, choices = indices.shape
     gates = gates.astype(jnp.promote_types(gates.dtype, jnp.float32)).T  # [K, T]

@@ -122,7 +122,7 @@ def auxiliary_losses(sown: nnx.State) -> AuxiliaryLosses:
       1.0
     """
     values: dict[str, list[jax.Array]] = {name: [] for name in AuxiliaryLosses._fields}
-    for path, variable in nnx.to_flat_state(sown):
+    for path, variable in nnx.to_flat_state(sown) if isinstance(sown, nnx.State) else ():
         if path[-1] in values:
             values[path[-1]].append(jnp.ravel(variable[...]))
     if not values["load_balancing"]:
@@ -189,6 +189,7 @@ class MoE(nnx.Module):
         Raises:
           ValueError: if a shape does not fit, or jitter has no key.
         """
+        x = jnp.asarray(x)
         if x.shape[-1] != self.config.d_model:
             raise ValueError(f"MoE: the last axis of x {list(x.shape)} must be d_model = {self.config.d_model}.")
         if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -511,3 +511,21 @@ def test_it_learns():
             trained, state = update(trained, state, d_params, utilization)
             losses.append(float(loss))
         assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "ragged_dot"}, {"capacity_factor": 1.25}])
+def test_numpy_arrays_are_arrays(options):
+    layer = make(**options)
+    layer.eval()
+    np.testing.assert_array_equal(layer(np.asarray(X), np.asarray(WHERE)), layer(X, WHERE))
+
+
+@pytest.mark.parametrize("sown", [{}, ({}, {}), nnx.State({})])
+def test_auxiliary_losses_of_something_else(sown):
+    with pytest.raises(ValueError, match=r"Pass what capture_routing\(model, AuxiliaryLoss\) gave third"):
+        moe.auxiliary_losses(sown)
+
+
+def test_integers_are_no_input():
+    with pytest.raises(ValueError, match="x must be floats; got int32"):
+        make()(jnp.ones(X.shape, jnp.int32))

@@ -91,8 +91,8 @@ def test_a_run_prints_what_it_is_and_a_sample(run):
     loss, rows, printed = run
     assert "the last tenth is evaluated: 810 and 90 tokens" in printed
     assert f"none: perplexity {math.exp(loss):.3f} per token, {rows[-1]['bits_per_byte']:.3f} bits per byte" in printed
-    assert "the entropy of the text's bytes is 1.585" in printed  # log2 3
-    assert f"Log: {pathlib.Path(rows[0]['config']['log'])}" in printed
+    assert "under the entropy of the text's single bytes, 1.585" in printed  # log2 3
+    assert f"log: {pathlib.Path(rows[0]['config']['log'])}" in printed
     assert printed.endswith("sample: abcabcabcabcabca\n")  # the prompt and what follows, as long as the context
 
 
@@ -203,7 +203,9 @@ def test_bad_flags_of_the_sample_are_found_before_training(kwargs):
 
 @pytest.mark.parametrize("length", [16, 160])  # the last tenth of 160 are 16, one less than a window and its targets
 def test_a_text_shorter_than_the_context(tmp_path, length):
-    with pytest.raises(ValueError, match=r"text; the last tenth is evaluated: shorter than --context 16\."):
+    with pytest.raises(
+        ValueError, match=r"text; the last tenth is evaluated: .* tokens; each must have more than --context 16\."
+    ):
         train(tmp_path, text="a" * length)
     assert not (tmp_path / "log.jsonl").exists()
 
@@ -239,3 +241,10 @@ def test_an_error_of_the_program_is_one_line(tmp_path):
     assert len(failed.stderr.splitlines()) == 1
     assert failed.stderr.startswith("train_gpt_moe: ")
     assert "nowhere.txt" in failed.stderr
+
+
+def test_a_prompt_longer_than_the_context(tmp_path):
+    (tmp_path / "text").write_bytes(b"abc" * 300)
+    config = train_gpt_moe.Config(text=(tmp_path / "text",), prompt="a" * 16, context=16, log=tmp_path / "log")
+    with pytest.raises(ValueError, match="--prompt has 16 tokens, and must be shorter than --context 16"):
+        train_gpt_moe.main(config)

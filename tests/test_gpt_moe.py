@@ -245,7 +245,7 @@ def test_experts_on_several_devices(axis_type):
     expected, text = run(make())[0], gpt_moe.generate(make(), TOKENS[:, :4], 3, temperature=0.0)
     with jax.set_mesh(mesh):
         model = make(expert_parallel_axis="expert")
-        np.testing.assert_allclose(run(model)[0], expected, atol=1e-4)
+        np.testing.assert_allclose(run(model)[0], expected, atol=1e-3)  # logits reach 16
         np.testing.assert_array_equal(gpt_moe.generate(model, TOKENS[:, :4], 3, temperature=0.0), text)
 
 

@@ -20,7 +20,7 @@ test-latest: $(UV)  ## the tests, with the newest Python at hand and the newest 
 	set -x; UV_PROJECT_ENVIRONMENT=.venv-latest $(RUN) --python "$(LATEST)" pytest -n 2; fi
 
 test-slow: $(UV)  ## the tests that take longer
-	$(RUN) pytest -n 2 -m slow
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) pytest -n 2 -m slow
 
 test-torch: $(UV)  ## the MoE layer against Hugging Face's transformers, and by tokamax; PyTorch only on Python 3.11
 	UV_PROJECT_ENVIRONMENT=.venv-torch $(UV) run --locked --extra flax --extra torch --extra tokamax \

@@ -50,9 +50,10 @@ wheel-test: $(UV)  ## build the wheel and try it in an empty environment, outsid
 bench: $(UV)  ## speed, as ratios measured side by side
 	$(RUN) python -m benchmarks.quickstart_epoch
 	$(RUN) python -m benchmarks.top_k
-	$(RUN) python -m benchmarks.step_cost
+	$(RUN) python -m benchmarks.overhead --rows mlp-2048-2 --no-write
 	$(RUN) python -m benchmarks.moe_layer
 	$(RUN) python -m benchmarks.gpt_step
+	$(RUN) python -m benchmarks.sweep
 
 clean:  ## remove what the targets made
 	rm -rf .venv .venv-latest .venv-torch .uv build dist out .pytest_cache .ruff_cache .hypothesis

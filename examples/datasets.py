@@ -1,6 +1,9 @@
 """Image data sets that fit in memory."""
 
 import dataclasses
+import functools
+import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -18,6 +21,17 @@ class ImageData:
     test_labels: np.ndarray
     num_classes: int
     description: str  # a line that says what this is and where it came from
+    state: str = ""  # what its maker says of it
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits made of every image and label."""
+        arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(f"{array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
     @property
     def input_dim(self) -> int:
@@ -66,4 +80,12 @@ def load_tfds(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
         return np.stack(images), np.asarray(labels, np.int32)
 
     description = f"{name} {builder.version}, from {builder.data_dir}"
-    return ImageData(*read("train"), *read("test"), builder.info.features["label"].num_classes, description)
+    num_classes = builder.info.features["label"].num_classes
+    return ImageData(*read("train"), *read("test"), num_classes, description, _state(pathlib.Path(builder.data_dir)))
+
+
+def _state(folder: pathlib.Path) -> str:
+    """The first line of what stands beside the prepared data about it: TFDS itself keeps to its own description."""
+    path = folder / "dataset_info.json"
+    text = json.loads(path.read_text()).get("description", "") if path.exists() else ""
+    return text.strip().partition("\n")[0]

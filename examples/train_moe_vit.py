@@ -49,6 +49,11 @@ class Config(training.TrainingConfig):
         training.check_positive(self, "batch_size", *(["epochs"] if self.epochs is not None else []))
         self.model()
 
+    @property
+    def flip(self) -> bool:
+        """Whether half of the training images are mirrored; digits are not."""
+        return self.data_dir is not None
+
     def model(self) -> moe_vit.MoEViTConfig:
         """That of the model."""
         return moe_vit.MoEViTConfig(
@@ -74,7 +79,7 @@ def train_step(config, graphdef, tx, params, opt_state, step, images, labels, ke
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         return training.add_auxiliary(config, loss, losses), (loss, accuracy, utilization, losses)
 
-    images = augment(key, to_unit_range(images), flip=config.data_dir is not None)
+    images = augment(key, to_unit_range(images), flip=config.flip)
     grads, (loss, accuracy, utilization, losses) = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
     params = optax.apply_updates(params, updates)

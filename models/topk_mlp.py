@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ class TopKMLPConfig:
     depth: int = 4  # hidden layers
     num_classes: int = 10  # C
     sparsity: float = 0.9  # the share of a hidden layer's neurons that a sample does not keep
+    activation: Callable[[jax.Array], jax.Array] = nnx.relu  # before Top-K; `lambda h: h` ranks what may be negative
 
     def __post_init__(self):
         for name in ("input_dim", "width", "depth", "num_classes"):
@@ -53,7 +55,7 @@ class TopKMLP(nnx.Module):
       \mathrm{logits} = W h^{(L)} + b
 
     A neuron, with its incoming weights and its bias, is an expert, active for a sample if its activation is kept and
-    positive. Each layer sows its `RoutingCounts` at `layers/i`; the output layer `head` is no expert.
+    not zero. Each layer sows its `RoutingCounts` at `layers/i`; the output layer `head` is no expert.
 
     Attributes:
       expert_axis: what `scale_by_excitation` needs for this model: neurons are the last axis of kernels and biases.
@@ -88,7 +90,9 @@ class TopKMLP(nnx.Module):
     def __init__(self, config: TopKMLPConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = [config.input_dim] + [config.width] * config.depth
-        self.layers = nnx.List([TopKLinear(i, o, config.num_kept, rngs=rngs) for i, o in itertools.pairwise(widths)])
+        self.layers = nnx.List(
+            TopKLinear(i, o, config.num_kept, config.activation, rngs=rngs) for i, o in itertools.pairwise(widths)
+        )
         self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -110,7 +114,7 @@ class TopKMLP(nnx.Module):
 
 
 class TopKLinear(nnx.Linear):
-    """A Dense layer, ReLU, and Top-K: its neurons are experts.
+    """A Dense layer, ReLU (or another activation), and Top-K: its neurons are experts.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,15 +125,24 @@ class TopKLinear(nnx.Linear):
       True
     """
 
-    def __init__(self, in_features: int, out_features: int, num_kept: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_kept: int,
+        activation: Callable[[jax.Array], jax.Array] = nnx.relu,
+        *,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(in_features, out_features, rngs=rngs)
         self.num_kept = num_kept
+        self.activation = activation
         self.deterministic = False  # set by model.eval(): calls then leave no routing behind
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The kept activations `[B, E]` of inputs `[B, D]`, zeros elsewhere. Sows which neurons were active."""
-        h = keep_top_k(nnx.relu(super().__call__(x)), self.num_kept)
-        excitation_optax.flax.sow_routing(self, excitation_optax.count_active(h > 0))
+        h = keep_top_k(self.activation(super().__call__(x)), self.num_kept)
+        excitation_optax.flax.sow_routing(self, excitation_optax.count_active(h != 0))
         return h
 
 
@@ -140,7 +153,7 @@ def keep_top_k(h: jax.Array, k: int) -> jax.Array:
     as they are: no neuron is favoured for its index. A NaN is kept.
 
     Args:
-      h: `[..., E]` floats, none negative (as after ReLU).
+      h: `[..., E]` floats.
       k: K, between 1 and E.
 
     Returns:
@@ -164,22 +177,25 @@ def keep_top_k(h: jax.Array, k: int) -> jax.Array:
 
 
 def kth_largest(h: jax.Array, k: int) -> jax.Array:
-    """The K-th largest of values that are not negative, over the last axis, `[..., 1]`.
+    """The K-th largest value over the last axis, `[..., 1]`.
 
-    Floats that are not negative are ordered as their bits are, read as an integer. So the answer is the largest integer
-    that at least K of them reach, found bit by bit from the highest: exact, with as many counting passes as there are
-    bits. Where XLA has no fast top-k, as on CPU, that beats sorting (`python -m benchmarks.top_k`).
+    Floats are ordered as their bits are, read as an integer, if those below the sign are flipped in negative ones. So
+    the answer is the largest integer that at least K of them reach, found bit by bit from the highest: exact, with as
+    many counting passes as there are bits. Where XLA has no fast top-k, as on CPU, that beats sorting
+    (`python -m benchmarks.top_k`).
     """
     integer = jnp.dtype(f"int{8 * h.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(h, integer)
-    highest = 8 * h.dtype.itemsize - 2  # below the sign
+    lowest, highest = jnp.iinfo(integer).min, 8 * h.dtype.itemsize - 2  # the highest bit is the one below the sign
+    in_order = lambda bits: jnp.where(bits < 0, bits ^ jnp.array(~lowest, integer), bits)  # its own inverse
+    bits = in_order(jax.lax.bitcast_convert_type(h, integer))
 
     def set_bit(i, threshold):
         higher = threshold | jnp.left_shift(jnp.ones_like(threshold), (highest - i).astype(integer))
         return jnp.where(_count(bits >= higher) >= k, higher, threshold)
 
-    threshold = jax.lax.fori_loop(0, highest + 1, set_bit, jnp.zeros_like(bits[..., :1]))
-    return jax.lax.bitcast_convert_type(threshold, h.dtype)
+    threshold = jnp.where(_count(bits >= 0) >= k, jnp.array(0, integer), jnp.array(lowest, integer))
+    threshold = jax.lax.fori_loop(0, highest + 1, set_bit, threshold)
+    return jax.lax.bitcast_convert_type(in_order(threshold), h.dtype)
 
 
 def _count(mask: jax.Array) -> jax.Array:

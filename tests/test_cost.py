@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import step_cost
-from models import topk_mlp
+from benchmarks import overhead
 
 
 @functools.cache
 def compiled(excited, counting=True):
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
-        return step_cost.compile_step(step_cost.CONFIG, step_cost.BATCH, excited, counting)
+        return overhead.compile_step(overhead.ROWS["mlp-2048-2"], 512, excited, counting)
 
 
 @pytest.mark.parametrize("measure", ["bytes accessed", "flops"])
@@ -42,13 +41,15 @@ def test_the_step_talks_to_no_host():
 
 
 def test_the_second_call_compiles_nothing():
-    step, init = step_cost.make_step(topk_mlp.TopKMLPConfig(input_dim=6, width=8, depth=2), excited=True)
+    row = overhead.shrink(overhead.ROWS["mlp-2048-2"])
+    tx = overhead.make_optimizer(row, excited=True)
     events = []
     listen = lambda event, seconds, **kwargs: events.append(event)
     with jax.numpy_dtype_promotion("standard"):
-        jitted = jax.jit(step)
-        params, opt_state = jax.jit(init)()
-        x, y = jnp.ones((4, 6)), jnp.zeros(4, jnp.int32)
+        jitted = jax.jit(overhead.make_step(row, tx))
+        params = overhead.make_params(row)
+        opt_state = jax.jit(tx.init)(params)
+        x, y = jnp.ones((4, row.config.input_dim)), jnp.zeros(4, jnp.int32)
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
             params, opt_state, *_ = jitted(params, opt_state, x, y)

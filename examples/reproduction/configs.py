@@ -1,0 +1,169 @@
+"""What a run is: a frozen config of everything its numbers depend on, and a key made of it.
+
+A table or a figure is a view of runs: two tables that ask for the same config share the run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any, ClassVar, Literal
+
+Strategy = Literal["vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What runs of every kind have."""
+
+    kind: ClassVar[str]
+
+    dataset: str = "cifar10"
+    strategy: Strategy = "vanilla"
+    gamma: float = 1.0
+    epochs: int = 30
+    seed: int = 0
+    subset: int | None = None  # train on the first so many examples only
+
+    def __post_init__(self):
+        if self.strategy == "vanilla":
+            object.__setattr__(self, "gamma", 1.0)  # it has none: this is one run, not several
+        for name in ("epochs", "subset"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1; got {value}.")
+        if self.seed < 0:
+            raise ValueError(f"{type(self).__name__}: seed must not be negative; got {self.seed}.")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"{type(self).__name__}: gamma must be finite and not negative; got {self.gamma}.")
+
+    @property
+    def key(self) -> str:
+        """Names the run in the results: 16 hexadecimal digits made of all of its config."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """The config with its kind, as it stands in the results."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPRun(Run):
+    """A Top-K MLP on images (sections 4.1 to 4.4 and 4.6)."""
+
+    kind: ClassVar[str] = "mlp"
+
+    width: int = 128
+    depth: int = 4
+    sparsity: float = 0.9
+    optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
+    learning_rate: float = 0.01
+    schedule: Literal["cosine", "constant"] = "cosine"
+    batch_size: int = 512
+    augmentation: Literal["none", "flip", "crop_flip"] = "crop_flip"
+    normalization: Literal["unit", "standard"] = "standard"  # pixels in [0, 1], or by channel's mean and deviation
+    initialization: Literal["lecun_normal", "he_normal", "torch"] = "lecun_normal"
+    activation: Literal["relu", "none"] = "relu"  # before Top-K
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("width", "depth", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MLPRun: {name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"MLPRun: learning_rate must be positive; got {self.learning_rate}.")
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"MLPRun: sparsity is a share in [0, 1]; got {self.sparsity}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTRun(Run):
+    """A MoE-ViT on images (section 4.5, figures 6, 10 and 11).
+
+    The paper gives experts, layers, width and K. Rates and batch size are those of its table 1; cosine decay to zero is
+    from table 6; warm-up, heads, the 4M's experts of width 32, random crops and mirroring are our choice.
+    """
+
+    kind: ClassVar[str] = "vit"
+    RATES: ClassVar[dict[str, float]] = {"sgd": 0.01, "momentum": 0.01, "adam": 1e-4}
+
+    num_experts: int = 64
+    experts_per_token: int = 2
+    d_model: int = 128
+    d_ff: int = 256  # the hidden width of an expert
+    num_layers: int = 4
+    num_heads: int = 4
+    patch_size: int = 4
+    optimizer: Literal["sgd", "momentum", "adam"] = "adam"
+    learning_rate: float | None = None  # at its peak; None: that of RATES
+    warmup: float = 0.05  # the share of the steps in which the rate rises
+    batch_size: int = 512
+    load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
+    flip: bool | None = None  # whether half of the images are mirrored; None: unless they are of digits
+
+    def __post_init__(self):
+        super().__post_init__()
+        rate = self.RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+        object.__setattr__(self, "learning_rate", rate)
+        if self.flip is None:
+            object.__setattr__(self, "flip", self.dataset not in ("svhn_cropped", "digits"))
+        if not 0 < rate < math.inf:
+            raise ValueError(f"ViTRun: learning_rate must be positive; got {rate}.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"ViTRun: warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
+        if self.batch_size < 1:
+            raise ValueError(f"ViTRun: batch_size must be at least 1; got {self.batch_size}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTRun(Run):
+    """A GPT-MoE on text (section 4.5, table 2).
+
+    The paper gives the data, 5 epochs, Adam, E, K and the width of an expert; the other sizes follow from the parameter
+    counts that it prints. Rate (GPT-3's for models of this size), batch size, warm-up and cosine decay to zero are our
+    choice. An example is a sequence of `context` tokens.
+    """
+
+    kind: ClassVar[str] = "gpt"
+
+    dataset: str = "wikitext-103"
+    num_experts: int = 4
+    experts_per_token: int = 2
+    d_ff: int = 256  # the hidden width of an expert
+    d_model: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    context: int = 128
+    epochs: int = 5
+    learning_rate: float = 3e-4  # of Adam, at its peak
+    warmup: float = 0.05  # the share of the steps in which the rate rises
+    batch_size: int = 64
+    load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
+    dtype: Literal["float32", "bfloat16"] = "float32"  # what the model computes in; its parameters stay float32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"GPTRun: learning_rate must be positive; got {self.learning_rate}.")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"GPTRun: warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
+        if self.batch_size < 1:
+            raise ValueError(f"GPTRun: batch_size must be at least 1; got {self.batch_size}.")
+
+
+KINDS: dict[str, type[Run]] = {config.kind: config for config in (MLPRun, ViTRun, GPTRun)}
+
+
+def from_json(config: dict[str, Any]) -> Run:
+    """The run whose `to_json` this is.
+
+    Raises:
+      ValueError: if the kind or a field is not known.
+    """
+    config = dict(config)
+    kind = config.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"A run's kind is one of {sorted(KINDS)}; got {kind!r}.")
+    try:
+        return KINDS[kind](**config)
+    except TypeError as error:
+        raise ValueError(f"Not a config of kind {kind!r}: {error}.") from error

@@ -1,0 +1,459 @@
+"""Trains many Top-K MLPs at once: a sweep of strategies, intensities, learning rates and seeds, stacked by `vmap`.
+
+The runs of a seed start from the same parameters and see the same batches, cut and mirrored alike, whatever their
+strategy: so differences between strategies can be paired by seed. The data stays on the device as bytes; shuffling,
+augmentation and evaluation happen there too. Groups of runs that cannot be stacked, as their models or batches have
+other shapes, take turns; with several devices (on CPU, one for each core) there is a group on each.
+
+Axis letters: S seeds, M members (the runs of a seed), L hidden layers, E neurons, C classes, B batch.
+"""
+
+import dataclasses
+import functools
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import excitation_optax
+from examples import datasets
+from examples.reproduction import configs, store
+from excitation_optax import flax as excitation_flax
+from excitation_optax import metrics
+from models import topk_mlp
+
+PAD = 4  # pixels on every side, black, for random crops
+
+# Where Optax's defaults are not those of PyTorch, PyTorch's: the paper names no values, and these are the common ones.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+    "adamw": functools.partial(optax.adamw, weight_decay=0.01),
+    "rmsprop": functools.partial(optax.rmsprop, decay=0.99, eps_in_sqrt=False),
+    "adagrad": functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-10),
+}
+ACTIVATIONS = {"relu": nnx.relu, "none": lambda h: h}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that train stacked: `runs[s][m]`, the same members for every seed."""
+
+    runs: tuple[tuple[configs.MLPRun, ...], ...]
+
+    def __iter__(self):
+        return itertools.chain.from_iterable(self.runs)
+
+    @property
+    def epochs(self) -> int:
+        """Of all its runs together."""
+        return sum(run.epochs for run in self)
+
+
+def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 600) -> list[Group]:
+    """Groups for the runs, in their order: each holds every run once, and stays small in memory and in time.
+
+    Args:
+      runs: what to train; repeated ones count once.
+      max_runs: the most that are stacked.
+      max_epochs: the most epochs of a group, over all of its runs: what a group has done is lost if it is interrupted.
+    """
+    stackable: dict[configs.MLPRun, dict[int, list[configs.MLPRun]]] = {}
+    for run in dict.fromkeys(runs):
+        stackable.setdefault(_shared(run), {}).setdefault(run.seed, []).append(run)
+    groups = []
+    for shared, by_seed in stackable.items():
+        limit = max(1, min(max_runs, max_epochs // shared.epochs))
+        rows = [tuple(row[i : i + limit]) for row in by_seed.values() for i in range(0, len(row), limit)]
+        alike: dict[tuple, list[tuple[configs.MLPRun, ...]]] = {}
+        for row in rows:
+            alike.setdefault(tuple(dataclasses.replace(run, seed=0) for run in row), []).append(row)
+        for members, rows in alike.items():
+            seeds = max(1, limit // len(members))
+            groups += [Group(tuple(rows[i : i + seeds])) for i in range(0, len(rows), seeds)]
+    return groups
+
+
+def _shared(run: configs.MLPRun) -> configs.MLPRun:
+    """What runs must have in common to be stacked: everything but what a `Member` and a seed are made of."""
+    return dataclasses.replace(run, seed=0, strategy="vanilla", learning_rate=1.0)
+
+
+class Member(NamedTuple):
+    """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
+
+    strategy: jax.Array  # its number in the program's strategies
+    gamma: jax.Array
+    learning_rate: jax.Array
+
+
+class Data(NamedTuple):
+    """A data set on a device."""
+
+    train_images: jax.Array  # uint8, with a black border where images are cropped at random
+    train_labels: jax.Array
+    test_images: jax.Array  # uint8
+    test_labels: jax.Array
+    mean: jax.Array  # of the training pixels in [0, 1], for each channel, or 0
+    deviation: jax.Array  # or 1
+
+
+class Measures(NamedTuple):
+    """Of one model on the test images; in a group every array has leading axes `[S, M]`."""
+
+    accuracy: jax.Array  # NaN for a model that diverged
+    entropy: jax.Array  # [L], nats, of the shares of the kept neurons in what a hidden layer passes on
+    specialization: jax.Array  # [L]
+    max_load: jax.Array  # [L], of the busiest neuron, over the mean
+    dead: jax.Array  # [L], the share of neurons that no image activates
+
+
+def any_of(strategies: Sequence[str], number: jax.Array) -> Any:
+    """A strategy that is the one of this number, which may be traced."""
+    functions = [_vanilla if name == "vanilla" else getattr(excitation_optax, name) for name in strategies]
+
+    def chosen(utilization, gamma):
+        return jnp.stack([f(utilization, gamma) for f in functions])[number]
+
+    def chosen_with_key(utilization, gamma, *, key):
+        keyed = [
+            functools.partial(f, key=key) if name == "random_boost" else f
+            for name, f in zip(strategies, functions, strict=True)
+        ]
+        return jnp.stack([f(utilization, gamma) for f in keyed])[number]
+
+    return chosen_with_key if "random_boost" in strategies else chosen
+
+
+def _vanilla(utilization, gamma):
+    """No Excitation: a factor of 1 changes no bit of an update."""
+    del gamma
+    return jnp.ones_like(utilization)
+
+
+@functools.cache
+class Program:
+    """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
+
+    Args:
+      shared: the config of every run of the group, but for its `Member` and seed.
+      strategies: those that members choose from, by number.
+      input_dim: values of an image.
+      num_classes: C.
+      steps_per_epoch: full batches in the training images.
+    """
+
+    def __init__(
+        self,
+        shared: configs.MLPRun,
+        strategies: tuple[str, ...],
+        input_dim: int,
+        num_classes: int,
+        steps_per_epoch: int,
+    ):
+        self.shared, self.num_classes, self.steps_per_epoch = shared, num_classes, steps_per_epoch
+        self.strategies = strategies
+        self.model_config = topk_mlp.TopKMLPConfig(
+            input_dim, shared.width, shared.depth, num_classes, shared.sparsity, ACTIVATIONS[shared.activation]
+        )
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self.make_model(0)))
+        # Seeds that take turns leave a CPU's caches to one seed's models; wider devices train them side by side.
+        self.wide = jax.default_backend() != "cpu"
+        self.init = jax.jit(self._init)
+        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
+        self.evaluate = jax.jit(self._evaluate)
+
+    def make_model(self, seed) -> topk_mlp.TopKMLP:
+        """The model that every run of a seed starts from."""
+        model = topk_mlp.TopKMLP(self.model_config, rngs=nnx.Rngs(jax.random.key(seed)))
+        if self.shared.initialization == "lecun_normal":  # Flax's default
+            return model
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), 2 * (self.shared.depth + 1))
+        for i, layer in enumerate([*model.layers, model.head]):
+            if self.shared.initialization == "he_normal":
+                layer.kernel[...] = jax.nn.initializers.he_normal()(keys[2 * i], layer.kernel.shape)
+            else:  # PyTorch's Linear: uniform, as wide as the root of one over the inputs, biases too
+                uniform = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
+                scale = layer.in_features**-0.5
+                layer.kernel[...] = scale * uniform(keys[2 * i], layer.kernel.shape)
+                bias: Any = layer.bias
+                bias[...] = scale * uniform(keys[2 * i + 1], bias.shape)
+        return model
+
+    def make_optimizer(self, member: Member, seed) -> optax.GradientTransformationExtraArgs:
+        """The optimizer with its schedule, and Excitation after it."""
+        steps = self.shared.epochs * self.steps_per_epoch
+        cosine = self.shared.schedule == "cosine"
+        # Optax's own schedule wants a number that is not traced.
+        decay = (lambda count: 0.5 * (1 + jnp.cos(jnp.pi * count / steps))) if cosine else (lambda count: 1.0)
+        return optax.chain(
+            OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count)),
+            excitation_optax.scale_by_excitation(
+                any_of(self.strategies, member.strategy),
+                member.gamma,
+                expert_axis=topk_mlp.TopKMLP.expert_axis,
+                seed=seed,
+            ),
+        )
+
+    def _init(self, members: Member, seeds):
+        """Parameters and optimizer states `[S, M, ...]`: of a seed, all members have the same parameters."""
+
+        def one(seed, member):
+            params = nnx.state(self.make_model(seed))
+            return params, self.make_optimizer(member, seed).init(params)
+
+        return jax.vmap(lambda seed: jax.vmap(functools.partial(one, seed))(members))(seeds)
+
+    def _train_epoch(self, states, members: Member, seeds, epoch, data: Data):
+        """An epoch of every run; the last batch is dropped unless it is full. Returns the mean losses too."""
+        examples, batch_size = data.train_labels.shape[0], self.shared.batch_size
+
+        def train_seed(operands):
+            states, seed = operands
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
+            order = jax.random.permutation(key, examples)[: self.steps_per_epoch * batch_size]
+            keys = jax.random.split(jax.random.fold_in(key, 1), self.steps_per_epoch)
+
+            def step(states, batch):
+                indices, key = batch
+                images = self.normalize(self.augment(key, data.train_images, indices), data)
+                labels = data.train_labels[indices]
+                return jax.vmap(lambda state, member: self.train_step(state, member, seed, images, labels))(
+                    states, members
+                )
+
+            states, losses = jax.lax.scan(step, states, (order.reshape(-1, batch_size), keys))
+            return states, jnp.mean(losses, axis=0)
+
+        return jax.lax.map(train_seed, (states, seeds), batch_size=seeds.shape[0] if self.wide else None)
+
+    def train_step(self, state, member: Member, seed, images, labels):
+        """A step of one run: loss, gradient, update."""
+        params, opt_state = state
+
+        def loss_fn(params):
+            logits, utilization = excitation_flax.capture_routing(nnx.merge(self.graphdef, params))(images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), utilization
+
+        (loss, utilization), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        tx = self.make_optimizer(member, seed)
+        updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    def augment(self, key, images, indices):
+        """The images `[B, H, W, 3]` of a batch, each cut out at random from its border and mirrored at random."""
+        crop_key, flip_key = jax.random.split(key)
+        batch = indices.shape[0]
+        if self.shared.augmentation == "crop_flip":
+            height, width = images.shape[1] - 2 * PAD, images.shape[2] - 2 * PAD
+            corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * PAD + 1)
+
+            def crop(operands):
+                index, (top, left) = operands
+                return jax.lax.dynamic_slice(images, (index, top, left, 0), (1, height, width, images.shape[3]))[0]
+
+            # One by one, these are copies; XLA's CPU code for a gather is slower.
+            images = jax.lax.map(crop, (indices, corners), batch_size=batch if self.wide else None)
+        else:
+            images = images[indices]
+        if self.shared.augmentation == "none":
+            return images
+        mirrored = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
+        return jnp.where(mirrored, images[:, :, ::-1], images)
+
+    def normalize(self, images, data: Data):
+        """Bytes to floats."""
+        return (images.astype(jnp.float32) / 255 - data.mean) / data.deviation
+
+    def _evaluate(self, params, data: Data) -> Measures:
+        """Measures of every run on the test images."""
+        images = self.normalize(data.test_images, data)
+
+        def evaluate(params):
+            model = nnx.merge(self.graphdef, params)
+            hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
+            logits = model.head(hidden[-1])
+            correct = jnp.argmax(logits, axis=-1) == data.test_labels
+            active = [h != 0 for h in hidden]
+            loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
+            classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
+            return Measures(
+                accuracy=jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(correct), jnp.nan),
+                entropy=jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
+                specialization=jax.vmap(metrics.specialization_score)(classes),
+                max_load=metrics.max_over_mean_load(loads),
+                dead=metrics.dead_experts(loads),
+            )
+
+        return jax.lax.map(jax.vmap(evaluate), params)
+
+
+def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
+    """The data set on JAX's default device, as the runs of a group want it."""
+    train_images, train_labels = data.train_images[: shared.subset], data.train_labels[: shared.subset]
+    mean, deviation = np.float32(0), np.float32(1)
+    if shared.normalization == "standard":
+        values = np.arange(256) / 255
+        channels = range(train_images.shape[-1])
+        shares = np.stack([np.bincount(train_images[..., c].ravel(), minlength=256) for c in channels])
+        shares = shares / shares.sum(1, keepdims=True)
+        mean = (shares @ values).astype(np.float32)
+        deviation = np.sqrt(shares @ values**2 - (shares @ values) ** 2).astype(np.float32)
+    if shared.augmentation == "crop_flip":
+        train_images = np.pad(train_images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+    return Data(*map(jnp.asarray, (train_images, train_labels, data.test_images, data.test_labels, mean, deviation)))
+
+
+def train_group(
+    group: Group, data: datasets.ImageData, advance: Callable[[int], None], stopped: Callable[[], bool]
+) -> list[store.Result] | None:
+    """Trains the runs of a group on JAX's default device.
+
+    Args:
+      group: what to train.
+      data: of all runs of the group.
+      advance: is called after every epoch with the number of runs that have done it.
+      stopped: whether to give up.
+
+    Returns:
+      A result for each run, or None if stopped.
+
+    Raises:
+      ValueError: if there is not a single full batch.
+    """
+    start = time.perf_counter()
+    shared = _shared(group.runs[0][0])
+    examples = len(data.train_labels[: shared.subset])
+    if shared.batch_size > examples:
+        raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
+    strategies = tuple(sorted({run.strategy for run in group}))
+    members = Member(
+        jnp.array([strategies.index(run.strategy) for run in group.runs[0]]),
+        jnp.array([run.gamma for run in group.runs[0]], jnp.float32),
+        jnp.array([run.learning_rate for run in group.runs[0]], jnp.float32),
+    )
+    seeds = jnp.array([row[0].seed for row in group.runs])
+    program = Program(shared, strategies, data.input_dim, data.num_classes, examples // shared.batch_size)
+    on_device = put(data, shared)
+    states = program.init(members, seeds)
+    curve = []
+    for epoch in range(1, shared.epochs + 1):
+        if stopped():
+            return None
+        states, losses = program.train_epoch(states, members, seeds, epoch, on_device)
+        if epoch in evaluated_epochs(shared.epochs):
+            curve.append((epoch, *jax.device_get((losses, program.evaluate(states[0], on_device)))))
+        jax.block_until_ready(losses)
+        advance(len(list(group)))
+    seconds = (time.perf_counter() - start) / len(list(group))
+    about = store.environment() | {
+        "date": store.now(),
+        "data": f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})",
+        "fingerprint": data.fingerprint,
+        "stacked": [len(group.runs), len(group.runs[0])],
+    }
+    return [
+        _result(run, [(epoch, losses[s, m], _at(measures, s, m)) for epoch, losses, measures in curve], seconds, about)
+        for s, row in enumerate(group.runs)
+        for m, run in enumerate(row)
+    ]
+
+
+def evaluated_epochs(epochs: int) -> range:
+    """About fifteen epochs, evenly spaced, after which runs are evaluated; the last is one of them."""
+    every = max(1, epochs // 15)
+    return range(epochs - (epochs - 1) // every * every, epochs + 1, every)
+
+
+def _at(measures: Measures, s: int, m: int) -> Measures:
+    return Measures(*(value[s, m] for value in measures))
+
+
+def _result(run: configs.MLPRun, curve: list, seconds: float, about: dict[str, Any]) -> store.Result:
+    """Four digits of what is measured along the way, all of what is measured at the end."""
+    short = lambda value: float(f"{float(value):.4g}")
+    last = curve[-1][2]
+    return store.Result(
+        run,
+        {name: np.asarray(value, np.float64).tolist() for name, value in last._asdict().items()},
+        {
+            "epoch": [epoch for epoch, _, _ in curve],
+            "train_loss": [short(loss) for _, loss, _ in curve],
+            "accuracy": [short(measures.accuracy) for _, _, measures in curve],
+            "entropy": [short(measures.entropy.mean()) for _, _, measures in curve],
+            "specialization": [short(measures.specialization.mean()) for _, _, measures in curve],
+        },
+        round(seconds, 2),
+        about,
+    )
+
+
+def train(
+    runs: Sequence[configs.MLPRun],
+    load: Callable[[str], datasets.ImageData],
+    results: store.Results,
+    progress: Any,
+    **limits: int,
+) -> None:
+    """Trains what is missing among the runs, group by group, on all devices, and appends what is finished.
+
+    Args:
+      runs: in the order of their importance.
+      load: reads a data set by its name.
+      results: has the finished runs, and gets the new ones.
+      progress: a `tqdm` bar, counting epochs of runs.
+      **limits: of `plan`.
+
+    Raises:
+      OSError: if a result could not be written.
+    """
+    pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
+    # Groups are made of all the runs, finished or not: a run then always has the same company, and the same digits.
+    for group in plan(runs, **limits):
+        if any(run not in results for run in group):
+            pending.put(group)
+        else:
+            progress.update(group.epochs)
+    sets = {name: load(name) for name in dict.fromkeys(run.dataset for run in runs)}
+    stop, lock, errors = threading.Event(), threading.Lock(), []
+
+    def advance(epochs: int):
+        with lock:
+            progress.update(epochs)
+
+    def work(device: jax.Device):
+        try:
+            with jax.default_device(device):
+                while not stop.is_set() and not pending.empty():
+                    group = pending.get_nowait()
+                    finished = train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
+                    with lock:
+                        results.append([r for r in finished or [] if r.run not in results])
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=work, args=(device,)) for device in jax.local_devices()]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:  # interrupted: let every group end its epoch
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,126 @@
+"""The paper's tables and figures as runs: one row for each, with our choices where the paper leaves them open."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+from typing import Any
+
+from examples.reproduction import configs
+
+PAPER = pathlib.Path(__file__).with_name("paper.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A table or a figure: which rows of the paper, with which seeds, and what we set ourselves."""
+
+    name: str
+    title: str
+    kind: str = "mlp"
+    seeds: int = 3
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of every run, such as {"epochs": 30}
+    rows: tuple[dict[str, Any], ...] | None = None  # what differs between runs; by default those of paper.json
+
+
+@functools.cache
+def paper() -> dict[str, Any]:
+    """The paper's numbers and claims, by table and figure, and excerpts of them that are run at their full length."""
+    views = json.loads(PAPER.read_text())["views"]
+    vanilla = lambda row: row["column"] == "vanilla"
+    targets = [
+        *(row for row in views["table4"]["rows"] if vanilla(row) and row["where"]["sparsity"] in (0.9, 0.1)),
+        *(row for row in views["table6"]["rows"] if vanilla(row) and row["where"]["schedule"] == "constant"),
+    ]
+    of_two = lambda wheres: all(where["optimizer"] in ("sgd", "adam") for where in wheres)
+    table1 = views["table1"]
+    views["targets"] = {
+        **table1,
+        "title": "The vanilla runs that the open choices are held against",
+        "where_in_paper": "Vanilla columns of tables 1, 4 and 6, at full length",
+        "rows": targets,
+        "claims": [],
+    }
+    views["table1_long"] = {
+        **table1,
+        "title": "SGD and Adam, at full length",
+        "rows": [row for row in table1["rows"] if of_two([row["where"]])],
+        "claims": [c for c in table1["claims"] if of_two(where for _, where in c["contrast"])],
+    }
+    return views
+
+
+def make_run(experiment: Experiment, where: dict[str, Any], seed: int) -> configs.Run:
+    """The run of a row: our settings, what the row says, and a seed."""
+    fields: dict[str, Any] = {**experiment.settings, **where, "seed": seed}
+    return configs.KINDS[experiment.kind](**fields)
+
+
+def runs(experiment: Experiment) -> list[configs.Run]:
+    """All runs of a table or figure, of its rows and of the claims about it, each once."""
+    if experiment.rows is None:
+        view = paper()[experiment.name]
+        specs = [*(row_spec(view, row) for row in view["rows"]), *view["claims"]]
+        rows = [where for spec in specs for _, where in spec["contrast"]]
+    else:
+        rows = experiment.rows
+    return list(dict.fromkeys(make_run(experiment, row, seed) for row in rows for seed in range(experiment.seeds)))
+
+
+def row_spec(view: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """What a row of the paper measures, in the form of a claim: a measure, and a linear combination of runs."""
+    if view["measure"] != "perplexity_reduction":
+        return {"measure": view["measure"], "contrast": [[1.0, row["where"]]]}
+    signs = {"vanilla": 1.0, "positive_sum": -1.0}
+    contrast = [[sign, row["where"] | {"strategy": strategy}] for strategy, sign in signs.items()]
+    return {"measure": "perplexity", "contrast": contrast}
+
+
+def _grid(**choices: tuple) -> tuple[dict[str, Any], ...]:
+    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
+
+
+ADAM = {"optimizer": "adam", "learning_rate": 1e-4}
+SGD = {"optimizer": "sgd", "learning_rate": 0.01}
+
+_SEARCH = _grid(
+    augmentation=("crop_flip", "flip", "none"),
+    normalization=("standard", "unit"),
+    initialization=("lecun_normal", "torch", "he_normal"),
+)
+
+EPOCHS = 30  # of the tables: what two CPU cores can do for 400 runs, and a tenth of what the paper seems to have done
+LONG = 300  # the length at which the vanilla columns come closest: see the remark on `targets`
+
+EXPERIMENTS = {
+    e.name: e
+    for e in [
+        Experiment("fig2", "CIFAR-10, all strategies and controls", seeds=5, settings={"epochs": EPOCHS}),
+        Experiment("table1", "Six optimizers on CIFAR-10", seeds=5, settings={"epochs": EPOCHS}),
+        Experiment("fig3", "Deep networks without skip connections", settings={"epochs": EPOCHS}),
+        Experiment("fig4", "Specialization by layer", settings={"epochs": EPOCHS}),
+        Experiment("fig5", "Routing entropy along training", settings={"epochs": EPOCHS}),
+        Experiment("fig6", "MoE-ViT on CIFAR-10", kind="vit", settings={"epochs": 1}),
+        Experiment("table2", "Perplexity of 60 GPT-MoEs on WikiText-103", kind="gpt", seeds=1),
+        Experiment("table3", "Learning rates", settings={"epochs": EPOCHS}),
+        Experiment("table4", "Sparsity", settings={"epochs": EPOCHS}),
+        Experiment("table5", "Batch sizes", settings={"epochs": EPOCHS}),
+        Experiment("table6", "Schedules", settings={"epochs": EPOCHS}),
+        Experiment("table7", "The intensity gamma", settings={"epochs": EPOCHS}),
+        Experiment("fig8", "SVHN and CIFAR-100, all strategies and controls", settings={"epochs": EPOCHS}),
+        Experiment("fig9", "Training curves of five optimizers", seeds=5, settings={"epochs": EPOCHS}),
+        Experiment("fig10", "MoE-ViT on CIFAR-100", kind="vit"),
+        Experiment("fig11", "MoE-ViT on SVHN", kind="vit"),
+        Experiment("targets", "The vanilla runs of the search, at full length", seeds=1, settings={"epochs": LONG}),
+        Experiment("table1_long", "SGD and Adam at full length", settings={"epochs": LONG}),
+        Experiment(
+            "search",
+            "The open choices, first look: vanilla, constant rate",
+            seeds=1,
+            settings={"epochs": 30, "schedule": "constant"},
+            rows=tuple({**choice, **optimizer} for choice in _SEARCH for optimizer in (SGD, ADAM)),
+        ),
+    ]
+}
+REMARKS: dict[str, str] = {}

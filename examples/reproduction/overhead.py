@@ -1,0 +1,104 @@
+"""Table 8, what Excitation adds to a training step: the paper's numbers, our measurements on file, and both as a table.
+
+`python -m benchmarks.overhead` measures and writes here, to a folder inside the one of the runs.
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+
+class Printed(NamedTuple):
+    """A row of the paper's Table 8."""
+
+    name: str
+    parameters: str
+    percent: float  # of a step's time
+    spread: float  # the standard deviation, over 3 sessions
+
+
+PAPER = {
+    "mlp-2048-2": Printed("Top-K MLP, 2 x 2048", "5.8M", 33.2, 28.4),
+    "mlp-4096-2": Printed("Top-K MLP, 2 x 4096", "20.0M", 15.9, 0.1),
+    "mlp-1024-16": Printed("Top-K MLP, 16 x 1024", "16.6M", 29.7, 0.4),
+    "mlp-16384-4": Printed("Top-K MLP, 4 x 16384", "818.4M", 18.7, 0.5),
+    "vit-512-6-8": Printed("MoE-ViT, 512, 6 layers, 8 experts", "56.8M", 0.1, 0.1),
+    "vit-1024-12-32": Printed("MoE-ViT, 1024, 12 layers, 32 experts", "1.64B", -1.2, 1.9),
+}
+
+
+def path(folder: pathlib.Path) -> pathlib.Path:
+    """The file, in the results folder."""
+    return folder / "table8" / "overhead.jsonl"
+
+
+def append(folder: pathlib.Path, entry: dict[str, Any]) -> None:
+    """Adds a measured row to the file. The newline before it is for a last line that was cut off."""
+    path(folder).parent.mkdir(parents=True, exist_ok=True)
+    with path(folder).open("a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(entry, allow_nan=False)}\n")
+
+
+def load(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The newest entry of each row on each device, in the order of the paper.
+
+    A damaged line is skipped, with a message on standard error.
+    """
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    lines = path(folder).read_bytes().split(b"\n") if path(folder).exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            _cells(entry)  # has all that the table needs
+            key = entry["row"], entry["about"]["device"]
+            if key not in newest or entry["about"]["date"] >= newest[key]["about"]["date"]:
+                newest[key] = entry
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{path(folder)}, line {number}: skipped, as it is damaged ({error!r}).", file=sys.stderr)
+    return sorted(newest.values(), key=lambda entry: (entry["about"]["device"], list(PAPER).index(entry["row"])))
+
+
+HEADER = (
+    "model",
+    "parameters",
+    "device",
+    "batch",
+    "paper, %",
+    "ours, % [95 %]",
+    "bytes",
+    "FLOPs",
+    "peak GiB, vanilla",
+    "excited",
+)
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """A Markdown table. Bytes and FLOPs are ratios of the excited step to the vanilla one."""
+    rows = [HEADER, *map(_cells, entries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    printed, peak = PAPER[entry["row"]], entry["peak_bytes"]
+    ours = "not run"
+    if entry["rounds"] is not None:
+        low, high = entry["interval"]
+        ours = f"{entry['overhead_percent']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return (
+        printed.name,
+        f"{entry['parameters'] / 1e6:.1f}M",
+        entry["about"]["device"],
+        str(entry["batch_size"]),
+        f"{printed.percent:+.1f} ± {printed.spread:.1f}",
+        ours,
+        f"{entry['bytes_ratio']:.4f}",
+        f"{entry['flops_ratio']:.4f}",
+        f"{peak['vanilla'] / 2**30:.2f}",
+        f"{peak['excited'] / 2**30:.2f}",
+    )

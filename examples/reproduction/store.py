@@ -1,0 +1,193 @@
+"""The results: JSON lines, one for each finished run, appended as runs finish.
+
+A line is written whole or not at all as far as a reader is concerned: one that was cut off (the machine died, the disk
+was full) is reported and skipped, and the run that it was about is made again.
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from examples.reproduction import configs
+
+FOLDER = pathlib.Path(__file__).parents[2] / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished run. Floats that are not finite stand as null in the file and as NaN here."""
+
+    run: configs.Run
+    measures: dict[str, Any]  # final values by name, such as accuracy; a list has one entry per layer
+    curve: dict[str, list[float]]  # "epoch", and as many values of each measure along training
+    seconds: float  # wall time of this run: its share, if it was trained stacked with others
+    about: dict[str, Any]  # date, revision, versions, device, data, and how many runs were stacked
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of the results file, as a dict."""
+        return {
+            "key": self.run.key,
+            "config": self.run.to_json(),
+            "measures": self.measures,
+            "seconds": self.seconds,
+            "about": self.about,
+            "curve": self.curve,
+        }
+
+
+class Results:
+    """The finished runs in a folder of JSON lines files.
+
+    Args:
+      folder: where the files are; it is made when there is something to write.
+    """
+
+    def __init__(self, folder: pathlib.Path = FOLDER):
+        self.folder = folder
+        self.damaged: list[str] = []  # a message for each line that could not be read
+        self._results: dict[str, Result] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Reads the files again, as other programs may have added to them."""
+        self._results, self.damaged = {}, []
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+                if not line.strip():
+                    continue
+                try:
+                    result = _parse(line)
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    self.damaged.append(f"{path}, line {number}: skipped, as it is damaged ({error}).")
+                else:
+                    self._results.setdefault(result.run.key, result)
+
+    def __contains__(self, run: configs.Run) -> bool:
+        return run.key in self._results
+
+    def __getitem__(self, run: configs.Run) -> Result:
+        return self._results[run.key]
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self._results.values())
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def check_writable(self) -> None:
+        """Raises OSError if results could not be written, before anything is trained for nothing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            raise PermissionError(
+                f"The results folder {self.folder} cannot be written to; choose another by --results."
+            )
+
+    def append(self, results: list[Result]) -> None:
+        """Adds finished runs to the file of their kind and data set, and to the disk, before it returns.
+
+        Raises:
+          OSError: if they could not be written whole; the file is then as it was before.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files: dict[pathlib.Path, list[Result]] = {}
+        for result in results:
+            name = f"{result.run.kind}-{result.run.dataset}.jsonl"
+            files.setdefault(self.folder / name, []).append(result)
+        for path, group in files.items():
+            text = "".join(json.dumps(_without_nan(r.to_json()), allow_nan=False) + "\n" for r in group)
+            _append(path, text.encode())
+            self._results |= {r.run.key: r for r in group}
+
+
+def _append(path: pathlib.Path, text: bytes) -> None:
+    """Appends all of the text or nothing of it. Two programs may write to one file."""
+    with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        if end and not _ends_with_newline(path):
+            text = b"\n" + text  # the last writer was cut off: its line stays alone
+        try:
+            written = 0
+            while written < len(text):
+                written += file.write(text[written:])
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, f"{error.strerror}; no result was lost but those of this group", path) from error
+
+
+def _ends_with_newline(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _parse(line: bytes) -> Result:
+    record = json.loads(line)
+    run = configs.from_json(record["config"])
+    if record["key"] != run.key:
+        raise ValueError(f"its key {record['key']} is not that of its config, {run.key}")
+    fields = (_with_nan(record[name]) for name in ("measures", "curve", "seconds", "about"))
+    return Result(run, *fields)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nan(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(v) for v in value]
+    return float("nan") if value is None else value
+
+
+@functools.cache
+def environment() -> dict[str, Any]:
+    """What a result says about the software and the machine that made it."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": f"{jax.devices()[0].device_kind}, {cores()} CPU cores"
+        if jax.default_backend() == "cpu"
+        else f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "revision": _revision(),
+    }
+
+
+def now() -> str:
+    """The date and the time, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _revision() -> str:
+    """Of git, with a + if files under version control differ from it."""
+    git = lambda *args: subprocess.run(
+        ["git", *args], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

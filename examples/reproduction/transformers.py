@@ -1,0 +1,374 @@
+"""Trains a transformer of the paper's section 4.5: a MoE-ViT (figures 6, 10 and 11) or a GPT-MoE (table 2).
+
+The runs of a seed start from the same parameters and see the same batches, cut and mirrored alike, whatever their
+strategy: so differences between strategies can be paired by seed. The data stays on the device; steps are compiled in
+chunks. A run that takes long leaves a checkpoint now and then, from which it goes on, bit by bit as if never stopped.
+
+Axis letters: B batch, S sequence, L layers, E experts, K experts per token.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import time
+import types
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import excitation_optax
+from examples import datasets, quickstart, texts, train_gpt_moe, train_moe_vit
+from examples.reproduction import configs, store
+from excitation_optax import flax as excitation_flax
+from excitation_optax import metrics
+from models import gpt_moe, moe, moe_vit
+
+# What is called along the way with the epochs so far, such as 0.5, and a line of what is seen.
+Progress = Callable[[float, str], None]
+
+CHUNK = 20  # steps of a call of the compiled program
+EVALUATE_EVERY = 1000  # steps, and at the end of every epoch
+CHECKPOINT_SECONDS = 600
+EVALUATION_BATCH = 500  # images
+
+# The files of a text, in the folder that is named, and the tokens of the first: GPT-2's, as `GPTRun` has it. Those of
+# WikiText-103's training split are the paper's count ("5 epochs, about 517M tokens").
+TEXTS = {
+    "wikitext-103": ("wiki.train.tokens", "wiki.test.tokens", 103_400_000),
+    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt", 258_659),  # the splits of WikiText that are small
+}
+TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257, "digits": 1_437}
+
+
+def train_vit(
+    run: configs.ViTRun, data: datasets.ImageData, progress: Progress | None = None, folder: pathlib.Path | None = None
+) -> store.Result:
+    """Trains a MoE-ViT and measures it on the test images after every epoch.
+
+    Args:
+      run: what to train.
+      data: of `run.dataset`; gray images are repeated in three channels.
+      progress: is called after every chunk of steps.
+      folder: for the checkpoint of a run that takes more than ten minutes; None writes none.
+
+    Returns:
+      The result. Measures are the accuracy, and for each layer `entropy` (nats, of the router's probabilities),
+      `max_load` (of the busiest expert, over the mean) and `dead` (the share of experts that no patch goes to).
+
+    Raises:
+      ValueError: if there is not a single full batch, or a size does not fit.
+    """
+    config = vit_config(run, data.train_images.shape[1], data.num_classes)
+    train_images, test_images = (
+        jnp.broadcast_to(images, (*images.shape[:-1], 3))
+        for images in (data.train_images[: run.subset], data.test_images)
+    )
+    steps_per_epoch = _steps_per_epoch(run, len(train_images), "training images")
+    graphdef, params = nnx.split(moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)))
+    tx = make_optimizer(run, run.epochs * steps_per_epoch, moe_vit.MoEViT.expert_axis)
+    settings = _settings(run)
+
+    def step(params, opt_state, number, train, batch):
+        images, labels, augmentation_key = train
+        key = jax.random.fold_in(augmentation_key, number)
+        return train_moe_vit.train_step(
+            settings, graphdef, tx, params, opt_state, number, images[batch], labels[batch], key
+        )
+
+    @jax.jit
+    def evaluate(params, images, labels):
+        model = nnx.merge(graphdef, params)
+        model.eval()
+        run_model = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)
+        logits, utilization, sown = run_model(train_moe_vit.to_unit_range(images))
+        (entropy,) = [value[...] for path, value in nnx.to_flat_state(sown) if path[-1] == "entropy"]
+        return {
+            "correct": jnp.sum(jnp.argmax(logits, axis=-1) == labels),
+            "broken": ~jnp.all(jnp.isfinite(logits)),
+            "entropy": jnp.ravel(entropy) * len(labels),
+            "routing": utilization["layers"]["stack"]["moe"]["experts"],
+        }
+
+    test_labels = jnp.asarray(data.test_labels)
+
+    def measure(params):
+        batches = [slice(i, i + EVALUATION_BATCH) for i in range(0, len(test_labels), EVALUATION_BATCH)]
+        parts = [jax.device_get(evaluate(params, test_images[batch], test_labels[batch])) for batch in batches]
+        total: Any = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *parts)
+        per_layer = {
+            "entropy": total["entropy"] / len(test_labels),
+            "max_load": metrics.max_over_mean_load(total["routing"]),
+            "dead": metrics.dead_experts(total["routing"]),
+        }
+        accuracy = math.nan if total["broken"] else int(total["correct"]) / len(test_labels)
+        return {"accuracy": accuracy} | {name: np.asarray(value).tolist() for name, value in per_layer.items()}
+
+    # The key is data, so that all seeds are the same program. It is apart from random strategies' keys.
+    train = train_images, jnp.asarray(data.train_labels), jax.random.fold_in(jax.random.key(run.seed), 1)
+    task = Task(run, train, len(train_images), step, measure)
+    about = {"data": f"{run.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
+    return fit(task, params, tx, about | {"fingerprint": data.fingerprint}, progress, folder)
+
+
+def train_gpt(
+    run: configs.GPTRun, text: texts.Text, progress: Progress | None = None, folder: pathlib.Path | None = None
+) -> store.Result:
+    """Trains a GPT-MoE and measures it on the held-out text, after every epoch and every thousand steps.
+
+    Args:
+      run: what to train.
+      text: of `run.dataset`, from `load_text`.
+      progress: is called after every chunk of steps.
+      folder: for the checkpoint of a run that takes more than ten minutes; None writes none.
+
+    Returns:
+      The result. Measures are the `perplexity` per token and the `bits_per_byte`.
+
+    Raises:
+      ValueError: if there is not a single full batch, or a size does not fit.
+    """
+    config = gpt_config(run, text.vocab_size)
+    examples = (len(text.train) - 1) // run.context
+    examples = examples if run.subset is None else min(examples, run.subset)
+    steps_per_epoch = _steps_per_epoch(run, examples, f"sequences of {run.context} tokens")
+    graphdef, params = nnx.split(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)))
+    tx = make_optimizer(run, run.epochs * steps_per_epoch, gpt_moe.GPTMoE.expert_axis)
+    settings = _settings(run)
+    bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
+
+    def step(params, opt_state, number, train, batch):
+        tokens = train[batch[:, None] * run.context + jnp.arange(run.context + 1)[None]]  # [B, S + 1]
+        return train_gpt_moe.train_step(settings, graphdef, tx, params, opt_state, number, tokens)
+
+    @jax.jit
+    def total_loss(params, tokens, where):
+        model = nnx.merge(graphdef, params)
+        model.eval()
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
+        return jnp.sum(losses, where=where)
+
+    def measure(params):
+        loss = train_gpt_moe.evaluate(total_loss, params, text.evaluation, run.context, run.batch_size)
+        return {"perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / bytes_per_token}
+
+    task = Task(run, jnp.asarray(text.train), examples, step, measure)
+    fingerprint = f"{zlib.crc32(text.train.tobytes() + text.evaluation.tobytes()):08x}"
+    return fit(task, params, tx, {"data": run.dataset, "fingerprint": fingerprint}, progress, folder)
+
+
+def vit_config(run: configs.ViTRun, image_size: int = 32, num_classes: int = 10) -> moe_vit.MoEViTConfig:
+    """That of the run's model."""
+    return moe_vit.MoEViTConfig(
+        run.num_experts,
+        run.experts_per_token,
+        run.d_model,
+        run.d_ff,
+        run.num_layers,
+        run.num_heads,
+        image_size,
+        run.patch_size,
+        num_classes,
+    )
+
+
+def gpt_config(run: configs.GPTRun, vocab_size: int = texts.VOCAB_SIZE["gpt2"]) -> gpt_moe.GPTMoEConfig:
+    """That of the run's model."""
+    return gpt_moe.GPTMoEConfig(
+        run.num_experts,
+        run.experts_per_token,
+        run.d_ff,
+        run.d_model,
+        run.num_layers,
+        run.num_heads,
+        run.context,
+        vocab_size,
+        dtype=jnp.dtype(run.dtype),
+    )
+
+
+def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
+    """Reads a text of `TEXTS` as GPT-2's tokens: minutes for WikiText-103, so load it once for many runs.
+
+    Raises:
+      ValueError: if there is no text of this name.
+      FileNotFoundError: if the folder lacks a file of it.
+    """
+    if dataset not in TEXTS:
+        raise ValueError(f"The texts are {', '.join(TEXTS)}; got {dataset!r}.")
+    train, evaluation, _ = TEXTS[dataset]
+    missing = [name for name in (train, evaluation) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{dataset} is read from {train} and {evaluation}; {folder} lacks {' and '.join(missing)}."
+        )
+    parts = [(folder / name).read_bytes() for name in (train, evaluation)]
+    train_tokens, evaluation_tokens = (texts.encode(part, "gpt2") for part in parts)
+    return texts.Text(train_tokens, evaluation_tokens, parts[1], texts.VOCAB_SIZE["gpt2"], dataset)
+
+
+def make_optimizer(
+    run: configs.ViTRun | configs.GPTRun, steps: int, expert_axis: Any
+) -> optax.GradientTransformationExtraArgs:
+    """SGD or Adam with warm-up and cosine decay to zero, and Excitation after it."""
+    assert run.learning_rate is not None  # set when the config is made
+    warmup = max(1, round(run.warmup * steps))
+    peak = run.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, max(steps, warmup + 1))
+    transforms = [quickstart.OPTIMIZERS[getattr(run, "optimizer", "adam")](schedule)]
+    if run.strategy != "vanilla":
+        strategy = getattr(excitation_optax, run.strategy)
+        transforms.append(
+            excitation_optax.scale_by_excitation(strategy, run.gamma, expert_axis=expert_axis, seed=run.seed)
+        )
+    return optax.chain(*transforms)
+
+
+class Task(NamedTuple):
+    """What `fit` has to know of a run."""
+
+    run: configs.ViTRun | configs.GPTRun
+    data: Any  # arrays on the device
+    examples: int
+    step: Callable[..., Any]  # of (params, opt_state, number, data, indices of examples [B]), as `train_step` returns
+    measure: Callable[[Any], dict[str, Any]]  # of params, on what is held out
+
+
+def fit(
+    task: Task,
+    params: Any,
+    tx: optax.GradientTransformation,
+    about: dict[str, Any],
+    progress: Progress | None = None,
+    folder: pathlib.Path | None = None,
+) -> store.Result:
+    """Trains in epochs over shuffled examples, measures along the way, and leaves checkpoints.
+
+    Args:
+      task: the run.
+      params: to start from; the program takes their buffers over.
+      tx: the optimizer.
+      about: what to say of the data.
+      progress: is called after every chunk of steps.
+      folder: for checkpoints; None writes none.
+
+    Returns:
+      The result: the last measures, and curves of the training loss and all measures, means over the layers.
+    """
+    start = saved = time.monotonic()
+    run, steps_per_epoch = task.run, task.examples // task.run.batch_size
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = params, tx.init(params)
+    checkpoint = None if folder is None else folder / f"{run.key}.npz"
+    reached, curve, seconds = 0, {"epoch": [], "train_loss": []}, 0.0  # of what a checkpoint holds
+    if checkpoint is not None and (restored := _restore(checkpoint, state)):
+        state, (reached, curve, seconds) = restored
+    within = [*range(EVALUATE_EVERY, steps_per_epoch, EVALUATE_EVERY), steps_per_epoch]
+    stops = [epoch * steps_per_epoch + number for epoch in range(run.epochs) for number in within]
+
+    # Any number of steps is the same program.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state, data, order, row, number, count):
+        def body(i, carry):
+            (params, opt_state), losses = carry
+            params, opt_state, logged = task.step(params, opt_state, number + i, data, order[row + i])
+            return (params, opt_state), losses.at[i].set(logged["loss"])
+
+        return jax.lax.fori_loop(0, count, body, (state, jnp.zeros(CHUNK)))
+
+    measures = {}
+    for stop in (stop for stop in stops if stop > reached):
+        epoch = reached // steps_per_epoch
+        order = np.random.default_rng((run.seed, epoch + 1)).permutation(task.examples).astype(np.int32)
+        order = jnp.asarray(order[: steps_per_epoch * run.batch_size].reshape(steps_per_epoch, -1))
+        losses = []
+        while reached < stop:
+            count = min(CHUNK, stop - reached)
+            state, chunk = advance(state, task.data, order, reached - epoch * steps_per_epoch, reached, count)
+            losses += np.asarray(chunk)[:count].tolist()  # waits for it
+            reached += count
+            if progress is not None:
+                progress(reached / steps_per_epoch, f"loss {losses[-1]:.3f}")
+        measures = task.measure(state[0])
+        curve["epoch"].append(reached / steps_per_epoch)
+        curve["train_loss"].append(float(np.mean(losses)))
+        for name, value in measures.items():
+            curve.setdefault(name, []).append(float(np.mean(value)))
+        if checkpoint is not None and reached < stops[-1] and time.monotonic() - saved >= CHECKPOINT_SECONDS:
+            _save(checkpoint, state, (reached, curve, seconds + time.monotonic() - start))
+            saved = time.monotonic()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    about = store.environment() | {"date": store.now(), **about, "parameters": parameters}
+    return store.Result(run, measures, curve, round(seconds + time.monotonic() - start, 2), about)
+
+
+def _steps_per_epoch(run, examples: int, of: str) -> int:
+    if run.batch_size > examples:
+        raise ValueError(f"batch_size must be at most the {examples} {of}; got {run.batch_size}.")
+    return examples // run.batch_size
+
+
+def _settings(run) -> types.SimpleNamespace:
+    """What `train_step` of both programs reads of a config: its strategy is for logging only. No router z-loss."""
+    flip = getattr(run, "flip", None)
+    return types.SimpleNamespace(strategy="none", load_balancing=run.load_balancing, router_z=0.0, flip=flip)
+
+
+def _save(path: pathlib.Path, state: Any, reached: tuple) -> None:
+    """Replaces the checkpoint, so that there always is a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, *jax.device_get(jax.tree.leaves(state)), reached=json.dumps(reached))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
+    """What was saved; None if nothing was, or it was of another model."""
+    if not path.exists():
+        return None
+    leaves, structure = jax.tree.flatten(like)
+    with np.load(path) as saved:
+        arrays = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
+        reached = json.loads(str(saved["reached"]))
+    if [(a.shape, a.dtype) for a in arrays] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
+        return None
+    return jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays]), reached
+
+
+# How fast we take an H100 to train such small models with XLA, in float32: a guess, a tenth of its dense TF32 peak.
+FLOPS_PER_SECOND = 50e12
+
+
+def estimate_gpu_hours(run: configs.ViTRun | configs.GPTRun) -> float:
+    """How long a run would take on one H100: 6 operations for every parameter that a token uses, and every token.
+
+    An estimate: parameters that a token uses are all but embeddings and the experts that it is not sent to; attention's
+    products, evaluation and the optimizer are left out, and `FLOPS_PER_SECOND` is a guess, made for the sizes of table
+    2: the ViTs are too small to keep a GPU that busy, and will take several times as long.
+    """
+    if isinstance(run, configs.ViTRun):
+        num_classes = 100 if run.dataset == "cifar100" else 10
+        config = vit_config(run, num_classes=num_classes)
+        make = lambda: moe_vit.MoEViT(config, rngs=nnx.Rngs(0))
+        tokens_of_example, examples = config.num_patches, TRAINING_IMAGES[run.dataset]
+    else:
+        make = lambda: gpt_moe.GPTMoE(gpt_config(run), rngs=nnx.Rngs(0))
+        tokens_of_example, examples = run.context, TEXTS[run.dataset][2] // run.context
+    active = 0.0
+    for path, leaf in nnx.to_flat_state(nnx.eval_shape(lambda: nnx.state(make()))):
+        if path[0] not in ("tokens", "positions"):
+            share = run.experts_per_token / run.num_experts if "experts" in path else 1.0
+            active += share * math.prod(leaf.shape)
+    tokens = run.epochs * min(examples, run.subset or examples) * tokens_of_example
+    return 6 * active * tokens / FLOPS_PER_SECOND / 3600

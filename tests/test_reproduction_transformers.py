@@ -1,0 +1,370 @@
+"""Runs of the paper's transformers: against plain loops, paired, repeatable; measures, checkpoints, texts, errors."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+import excitation_optax
+from examples import datasets, texts, train_moe_vit
+from examples.reproduction import configs, store, transformers
+from excitation_optax import flax as excitation_flax
+from models import gpt_moe, moe, moe_vit
+
+SIZES = {"num_experts": 4, "experts_per_token": 2, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads": 2}
+VIT = SIZES | {"dataset": "digits", "batch_size": 16, "epochs": 2, "subset": 60, "learning_rate": 0.03}
+GPT = SIZES | {"dataset": "abc", "batch_size": 4, "epochs": 2, "subset": 14, "learning_rate": 0.03, "context": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Programs that were compiled before are read back: most of the time of a short run is compiling the same again."""
+    flags = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in flags}
+    for name, value in flags.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Fewer test images, so that these tests are fast."""
+    data = datasets.load_digits()
+    return dataclasses.replace(data, test_images=data.test_images[:50], test_labels=data.test_labels[:50])
+
+
+@pytest.fixture(scope="module")
+def text():
+    parts = [b"abcab" * n for n in (40, 13)]
+    return texts.Text(*(texts.encode(part, "bytes") for part in parts), parts[1], 256, "abc")
+
+
+def train_vit(digits, *args, **kwargs):
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
+        return transformers.train_vit(configs.ViTRun(**VIT | kwargs), digits, *args)
+
+
+def train_gpt(text, *args, **kwargs):
+    with jax.numpy_dtype_promotion("standard"):
+        return transformers.train_gpt(configs.GPTRun(**GPT | kwargs), text, *args)
+
+
+@pytest.fixture(scope="module")
+def vit(digits):
+    return train_vit(digits)
+
+
+@pytest.fixture(scope="module")
+def gpt(text):
+    return train_gpt(text)
+
+
+# Against plain loops.
+
+
+def plain_loop(run, model, examples, batches):
+    """Step by step, with excitation multiplied in by hand; `batches(number, indices)` gives inputs and labels."""
+    graphdef, params = nnx.split(model)
+    per_epoch = examples // run.batch_size
+    steps = run.epochs * per_epoch
+    warmup = max(1, round(0.05 * steps))
+    tx = optax.identity() if getattr(run, "optimizer", "adam") == "sgd" else optax.scale_by_adam()
+
+    @jax.jit
+    def step(params, state, inputs, labels, rate):
+        def loss_fn(params):
+            capture = excitation_flax.capture_routing(nnx.merge(graphdef, params), moe.AuxiliaryLoss)
+            logits, utilization, sown = capture(inputs)
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return loss + 0.01 * moe.auxiliary_losses(sown).load_balancing, (loss, utilization)
+
+        grads, (loss, utilization) = jax.grad(loss_fn, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params)
+        phi = jnp.ones((2, 4))  # layers and experts
+        if run.strategy != "vanilla":
+            counts = utilization["layers"]["stack"]["moe"]["experts"]
+            phi = getattr(excitation_optax, run.strategy)(counts.utilization, run.gamma)
+
+        def move(path, param, update):
+            if "experts" in jax.tree_util.keystr(path):
+                update *= phi.reshape(phi.shape + (1,) * (update.ndim - 2))
+            return param - rate * update
+
+        return jax.tree.map_with_path(move, params, updates), state, loss
+
+    state, losses = tx.init(params), []
+    for number in range(steps):
+        falling = (1 + math.cos(math.pi * (number - warmup) / (steps - warmup))) / 2
+        rate = run.learning_rate * ((number + 1) / warmup if number < warmup else falling)
+        epoch, row = divmod(number, per_epoch)
+        order = np.random.default_rng((run.seed, epoch + 1)).permutation(examples)
+        batch = order[row * run.batch_size : (row + 1) * run.batch_size]
+        params, state, loss = step(params, state, *batches(number, batch), rate)
+        losses.append(float(loss))
+    return np.reshape(losses, (run.epochs, per_epoch)).mean(1), nnx.merge(graphdef, params)
+
+
+CASES = [
+    {"optimizer": "sgd", "strategy": "zero_sum", "learning_rate": 0.3, "seed": 1},
+    {"optimizer": "adam", "strategy": "positive_sum", "gamma": 2.0, "flip": True},
+]
+
+
+@pytest.mark.parametrize("kwargs", CASES)
+def test_a_vit_is_trained_as_by_a_plain_loop(digits, kwargs):
+    result = train_vit(digits, **kwargs)
+    run = result.run
+    config = moe_vit.MoEViTConfig(4, 2, 8, 8, 2, 2, image_size=8, patch_size=4, num_classes=10)
+    key = jax.random.fold_in(jax.random.key(run.seed), 1)
+    rgb = lambda images: jnp.asarray(np.tile(images, (1, 1, 1, 3)))
+
+    def batches(number, indices):
+        images = train_moe_vit.to_unit_range(rgb(digits.train_images[indices]))
+        images = train_moe_vit.augment(jax.random.fold_in(key, number), images, flip=run.flip)
+        return images, jnp.asarray(digits.train_labels[indices])
+
+    with jax.numpy_dtype_promotion("standard"):
+        losses, model = plain_loop(run, moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)), 60, batches)
+    assert result.curve["epoch"] == [1, 2]
+    np.testing.assert_allclose(result.curve["train_loss"], losses, rtol=1e-4)
+    inputs = train_moe_vit.to_unit_range(rgb(digits.test_images))
+    logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(inputs)
+    accuracy = np.mean(np.argmax(np.asarray(logits), axis=-1) == digits.test_labels)
+    assert result.measures["accuracy"] == pytest.approx(accuracy, abs=0.021)  # rounding may turn an image over
+    u = utilization["layers"]["stack"]["moe"]["experts"].utilization
+    np.testing.assert_allclose(result.measures["max_load"], u.max(1) / u.mean(1), atol=0.05)
+    np.testing.assert_allclose(np.mean(result.measures["entropy"]), moe.auxiliary_losses(sown).entropy, rtol=1e-2)
+
+
+def test_a_gpt_is_trained_as_by_a_plain_loop(text, gpt):
+    run, result = gpt.run, gpt
+    config = gpt_moe.GPTMoEConfig(4, 2, 8, 8, 2, 2, context=8, vocab_size=256)
+
+    def batches(number, indices):
+        windows = jnp.stack([jnp.asarray(text.train[8 * i : 8 * i + 9]) for i in indices])
+        return windows[:, :-1], windows[:, 1:]
+
+    with jax.numpy_dtype_promotion("standard"):
+        losses, model = plain_loop(run, gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)), 14, batches)
+    np.testing.assert_allclose(result.curve["train_loss"], losses, rtol=1e-4)
+    targets = []  # 65 tokens: eight windows
+    for i in range(8):
+        window = jnp.asarray(text.evaluation[8 * i : 8 * i + 9])
+        model.eval()
+        logits = np.asarray(model(window[None, :-1]), np.float64)[0]
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        shares = shifted / shifted.sum(-1, keepdims=True)
+        targets += [shares[t, window[t + 1]] for t in range(8)]
+    loss = -np.mean(np.log(targets))
+    assert result.measures["perplexity"] == pytest.approx(np.exp(loss), rel=1e-3)
+    assert result.measures["bits_per_byte"] == pytest.approx(loss / np.log(2), rel=1e-3)
+
+
+# Paired and repeatable.
+
+
+def numbers(result):
+    return result.measures, result.curve
+
+
+def test_a_run_repeats_bit_by_bit(digits, text, vit, gpt):
+    assert numbers(train_vit(digits)) == numbers(vit)
+    assert numbers(train_gpt(text)) == numbers(gpt)
+    assert train_vit(digits, seed=1).curve["train_loss"] != vit.curve["train_loss"]
+    assert train_gpt(text, seed=1).curve["train_loss"] != gpt.curve["train_loss"]
+
+
+def test_the_strategies_of_a_seed_start_alike(digits):
+    """One step is an epoch here: what it reports is the loss of the first parameters on the first batch."""
+    curves = [
+        train_vit(digits, subset=16, strategy=strategy, gamma=3.0).curve["train_loss"]
+        for strategy in ("vanilla", "zero_sum")
+    ]
+    assert np.all(np.isfinite(curves))
+    assert curves[0][0] == pytest.approx(curves[1][0], rel=1e-6)
+    assert abs(curves[0][1] - curves[1][1]) > 1e-5
+
+
+# Results.
+
+
+def test_what_is_measured_of_a_vit(vit, digits, monkeypatch):
+    assert set(vit.measures) == {"accuracy", "entropy", "max_load", "dead"}
+    assert 50 * vit.measures["accuracy"] == pytest.approx(round(50 * vit.measures["accuracy"]))
+    assert all(0 < entropy <= math.log(4) for entropy in vit.measures["entropy"])
+    assert all(1 <= load <= 2 for load in vit.measures["max_load"])  # E / K
+    assert all(4 * dead in (0, 1, 2) for dead in vit.measures["dead"])
+    assert {len(vit.measures[name]) for name in ("entropy", "max_load", "dead")} == {2}  # layers
+    assert vit.curve["epoch"] == [1, 2]
+    assert vit.curve["accuracy"][-1] == vit.measures["accuracy"]
+    assert vit.curve["entropy"][-1] == np.mean(vit.measures["entropy"])
+    assert vit.about["fingerprint"] == digits.fingerprint
+    assert vit.about["data"] == "digits (as TensorFlow Datasets has it)"
+    monkeypatch.setattr(transformers, "EVALUATION_BATCH", 7)  # the last is one image
+    in_batches = train_vit(digits).measures
+    assert in_batches["accuracy"] == vit.measures["accuracy"]
+    for name in ("entropy", "max_load", "dead"):
+        np.testing.assert_allclose(in_batches[name], vit.measures[name], rtol=1e-5)
+
+
+def test_results_can_be_stored(tmp_path, vit, gpt):
+    results = store.Results(tmp_path)
+    results.append([vit, gpt])
+    results.reload()
+    assert not results.damaged
+    assert [numbers(results[r.run]) for r in (vit, gpt)] == [numbers(vit), numbers(gpt)]
+
+
+def test_a_gpt_learns_its_text(text, gpt):
+    result = train_gpt(text, epochs=30)
+    assert result.curve["epoch"] == list(range(1, 31))
+    assert set(result.curve) == {"epoch", "train_loss", "perplexity", "bits_per_byte"}
+    assert result.measures["perplexity"] < 3 < gpt.measures["perplexity"]
+
+
+def test_a_model_that_diverges_has_no_accuracy(digits):
+    result = train_vit(digits, optimizer="sgd", learning_rate=1e30)
+    assert math.isnan(result.measures["accuracy"])
+
+
+# Along the way.
+
+
+def test_evaluation_within_an_epoch_and_chunks_change_nothing(text, gpt, monkeypatch):
+    monkeypatch.setattr(transformers, "EVALUATE_EVERY", 2)  # of the three steps of an epoch
+    result = train_gpt(text)
+    np.testing.assert_allclose(result.curve["epoch"], [2 / 3, 1, 5 / 3, 2])
+    assert result.measures == gpt.measures
+    monkeypatch.setattr(transformers, "CHUNK", 1)
+    seen = []
+    again = train_gpt(text, lambda epoch, line: seen.append((epoch, line)))
+    np.testing.assert_allclose([epoch for epoch, _ in seen], np.arange(1, 7) / 3)
+    assert all(line.startswith("loss ") for _, line in seen)
+    np.testing.assert_allclose(again.curve["train_loss"], result.curve["train_loss"], rtol=1e-5)
+
+
+def test_a_run_goes_on_from_its_checkpoint(digits, tmp_path, monkeypatch):
+    strategy = "random_boost"  # it has a state
+    monkeypatch.setattr(transformers, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(transformers, "CHUNK", 1)
+    whole = train_vit(digits, epochs=3, strategy=strategy)
+    seen = []
+
+    def stop_in_the_third(epoch, _):
+        seen.append(epoch)
+        if epoch > 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_vit(digits, stop_in_the_third, tmp_path, epochs=3, strategy=strategy)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{whole.run.key}.npz"]
+    seen.clear()
+    result = train_vit(digits, lambda epoch, _: seen.append(epoch), tmp_path, epochs=3, strategy=strategy)
+    np.testing.assert_allclose(seen, [7 / 3, 8 / 3, 3])
+    assert numbers(result) == numbers(whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_short_run_leaves_no_checkpoint(digits, tmp_path, vit):
+    assert numbers(train_vit(digits, None, tmp_path)) == numbers(vit)
+    assert not list(tmp_path.iterdir())
+
+
+# The optimizer.
+
+
+def test_the_rate_rises_and_falls_as_a_cosine():
+    run = configs.ViTRun(optimizer="sgd", learning_rate=2.0, warmup=0.2)
+    tx = transformers.make_optimizer(run, 20, None)
+    params = {"w": jnp.ones(())}
+    state, rates = tx.init(params), []
+    for _ in range(21):
+        with jax.numpy_dtype_promotion("standard"):  # Optax's schedule needs it
+            updates, state = tx.update({"w": jnp.ones(())}, state, params)
+        rates.append(-float(updates["w"]))
+    np.testing.assert_allclose(rates[:5], [0.5, 0.875, 1.25, 1.625, 2], rtol=1e-6)
+    np.testing.assert_allclose(rates[4:], 1 + np.cos(np.pi * np.arange(17) / 16), atol=1e-6)
+
+
+# Texts.
+
+
+def test_texts_are_read_by_name(tmp_path):
+    (tmp_path / "wikitext-valid.txt").write_bytes(b"hello world hello")
+    (tmp_path / "wikitext-test.txt").write_bytes("né".encode())
+    text = transformers.load_text("wikitext-valid", tmp_path)
+    np.testing.assert_array_equal(text.train, texts.encode(b"hello world hello", "gpt2"))
+    assert (text.evaluation_bytes.decode(), text.vocab_size) == ("né", 50257)
+
+
+def test_missing_texts_are_named(tmp_path):
+    (tmp_path / "wiki.test.tokens").touch()
+    with pytest.raises(FileNotFoundError, match=r"read from wiki.train.tokens and wiki.test.tokens; .* lacks wiki.tr"):
+        transformers.load_text("wikitext-103", tmp_path)
+    with pytest.raises(ValueError, match="The texts are wikitext-103, wikitext-valid; got 'abc'"):
+        transformers.load_text("abc", tmp_path)
+
+
+# Configs and errors.
+
+
+def test_what_is_left_open_is_filled_in():
+    assert configs.ViTRun().learning_rate == 1e-4
+    assert configs.ViTRun(optimizer="sgd").learning_rate == 0.01
+    assert configs.ViTRun(optimizer="sgd", learning_rate=0.01).key == configs.ViTRun(optimizer="sgd").key
+    assert configs.ViTRun(gamma=3.0) == configs.ViTRun()  # vanilla
+    assert [configs.ViTRun(dataset=name).flip for name in ("cifar10", "svhn_cropped")] == [True, False]
+    run = configs.ViTRun(dataset="svhn_cropped", optimizer="momentum")
+    assert configs.from_json(json.loads(json.dumps(run.to_json()))) == run
+
+
+@pytest.mark.parametrize("kind", [configs.ViTRun, configs.GPTRun])
+@pytest.mark.parametrize("kwargs", [{"learning_rate": 0.0}, {"warmup": 1.5}, {"batch_size": 0}, {"epochs": 0}])
+def test_bad_configs(kind, kwargs):
+    with pytest.raises(ValueError, match=f"{kind.__name__}: {next(iter(kwargs))} "):
+        kind(**kwargs)
+
+
+def test_a_batch_larger_than_the_data(digits, text):
+    with pytest.raises(ValueError, match="batch_size must be at most the 60 training images; got 61"):
+        train_vit(digits, batch_size=61)
+    with pytest.raises(ValueError, match="batch_size must be at most the 24 sequences of 8 tokens; got 25"):
+        train_gpt(text, batch_size=25, subset=None)
+
+
+# Estimates.
+
+
+def test_the_hours_of_a_gpt():
+    run = configs.GPTRun(num_experts=16, experts_per_token=4, d_ff=256)
+    layer = 4 * 512**2 + 4 * 512 + 2 * 2 * 512 + 16 * 512  # attention, norms, router
+    layer += 4 * (2 * 512 * 256 + 256 + 512)  # the experts of a token
+    active = 12 * layer + 2 * 512 + 512 * 50257  # with the last norm and the head
+    tokens = 5 * 103_400_000
+    expected = 6 * active * tokens / transformers.FLOPS_PER_SECOND / 3600
+    assert transformers.estimate_gpu_hours(run) == pytest.approx(expected, rel=1e-5)
+    half = dataclasses.replace(run, subset=103_400_000 // 128 // 2)
+    assert transformers.estimate_gpu_hours(half) == pytest.approx(expected / 2, rel=1e-4)
+
+
+def test_the_hours_of_a_vit():
+    run = configs.ViTRun(epochs=1)
+    most = 6 * 17.2e6 * 64 * 50_000 / transformers.FLOPS_PER_SECOND / 3600
+    assert 0.02 * most < transformers.estimate_gpu_hours(run) < 0.1 * most  # 2 of 64 experts
+    assert transformers.estimate_gpu_hours(dataclasses.replace(run, epochs=7)) == pytest.approx(
+        7 * transformers.estimate_gpu_hours(run)
+    )

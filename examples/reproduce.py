@@ -12,7 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tqdm
@@ -96,8 +96,7 @@ class Run:
         if self.seeds is not None:
             experiment = dataclasses.replace(experiment, seeds=self.seeds)
         flags = {"dataset": self.dataset, "epochs": self.epochs, "subset": self.subset}
-        changes: dict[str, Any] = {flag: value for flag, value in flags.items() if value is not None}
-        return [dataclasses.replace(run, **changes) for run in experiments.runs(experiment)]
+        return experiments.runs(experiment, **{flag: value for flag, value in flags.items() if value is not None})
 
     def train_mlps(self, runs: list[configs.MLPRun], results: store.Results) -> None:
         """By the engine, stacked."""
@@ -199,7 +198,8 @@ def check_name(name: str) -> None:
 
 def use_all_cores() -> None:
     """Makes every CPU core a device of its own, for a group of models each, unless JAX was told otherwise."""
-    told = jax.config.read("jax_num_cpu_devices") > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    number = jax.config.jax_num_cpu_devices  # pyrefly: ignore[missing-attribute]
+    told = number > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not told:
         jax.config.update("jax_num_cpu_devices", store.cores())
 

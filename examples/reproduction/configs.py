@@ -26,6 +26,9 @@ class Run:
     subset: int | None = None  # train on the first so many examples only
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is float:  # 1 and 1.0 are equal, but not the same JSON
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         if self.strategy == "vanilla":
             object.__setattr__(self, "gamma", 1.0)  # it has none: this is one run, not several
         for name in ("epochs", "subset"):

@@ -39,7 +39,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
     "adamw": functools.partial(optax.adamw, weight_decay=0.01),
     "rmsprop": functools.partial(optax.rmsprop, decay=0.99, eps_in_sqrt=False),
-    "adagrad": functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-10),
+    "adagrad": functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-20),  # in the root
 }
 ACTIVATIONS = {"relu": nnx.relu, "none": lambda h: h}
 
@@ -103,7 +103,7 @@ class Data(NamedTuple):
     train_labels: jax.Array
     test_images: jax.Array  # uint8
     test_labels: jax.Array
-    mean: jax.Array  # of the training pixels in [0, 1], for each channel, or 0
+    mean: jax.Array  # [1, 1, 1, channels] of the training pixels in [0, 1], or 0
     deviation: jax.Array  # or 1
 
 
@@ -135,7 +135,7 @@ def any_of(strategies: Sequence[str], number: jax.Array) -> Any:
 
 
 def _vanilla(utilization, gamma):
-    """No Excitation: a factor of 1 changes no bit of an update."""
+    """No Excitation: a factor of 1."""
     del gamma
     return jnp.ones_like(utilization)
 
@@ -311,7 +311,8 @@ def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
         deviation = np.sqrt(shares @ values**2 - (shares @ values) ** 2).astype(np.float32)
     if shared.augmentation == "crop_flip":
         train_images = np.pad(train_images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
-    return Data(*map(jnp.asarray, (train_images, train_labels, data.test_images, data.test_labels, mean, deviation)))
+    channels = mean.reshape(1, 1, 1, -1), deviation.reshape(1, 1, 1, -1)
+    return Data(*map(jnp.asarray, (train_images, train_labels, data.test_images, data.test_labels, *channels)))
 
 
 def train_group(
@@ -419,12 +420,14 @@ def train(
     """
     pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
     # Groups are made of all the runs, finished or not: a run then always has the same company, and the same digits.
+    needed = {}  # data sets
     for group in plan(runs, **limits):
         if any(run not in results for run in group):
             pending.put(group)
+            needed |= {group.runs[0][0].dataset: None}
         else:
             progress.update(group.epochs)
-    sets = {name: load(name) for name in dict.fromkeys(run.dataset for run in runs)}
+    sets = {name: load(name) for name in needed}
     stop, lock, errors = threading.Event(), threading.Lock(), []
 
     def advance(epochs: int):
@@ -454,6 +457,7 @@ def train(
     finally:  # interrupted: let every group end its epoch
         stop.set()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
     if errors:
         raise errors[0]

@@ -57,15 +57,18 @@ def make_run(experiment: Experiment, where: dict[str, Any], seed: int) -> config
     return configs.KINDS[experiment.kind](**fields)
 
 
-def runs(experiment: Experiment) -> list[configs.Run]:
-    """All runs of a table or figure, of its rows and of the claims about it, each once."""
+def runs(experiment: Experiment, **changes: Any) -> list[configs.Run]:
+    """All runs of a table or figure, of its rows and of the claims about it, each once, with changes if any."""
     if experiment.rows is None:
         view = paper()[experiment.name]
         specs = [*(row_spec(view, row) for row in view["rows"]), *view["claims"]]
         rows = [where for spec in specs for _, where in spec["contrast"]]
     else:
         rows = experiment.rows
-    return list(dict.fromkeys(make_run(experiment, row, seed) for row in rows for seed in range(experiment.seeds)))
+    wheres = [{**row, **changes} for row in rows]
+    return list(
+        dict.fromkeys(make_run(experiment, where, seed) for where in wheres for seed in range(experiment.seeds))
+    )
 
 
 def row_spec(view: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +117,13 @@ EXPERIMENTS = {
         Experiment("fig11", "MoE-ViT on SVHN", kind="vit"),
         Experiment("targets", "The vanilla runs of the search, at full length", seeds=1, settings={"epochs": LONG}),
         Experiment("table1_long", "SGD and Adam at full length", settings={"epochs": LONG}),
+        Experiment(
+            "targets_plain",
+            "The runner-up of the search, at its length",
+            seeds=1,
+            settings={"epochs": 200, "augmentation": "none", "initialization": "he_normal"},
+            rows=tuple({**ADAM, "sparsity": sparsity} for sparsity in (0.9, 0.1)),
+        ),
         Experiment(
             "search",
             "The open choices, first look: vanilla, constant rate",

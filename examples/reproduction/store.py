@@ -31,7 +31,7 @@ class Result:
     run: configs.Run
     measures: dict[str, Any]  # final values by name, such as accuracy; a list has one entry per layer
     curve: dict[str, list[float]]  # "epoch", and as many values of each measure along training
-    seconds: float  # wall time of this run: its share, if it was trained stacked with others
+    seconds: float  # of its device: its share of them, if it was trained stacked with others
     about: dict[str, Any]  # date, revision, versions, device, data, and how many runs were stacked
 
     def to_json(self) -> dict[str, Any]:
@@ -138,8 +138,8 @@ def _parse(line: bytes) -> Result:
     run = configs.from_json(record["config"])
     if record["key"] != run.key:
         raise ValueError(f"its key {record['key']} is not that of its config, {run.key}")
-    fields = (_with_nan(record[name]) for name in ("measures", "curve", "seconds", "about"))
-    return Result(run, *fields)
+    measures, curve = _with_nan(record["measures"]), _with_nan(record["curve"])
+    return Result(run, measures, curve, record["seconds"], record["about"])
 
 
 def _without_nan(value: Any) -> Any:

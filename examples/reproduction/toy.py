@@ -30,7 +30,7 @@ METHODS = ("SGD", "SGD + momentum", "SGD + zero_sum")
 START = (1.0, 1.0)
 TOLERANCE = 1e-4  # of the loss, over that at the start
 STEPS = 3000
-SHOWN = 60  # steps of a trajectory that are kept
+SHOWN = 30  # steps of a trajectory that are kept
 RATES = np.geomspace(0.05, 4.0, 201)  # of the sweep, over that of all
 
 
@@ -146,19 +146,15 @@ def markdown(outcome: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(outcome: dict[str, Any], path: pathlib.Path) -> None:
-    """The trajectories at the same learning rate, over the loss, bowl by bowl."""
-    import matplotlib  # imported late: it takes a second
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+def draw(outcome: dict[str, Any], figure: Any) -> None:
+    """Fills a matplotlib figure with the trajectories at the same learning rate, over the loss, bowl by bowl."""
     colors = dict(zip(METHODS, ("gray", "tab:cyan", "tab:pink"), strict=True))
-    figure, panels = plt.subplots(1, len(outcome["bowls"]), figsize=(12, 4), layout="constrained", sharey=True)
-    w0, w1 = np.meshgrid(np.linspace(-1.2, 1.2, 121), np.linspace(-1.2, 1.2, 121))
+    figure.set_size_inches(12, 4)
+    panels = figure.subplots(1, len(outcome["bowls"]), sharey=True)
+    w0, w1 = np.meshgrid(np.linspace(-1.2, 1.2, 25), np.linspace(-1.2, 1.2, 25))
     for axes, (name, bowl) in zip(panels, outcome["bowls"].items(), strict=True):
         h0, h1 = bowl["curvature"]
-        axes.contour(w0, w1, np.sqrt(h0 * w0**2 + h1 * w1**2), levels=12, cmap="Greys", linewidths=0.6, alpha=0.6)
+        axes.contour(w0, w1, np.sqrt(h0 * w0**2 + h1 * w1**2), levels=6, cmap="Greys", linewidths=0.6, alpha=0.6)
         for method, found in bowl["methods"].items():
             steps = "never there" if found["steps"] is None else f"{found['steps']} steps"
             x, y = np.array(found["trajectory"]).T
@@ -168,5 +164,3 @@ def picture(outcome: dict[str, Any], path: pathlib.Path) -> None:
         axes.title.set_fontsize("small")
         axes.legend(fontsize="x-small", loc="lower left")
     panels[0].set(ylabel="w1, of the expert with 25 %", ylim=(-1.2, 1.2))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,0 +1,98 @@
+"""What the results say of the paper's claims: differences between runs, paired by seed, and their intervals.
+
+The runs of a seed share their initialization and batches.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import special
+
+from examples.reproduction import configs, experiments, store
+
+VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
+
+
+class Contrast(NamedTuple):
+    """A linear combination of runs, paired by seed. Low and high are NaN if there are fewer than two seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n: int  # seeds that it was computed from
+    diverged: int = 0  # seeds left out, as a run of theirs is not finite
+
+
+def found(results: store.Results, experiment: experiments.Experiment) -> list[configs.Run]:
+    """Those runs of a table or figure that are on file."""
+    return [run for run in experiments.runs(experiment) if run in results]
+
+
+def measured(result: store.Result, spec: dict[str, Any]) -> float:
+    """What a claim or a row measures: the mean over layers, if it is measured by layer.
+
+    Args:
+      result: of one run.
+      spec: `measure`; optionally `at`, the share of the training after which it is measured instead of at the end; or
+        `layers`: "middle", the middle half of them.
+    """
+    if "at" in spec:
+        epochs = np.asarray(result.curve["epoch"], float)
+        return float(result.curve[spec["measure"]][np.argmin(np.abs(epochs - spec["at"] * epochs[-1]))])
+    values = np.atleast_1d(np.asarray(result.measures[spec["measure"]], float))
+    if spec.get("layers") == "middle":
+        quarter = len(values) // 4
+        values = values[quarter : len(values) - quarter]
+    return float(values.mean())
+
+
+def by_seed(results: store.Results, experiment: experiments.Experiment, spec: dict[str, Any]) -> list[float]:
+    """The linear combination that a claim is about, for each seed of which all runs are there; NaN if one diverged."""
+    combinations = []
+    for seed in range(experiment.seeds):
+        terms = [(factor, experiments.make_run(experiment, where, seed)) for factor, where in spec["contrast"]]
+        if all(run in results for _, run in terms):
+            combinations.append(sum(factor * measured(results[run], spec) for factor, run in terms))
+    return combinations
+
+
+def contrast(results: store.Results, experiment: experiments.Experiment, claim: dict[str, Any]) -> Contrast:
+    """The mean over seeds of what a claim is about, and its 95 % interval, in the measure's own unit."""
+    values = np.asarray(by_seed(results, experiment, claim), float)
+    finite = values[np.isfinite(values)]
+    n, diverged = len(finite), len(values) - len(finite)
+    if n < 2:
+        return Contrast(float(finite[0]) if n else math.nan, math.nan, math.nan, n, diverged)
+    mean = float(finite.mean())
+    half = float(special.stdtrit(n - 1, 0.975) * finite.std(ddof=1) / math.sqrt(n))
+    return Contrast(mean, mean - half, mean + half, n, diverged)
+
+
+def verdict(contrast: Contrast, sign: int) -> str:
+    """Whether what was measured bears out a claim that the contrast has this sign."""
+    if contrast.n + contrast.diverged == 0:
+        return "not tested"
+    if contrast.n < 2:
+        return "inconclusive (one seed)" if contrast.n else "inconclusive (diverged)"
+    if min(sign * contrast.low, sign * contrast.high) > 0:
+        return "confirmed"
+    return "contradicted" if max(sign * contrast.low, sign * contrast.high) < 0 else "inconclusive"
+
+
+def printed(view: dict[str, Any], claim: dict[str, Any]) -> tuple[float | None, bool]:
+    """The paper's Δ, and whether it stands in the paper rather than being the difference of what stands there."""
+    if claim["printed"] is not None:
+        return claim["printed"], True
+    values: dict[frozenset, float] = {}
+    for row in view["rows"]:
+        terms = experiments.row_spec(view, row)["contrast"]
+        values |= {frozenset(where.items()): 0.0 for _, where in terms[1:]}  # only the difference is printed
+        values[frozenset(terms[0][1].items())] = math.nan if row["value"] is None else row["value"]
+    terms = [factor * values.get(frozenset(where.items()), math.nan) for factor, where in claim["contrast"]]
+    return (None if "at" in claim or math.isnan(sum(terms)) else sum(terms)), False
+
+
+def printed_deltas(view: dict[str, Any]) -> list[dict[str, Any]]:
+    """The claims of a table that are a printed Δ."""
+    return [claim for claim in view["claims"] if claim["printed"] is not None]

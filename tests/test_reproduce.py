@@ -1,0 +1,382 @@
+"""The program that reproduces the paper: its messages, what it trains and what not again, and that it survives."""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from examples import datasets, reproduce
+from examples.reproduction import engine, experiments, store, toy
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets", "ignore::ResourceWarning")
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = experiments.Experiment(
+    "tiny",
+    "Tiny",
+    seeds=2,
+    settings={"dataset": "digits", "width": 16, "depth": 1, "epochs": 2, "subset": 100, "batch_size": 32},
+    rows=({"strategy": "vanilla"}, {"strategy": "zero_sum"}),
+)
+MLPS = [name for name, experiment in experiments.EXPERIMENTS.items() if experiment.kind == "mlp"]
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    """Optax's Adam needs it, in the engine's threads too, which no context manager reaches."""
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """An experiment of four runs on digits, on one device, so that they compile once."""
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
+    monkeypatch.setattr(datasets, "load_tfds", lambda name, data_dir: datasets.load_digits())
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+def program(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "examples.reproduce", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200"} | env,
+    )
+
+
+def measured(folder):
+    """What a sweep has found out, without when and how fast."""
+    return {result.run: (result.measures, result.curve) for result in store.Results(folder)}
+
+
+# Messages.
+
+
+def test_a_name_that_is_nearly_right():
+    with pytest.raises(ValueError, match=r"There is no 'tabel1'; did you mean table1\?"):
+        reproduce.Run(names=("fig2", "tabel1")).main()
+    with pytest.raises(ValueError, match=r"There is no 'xyz'; there are fig1, fig2, .*, table8"):
+        reproduce.Run(names=("xyz",)).main()
+    with pytest.raises(ValueError, match="Name at least one table or figure"):
+        reproduce.Run(names=()).main()
+
+
+@pytest.mark.parametrize("name", reproduce.names())
+def test_every_name_can_be_run(name):
+    reproduce.check_name(name)
+    runs = reproduce.Run(names=(name,)).runs(name)
+    assert len(set(runs)) == len(runs)
+    assert (not runs) == (name in reproduce.NOT_TRAINED)
+
+
+def test_flags_change_the_runs():
+    run = lambda **flags: reproduce.Run(names=("table1",), **flags).runs("table1")
+    as_it_is = run()
+    assert {r.seed for r in run(seeds=2)} == {0, 1}
+    for flags in ({"epochs": 3}, {"subset": 1000}, {"dataset": "svhn_cropped"}):
+        changed = run(**flags)
+        assert len(changed) == len(as_it_is)
+        ((name, value),) = flags.items()
+        assert {getattr(r, name) for r in changed} == {value}
+        assert not set(changed) & set(as_it_is)
+
+
+def test_runs_of_another_data_set_are_those_that_the_paper_has_there():
+    """MoE-ViTs mirror no digits, wherever the name of the data set comes from."""
+    changed = reproduce.Run(names=("fig10",), dataset="svhn_cropped", epochs=1).runs("fig10")
+    assert set(changed) == set(reproduce.Run(names=("fig11",), epochs=1).runs("fig11"))
+
+
+def test_missing_data_ends_the_program_with_one_line(tmp_path):
+    failed = program("run", "table1", "--data-dir", tmp_path, "--results", tmp_path / "results")
+    assert failed.returncode == 1
+    assert f"{len(reproduce.Run(names=('table1',)).runs('table1'))} runs, of which 0 are on file" in failed.stdout
+    assert failed.stderr.splitlines()[-1].startswith("reproduce: cifar10 is not prepared as array_record in")
+    assert "Traceback" not in failed.stderr
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_results_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/results"):
+        reproduce.Run(names=("table1",), results=tmp_path / "file" / "results").main()
+
+
+def test_a_data_set_that_nobody_knows(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(ValueError, match="cifar11"):
+        reproduce.Run(names=("table1",), dataset="cifar11", data_dir=tmp_path, results=tmp_path).main()
+    with pytest.raises(ValueError, match=r"The data sets are cifar10, cifar100, svhn_cropped; got 'cifar11'"):
+        reproduce.Prepare(names=("cifar11",)).main()
+
+
+def test_every_core_is_a_device_unless_told_otherwise(monkeypatch):
+    code = "import jax; from examples import reproduce; reproduce.use_all_cores(); print(jax.local_device_count())"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    count = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert int(count.stdout) == store.cores()
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *args: updates.append(args))
+    reproduce.use_all_cores()  # these tests have told it: eight
+    assert updates == []
+
+
+# Listing and training.
+
+
+def test_trained_once_then_never_again(tmp_path, tiny, capsys):
+    run = reproduce.Run(names=("tiny",), results=tmp_path)
+    run.main()
+    assert f"4 runs, of which 0 are on file in {tmp_path}" in capsys.readouterr().out
+    path = tmp_path / "mlp-digits.jsonl"
+    first, found = path.read_bytes(), measured(tmp_path)
+    assert set(found) == set(experiments.runs(TINY))
+    for accuracy in (measures["accuracy"] for measures, _ in found.values()):
+        assert 0 <= accuracy <= 1
+
+    run.main()
+    assert "4 runs, of which 4 are on file" in capsys.readouterr().out
+    assert path.read_bytes() == first
+
+    with pytest.raises(ValueError, match=rf"4 of these 4 runs are in {tmp_path} already; leave --no-resume out"):
+        dataclasses.replace(run, resume=False).main()
+
+    lines = first.splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:100] + b"\n" + lines[2] + lines[3][:-50])
+    run.main()
+    shown = capsys.readouterr()
+    assert "4 runs, of which 2 are on file" in shown.out
+    for number in (2, 4):
+        assert f"{path}, line {number}: skipped, as it is damaged" in shown.err
+    assert measured(tmp_path) == found
+    assert len(path.read_bytes().splitlines()) == 6
+
+    reproduce.List(results=tmp_path).main()
+    listed = capsys.readouterr().out.splitlines()
+    assert ["tiny", "4", "4", "Tiny"] in map(str.split, listed)
+    assert ["fig1", "-", "-"] in [line.split()[:3] for line in listed]
+    assert {line.split()[0] for line in listed[1:]} == set(reproduce.names())
+
+    shorter = dataclasses.replace(run, epochs=1, seeds=1)  # other runs
+    shorter.main()
+    assert "2 runs, of which 0 are on file" in capsys.readouterr().out
+    assert len(measured(tmp_path)) == 6
+
+
+def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(toy, "run", lambda: {"made": "up"})
+    reproduce.Run(names=("fig1",), results=tmp_path).main()
+    assert toy.load(tmp_path / "fig1") == {"made": "up"}
+    reproduce.List(results=tmp_path).main()
+    assert ["fig1", "-", "yes"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture
+def mocked():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=40):
+        yield
+
+
+@pytest.mark.usefixtures("mocked")
+def test_the_data_sets_of_figure_8_mocked(tmp_path, monkeypatch):
+    """SVHN and CIFAR-100 are read by their names, and each has its classes."""
+    trained = []
+
+    def train_group(group, data, advance, stopped):
+        trained.append((group.runs[0][0].dataset, data.num_classes, data.train_images.shape))
+        return [store.Result(run, {}, {}, 1.0, {}) for run in group]
+
+    monkeypatch.setattr(engine, "train_group", train_group)
+    reproduce.Run(names=("fig8",), results=tmp_path, data_dir=tmp_path, epochs=1).main()
+    assert {entry[:3] for entry in trained} == {
+        ("svhn_cropped", 10, (40, 32, 32, 3)),
+        ("cifar100", 100, (40, 32, 32, 3)),
+    }
+    assert len(store.Results(tmp_path)) == 42
+
+
+# Every experiment.
+
+
+def shapes(name):
+    """The groups of an experiment, two steps of one seed each; those alike in size and optimizer only once."""
+    runs = experiments.runs(experiments.EXPERIMENTS[name])
+    short = [dataclasses.replace(run, epochs=1, seed=0, subset=2 * run.batch_size) for run in runs]
+    groups = {}
+    for group in engine.plan(short):
+        run = group.runs[0][0]
+        groups.setdefault((run.depth, run.width, run.batch_size, run.sparsity, run.optimizer, run.dataset), group)
+    return groups
+
+
+SHAPES = {shape: group for name in MLPS for shape, group in shapes(name).items()}
+NAMED = [pytest.param(group, id="-".join(map(str, shape))) for shape, group in SHAPES.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", NAMED)
+@pytest.mark.usefixtures("mocked")
+def test_every_shape_trains_for_two_steps(tmp_path, group):
+    run = group.runs[0][0]
+    data = datasets.load_tfds(run.dataset, tmp_path)
+    more = lambda array: np.resize(array, (2 * run.batch_size, *array.shape[1:]))
+    data = dataclasses.replace(data, train_images=more(data.train_images), train_labels=more(data.train_labels))
+    results = engine.train_group(group, data, lambda runs: None, lambda: False)
+    assert [result.run for result in results] == list(group)
+    for result in results:
+        assert len(result.measures["entropy"]) == run.depth
+        assert np.isfinite(result.curve["train_loss"]).all()
+        assert 0 <= result.measures["accuracy"] <= 1
+    first = results[0]
+    assert all(a.measures["entropy"] != first.measures["entropy"] for a in results[1:] if a.run.strategy == "zero_sum")
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_every_experiment_is_traced(name):
+    """Shapes and choices fit together; nothing is compiled. What an experiment has of another's is left to that one."""
+    mine = [group for group in shapes(name).values() if group in SHAPES.values()]
+    for group in mine:
+        run = group.runs[0][0]
+        strategies = tuple(sorted({run.strategy for run in group}))
+        program = engine.Program(engine._shared(run), strategies, 3072, 10, 2)
+        like = jax.ShapeDtypeStruct
+        count, size = len(group.runs[0]), 40 if run.augmentation == "crop_flip" else 32
+        members = engine.Member(like((count,), int), like((count,), np.float32), like((count,), np.float32))
+        seeds, labels = like((1,), int), like((2 * run.batch_size,), np.int32)
+        images, channel = like((2 * run.batch_size, size, size, 3), np.uint8), like((1, 1, 1, 3), np.float32)
+        data = engine.Data(images, labels, like((8, 32, 32, 3), np.uint8), like((8,), np.int32), channel, channel)
+        states = jax.eval_shape(program.init, members, seeds)
+        after, losses = jax.eval_shape(program.train_epoch, states, members, seeds, 1, data)
+        assert after == states
+        assert losses.shape == (1, count)
+        assert jax.eval_shape(program.evaluate, states[0], data).dead.shape == (1, count, run.depth)
+
+
+TFDS = pathlib.Path(os.environ.get("TFDS_DATA_DIR", pathlib.Path.home() / "tensorflow_datasets"))
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 in TFDS_DATA_DIR")
+def test_cifar10_real(tmp_path):
+    failed = program(
+        *("run", "table1", "--data-dir", TFDS, "--results", tmp_path, "--epochs", 1, "--seeds", 1, "--subset", 1024)
+    )
+    assert failed.returncode == 0, failed.stderr
+    results = store.Results(tmp_path)
+    assert len(results) == 18
+    for result in results:
+        assert np.isfinite(result.measures["accuracy"])
+        assert result.about["data"].startswith("cifar10 (")
+
+
+# Killed, again and again.
+
+DRIVER = """
+import pathlib, sys, time
+from examples import datasets
+from examples.reproduction import configs, engine, store
+
+folder, patience = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+
+class Bar:
+    def update(self, epochs):
+        if epochs == 2:  # of a group; finished ones come with all of theirs
+            print("epoch", flush=True)
+
+class SlowFile:
+    def __init__(self, file):
+        self.file = file
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        self.file.close()
+    def write(self, text):  # some bytes at a time
+        print("write", flush=True)
+        time.sleep(patience)
+        return self.file.write(text[:400])
+
+opened = pathlib.Path.open
+pathlib.Path.open = lambda path, mode="r", **how: (
+    SlowFile(opened(path, mode, **how)) if mode == "ab" else opened(path, mode, **how)
+)
+results = store.Results(folder)
+for message in results.damaged:
+    print("damaged", message, flush=True)
+runs = [
+    configs.MLPRun(
+        dataset="digits", strategy=strategy, seed=seed, width=16, depth=1, epochs=4, subset=100, batch_size=32
+    )
+    for seed in range(14)
+    for strategy in ("vanilla", "zero_sum")
+]
+engine.train(runs, lambda name: datasets.load_digits(), results, Bar(), max_runs=2)
+"""
+
+
+@pytest.mark.slow
+def test_killed_ten_times(tmp_path):
+    """Every run is there once and as in a sweep that nobody disturbed; what was cut off is said and made again."""
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    start = lambda folder, patience: subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path / folder), str(patience)],
+        **{"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "text": True},
+    )
+    undisturbed = start("undisturbed", 0)
+    undisturbed.communicate()
+    assert undisturbed.returncode == 0
+
+    moments, told = random.Random(0), set()
+    for number in range(10):
+        process = start("killed", 0.05)
+        awaited, left = ("write", moments.randrange(2, 5)) if number % 2 else ("epoch", moments.randrange(1, 20))
+        for line in process.stdout:
+            if line.startswith("damaged"):
+                told.add(line.removeprefix("damaged").strip())
+            left -= line.startswith(awaited)
+            if left == 0:
+                break
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9
+    before = store.Results(tmp_path / "killed")
+    assert 0 < len(before) < 28
+    last = start("killed", 0)
+    lines = last.communicate()[0].splitlines()
+    told |= {line.removeprefix("damaged").strip() for line in lines if line.startswith("damaged")}
+    assert last.returncode == 0
+
+    results = store.Results(tmp_path / "killed")
+    assert set(results.damaged) == told
+    assert measured(tmp_path / "killed") == measured(tmp_path / "undisturbed")
+    assert len(results) == 28
+    keys = collections.Counter()
+    for line in (tmp_path / "killed" / "mlp-digits.jsonl").read_text().splitlines():
+        try:
+            keys[json.loads(line)["key"]] += 1
+        except ValueError:
+            keys["damaged"] += 1
+    assert keys.pop("damaged", 0) == len(told) > 0
+    assert set(keys.values()) == {1}

@@ -37,8 +37,9 @@ format: $(UV)  ## let ruff mend what it can
 types: $(UV)  ## pyrefly
 	$(RUN) pyrefly check
 
-docs: $(UV)  ## write docs/compatibility.md
+docs: $(UV)  ## write docs/compatibility.md, docs/reproduction.md and its pictures
 	$(RUN) python tests/optimizer_table.py > docs/compatibility.md
+	$(RUN) python -m examples.reproduce report
 
 docs-test: $(UV)  ## run every example of the docstrings, the README and docs/
 	$(RUN) pytest --doctest-modules excitation_optax models

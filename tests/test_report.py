@@ -389,3 +389,17 @@ def test_experiments_make_all_runs_of_their_view(name):
     runs = [experiments.make_run(experiment, where, seed) for where in wheres for seed in range(experiment.seeds)]
     assert set(runs) == set(experiments.runs(experiment))
     assert len(set(runs)) == len(experiments.runs(experiment))
+
+
+# What is on file.
+
+
+def test_the_page_is_that_of_the_results_on_file():
+    root = pathlib.Path(__file__).parents[1]
+    results = store.Results()
+    assert not results.damaged
+    assert len(results) > 0
+    assert (root / "docs" / "reproduction.md").read_text(encoding="utf-8") == report.markdown(results)
+    assert f"{report.MARKERS[0]}\n{report.summary_markdown(results)}\n{report.MARKERS[1]}" in (
+        root / "README.md"
+    ).read_text(encoding="utf-8")

@@ -96,6 +96,10 @@ _SEARCH = _grid(
 EPOCHS = 30  # of the tables: what two CPU cores can do for 400 runs, and a tenth of what the paper seems to have done
 LONG = 300  # the length at which the vanilla columns come closest: see the remark on `targets`
 
+# A hundred steps: what two hours of a CPU core give to twelve runs. An accelerator can do 30 epochs: `run --epochs 30`.
+BRIEF_VIT = {"epochs": 1, "subset": 12_800, "batch_size": 128}
+BRIEF_GPT = {"dataset": "wikitext-valid", "epochs": 1, "subset": 320, "batch_size": 8}
+
 EXPERIMENTS = {
     e.name: e
     for e in [
@@ -104,7 +108,7 @@ EXPERIMENTS = {
         Experiment("fig3", "Deep networks without skip connections", settings={"epochs": EPOCHS}),
         Experiment("fig4", "Specialization by layer", settings={"epochs": EPOCHS}),
         Experiment("fig5", "Routing entropy along training", settings={"epochs": EPOCHS}),
-        Experiment("fig6", "MoE-ViT on CIFAR-10", kind="vit", settings={"epochs": 1}),
+        Experiment("fig6", "MoE-ViT on CIFAR-10", kind="vit", seeds=1, settings=BRIEF_VIT),
         Experiment("table2", "Perplexity of 60 GPT-MoEs on WikiText-103", kind="gpt", seeds=1),
         Experiment("table3", "Learning rates", settings={"epochs": EPOCHS}),
         Experiment("table4", "Sparsity", settings={"epochs": EPOCHS}),
@@ -115,6 +119,14 @@ EXPERIMENTS = {
         Experiment("fig9", "Training curves of five optimizers", seeds=5, settings={"epochs": EPOCHS}),
         Experiment("fig10", "MoE-ViT on CIFAR-100", kind="vit"),
         Experiment("fig11", "MoE-ViT on SVHN", kind="vit"),
+        Experiment(
+            "table2_brief",
+            "The smallest GPT-MoE, forty steps on WikiText's validation split",
+            kind="gpt",
+            seeds=2,
+            settings=BRIEF_GPT,
+            rows=_grid(num_experts=(4,), d_ff=(256,), strategy=("vanilla", "positive_sum")),
+        ),
         Experiment("targets", "The vanilla runs of the search, at full length", seeds=1, settings={"epochs": LONG}),
         Experiment("table1_long", "SGD and Adam at full length", settings={"epochs": LONG}),
         Experiment(

@@ -5,6 +5,7 @@ bytes.
 """
 
 import collections
+import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ def markdown(results: store.Results) -> str:
         lines.append(line)
     for name, experiment in experiments.EXPERIMENTS.items():
         if name not in experiments.paper():
-            sections.append(_other(results, experiment))
+            sections.append(_search(results, experiment) if name == "search" else _other(results, experiment))
     found = list(dict.fromkeys(found, None))
     head = ("", "", "runs", *evidence.VERDICTS)
     summary = ["## Summary", _table(head, lines, numbers=5)]
@@ -172,6 +173,48 @@ def _other(results: store.Results, experiment: experiments.Experiment) -> str:
     parts.append(_table(("", pictures.UNIT.get(measure, measure)), rows, text=1, numbers=1))
     parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
     return _with_remark(experiment.name, parts)
+
+
+def _search(results: store.Results, experiment: experiments.Experiment) -> str:
+    """The open choices, by when vanilla SGD and Adam would reach what the paper prints for a constant rate."""
+    found = evidence.found(results, experiment)
+    parts = [f"## {experiment.title}"]
+    if not found:
+        return _with_remark(experiment.name, [*parts, f"Not run: {_command(experiment.name)}"])
+    printed = {
+        row["where"]["optimizer"]: row["value"] / 100
+        for row in experiments.paper()["table6"]["rows"]
+        if row["column"] == "vanilla" and row["where"]["schedule"] == "constant"
+    }
+    settings: dict[str, dict[str, tuple[float, float]]] = {}
+    for run in (run for run in found if isinstance(run, configs.MLPRun)):
+        name = f"{run.augmentation}, {run.normalization}, {run.initialization}"
+        after = evidence.epochs_to(results[run], printed[run.optimizer])
+        settings.setdefault(name, {})[run.optimizer] = results[run].measures["accuracy"], after
+    apart = lambda two: max(a / b for a, b in itertools.permutations([after for _, after in two.values()], 2))
+    rows = [
+        (
+            name,
+            *(cell for o in ("sgd", "adam") for cell in (f"{100 * two[o][0]:.1f}", _about(two[o][1]))),
+            _about(apart(two)),
+        )
+        for name, two in sorted(settings.items(), key=lambda item: apart(item[1]))
+        if len(two) == 2
+    ]
+    head = [
+        f"{o}: {text}"
+        for o, v in (("SGD", printed["sgd"]), ("Adam", printed["adam"]))
+        for text in (f"after {experiment.settings['epochs']} epochs", f"epochs to {100 * v:.2f}")
+    ]
+    parts.append(f"Not in the paper. Here: {_settings(experiment)}. Vanilla alone was looked at.")
+    parts.append(_table(("augmentation, normalization, initialization", *head, "ratio"), rows, text=1, numbers=5))
+    parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
+    return _with_remark(experiment.name, parts)
+
+
+def _about(value: float) -> str:
+    """Two digits, of what is an extrapolation."""
+    return f"{float(f'{value:.2g}'):,g}" if value < 1e4 else "> 10,000"
 
 
 def _row(

@@ -99,7 +99,7 @@ def engines(group: engine.Group, data: datasets.ImageData, on_device: engine.Dat
     seeds = jnp.array([row[0].seed for row in group.runs])
     shared = dataclasses.replace(run, seed=0, strategy="vanilla", learning_rate=1.0)
     steps = len(data.train_labels) // run.batch_size
-    program = engine.Program(shared, strategies, data.input_dim, data.num_classes, steps)
+    program = engine.program_of(shared, strategies, data.input_dim, data.num_classes, steps)
     return repeated(
         lambda states, epoch: program.train_epoch(states, members, seeds, epoch, on_device),
         program.init(members, seeds),

@@ -73,7 +73,7 @@ def make_program(group):
         jnp.array([run.learning_rate for run in runs]),
     )
     steps = len(digits().train_labels[: shared.subset]) // shared.batch_size
-    program = engine.Program(shared, strategies, 64, 10, steps)
+    program = engine.program_of(shared, strategies, 64, 10, steps)
     return program, members, jnp.array([row[0].seed for row in group.runs]), engine.put(digits(), shared)
 
 
@@ -287,7 +287,7 @@ def test_gamma_0_is_vanilla_for_every_strategy():
 def test_vanilla_is_the_optimizer_alone():
     """In a program that knows of no Excitation, and in other company. XLA may fuse, and so round, it in its own way."""
 
-    class Bare(engine.Program.__wrapped__):
+    class Bare(engine.Program):
         def make_optimizer(self, member, seed):
             del seed
             steps = self.shared.epochs * self.steps_per_epoch
@@ -326,7 +326,7 @@ def test_repeated_to_the_bit_and_the_same_in_other_company():
 
 def stacked_kernels(initialization):
     shared = configs.MLPRun(width=64, depth=2, initialization=initialization)
-    program = engine.Program(shared, ("vanilla",), 300, 10, 1)
+    program = engine.program_of(shared, ("vanilla",), 300, 10, 1)
     model = program.make_model(0)
     return [(layer.kernel[...], layer.bias[...]) for layer in [*model.layers, model.head]]
 
@@ -366,7 +366,7 @@ def augmented(augmentation, count=400):
     image = np.arange(1, 109, dtype=np.uint8).reshape(1, 12, 9, 1)
     one = datasets.ImageData(image, np.zeros(1, np.int32), image, np.zeros(1, np.int32), 10, "")
     shared = configs.MLPRun(augmentation=augmentation, normalization="unit")
-    program = engine.Program(shared, ("vanilla",), 108, 10, 1)
+    program = engine.program_of(shared, ("vanilla",), 108, 10, 1)
     data = engine.put(one, shared)
     out = program.augment(jax.random.key(0), data.train_images, jnp.zeros(count, jnp.int32))
     return image[0, ..., 0], np.asarray(out)[..., 0]
@@ -407,7 +407,7 @@ def test_standard_normalization():
     images = random.integers([0, 100, 7], [256, 130, 9], (50, 4, 4, 3)).astype(np.uint8)
     data = datasets.ImageData(images, np.zeros(50, np.int32), images, np.zeros(50, np.int32), 10, "")
     shared = configs.MLPRun(subset=30)
-    program, on_device = engine.Program(shared, ("vanilla",), 48, 10, 1), engine.put(data, shared)
+    program, on_device = engine.program_of(shared, ("vanilla",), 48, 10, 1), engine.put(data, shared)
     assert on_device.train_images.shape == (30, 12, 12, 3)
     values = np.asarray(program.normalize(images[:30], on_device))
     np.testing.assert_allclose(values.mean((0, 1, 2)), 0, atol=1e-5)

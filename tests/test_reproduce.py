@@ -253,7 +253,7 @@ def test_every_experiment_is_traced(name):
     for group in mine:
         run = group.runs[0][0]
         strategies = tuple(sorted({run.strategy for run in group}))
-        program = engine.Program(engine._shared(run), strategies, 3072, 10, 2)
+        program = engine.program_of(engine._shared(run), strategies, 3072, 10, 2)
         like = jax.ShapeDtypeStruct
         count, size = len(group.runs[0]), 40 if run.augmentation == "crop_flip" else 32
         members = engine.Member(like((count,), int), like((count,), np.float32), like((count,), np.float32))

@@ -140,7 +140,6 @@ def _vanilla(utilization, gamma):
     return jnp.ones_like(utilization)
 
 
-@functools.cache
 class Program:
     """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
 
@@ -298,6 +297,9 @@ class Program:
         return jax.lax.map(jax.vmap(evaluate), params)
 
 
+program_of = functools.cache(Program)  # groups that differ in members and seeds alone share one
+
+
 def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
     """The data set on JAX's default device, as the runs of a group want it."""
     train_images, train_labels = data.train_images[: shared.subset], data.train_labels[: shared.subset]
@@ -344,7 +346,7 @@ def train_group(
         jnp.array([run.learning_rate for run in group.runs[0]], jnp.float32),
     )
     seeds = jnp.array([row[0].seed for row in group.runs])
-    program = Program(shared, strategies, data.input_dim, data.num_classes, examples // shared.batch_size)
+    program = program_of(shared, strategies, data.input_dim, data.num_classes, examples // shared.batch_size)
     on_device = put(data, shared)
     states = program.init(members, seeds)
     curve = []

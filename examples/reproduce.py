@@ -19,7 +19,7 @@ import tqdm
 import tyro
 
 from examples import datasets
-from examples.reproduction import configs, engine, experiments, report, store, toy, transformers
+from examples.reproduction import configs, engine, evidence, experiments, report, store, toy, transformers
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATASETS = ("cifar10", "cifar100", "svhn_cropped")
@@ -29,22 +29,26 @@ Folder = Annotated[pathlib.Path, tyro.conf.arg(help="Where results are, and go."
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """Print every table and figure, and how many of its runs are done."""
+    """Print every table and figure: its runs, those that are done, the hours of a device they took, and verdicts."""
 
     results: Folder = store.FOLDER
 
     def main(self) -> None:
         """Prints the list."""
         results = read(self.results)
-        print(f"{'name':<14}{'runs':>6}{'done':>6}  title")
+        print(f"{'name':<14}{'runs':>6}{'done':>6}{'hours':>7}   {' / '.join(evidence.VERDICTS[:3])}   title")
         for name in names():
-            if name in NOT_TRAINED:
-                done = (toy.load(self.results / "fig1") is not None) if name == "fig1" else None
-                print(f"{name:<14}{'-':>6}{'yes' if done else '-':>6}  {experiments.paper()[name]['title']}")
+            view = experiments.paper().get(name, {})
+            experiment = experiments.EXPERIMENTS.get(view.get("same_as", name))
+            if experiment is None:  # figure 1 and table 8 are measured, not trained
+                done = "done" if name == "fig1" and toy.load(self.results / name) else "-"
+                print(f"{name:<14}{'-':>6}{done:>6}{'-':>7}{'':>41}   {view['title']}")
                 continue
-            experiment = experiments.EXPERIMENTS[experiments.paper().get(name, {}).get("same_as", name)]
-            runs = experiments.runs(experiment)
-            print(f"{name:<14}{len(runs):>6}{sum(run in results for run in runs):>6}  {experiment.title}")
+            runs, found = experiments.runs(experiment), evidence.found(results, experiment)
+            hours = sum(results[run].seconds for run in found) / 3600
+            counts = evidence.count(evidence.verdicts(results, experiment, view)) if view.get("claims") else []
+            verdicts = " / ".join(map(str, counts[:3]))
+            print(f"{name:<14}{len(runs):>6}{len(found):>6}{hours:>7.1f}{verdicts:>41}   {experiment.title}")
 
 
 @dataclasses.dataclass(frozen=True)

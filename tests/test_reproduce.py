@@ -167,7 +167,7 @@ def test_trained_once_then_never_again(tmp_path, tiny, capsys):
 
     reproduce.List(results=tmp_path).main()
     listed = capsys.readouterr().out.splitlines()
-    assert ["tiny", "4", "4", "Tiny"] in map(str.split, listed)
+    assert ["tiny", "4", "4", "0.0", "Tiny"] in map(str.split, listed)
     assert ["fig1", "-", "-"] in [line.split()[:3] for line in listed]
     assert {line.split()[0] for line in listed[1:]} == set(reproduce.names())
 
@@ -182,7 +182,7 @@ def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
     reproduce.Run(names=("fig1",), results=tmp_path).main()
     assert toy.load(tmp_path / "fig1") == {"made": "up"}
     reproduce.List(results=tmp_path).main()
-    assert ["fig1", "-", "yes"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert ["fig1", "-", "done"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
 
 
 @pytest.fixture

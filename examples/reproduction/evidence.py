@@ -80,6 +80,16 @@ def verdict(contrast: Contrast, sign: int) -> str:
     return "contradicted" if max(sign * contrast.low, sign * contrast.high) < 0 else "inconclusive"
 
 
+def verdicts(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any]) -> list[str]:
+    """Of all claims of a table or figure."""
+    return [verdict(contrast(results, experiment, claim), claim["sign"]) for claim in view["claims"]]
+
+
+def count(verdicts: list[str]) -> list[int]:
+    """How many there are of each of `VERDICTS`."""
+    return [sum(v.startswith(name) for v in verdicts) for name in VERDICTS]
+
+
 def printed(view: dict[str, Any], claim: dict[str, Any]) -> tuple[float | None, bool]:
     """The paper's Δ, and whether it stands in the paper rather than being the difference of what stands there."""
     if claim["printed"] is not None:

@@ -4,7 +4,6 @@ It is made of the results on file, `paper.json` and `experiments`, and of nothin
 bytes.
 """
 
-import collections
 import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import configs, evidence, experiments, overhead, pictures, store, toy
+from examples.reproduction import configs, evidence, experiments, overhead, pictures, store, toy, transformers
 
 IMAGES = pathlib.PurePosixPath("images/reproduction")  # in the folder of the page
 MARKERS = "<!-- reproduction -->", "<!-- /reproduction -->"
@@ -97,13 +96,11 @@ def _view(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str,
     """The section of a table or figure, and its line in the summary."""
     experiment, found = experiments.EXPERIMENTS.get(name), _found(results, name)
     if experiment is None or not found:
-        how = f": {_command(name)}" if experiment else "."
-        parts = [_title(name, view), f"{view['where_in_paper']}. Not run{how}"]
+        parts = [_title(name, view), f"{view['where_in_paper']}. Not run{_how(experiment) if experiment else '.'}"]
         return _with_remark(name, parts), (*_linked(name, view), "not run", 0, 0, 0, len(view["claims"]))
     total = len(experiments.runs(experiment))
     ours = [evidence.contrast(results, experiment, claim) for claim in view["claims"]]
-    verdicts = [evidence.verdict(c, claim["sign"]) for claim, c in zip(view["claims"], ours, strict=True)]
-    counts = collections.Counter(v.split(" (")[0] for v in verdicts)
+    verdicts = evidence.verdicts(results, experiment, view)
     parts = [_title(name, view), f"{view['where_in_paper']}. Here: {_settings(experiment)}."]
     parts += [view["note"]] if "note" in view else []
     parts += [_picture(name, view)] if name in pictures.DRAW else []
@@ -116,8 +113,17 @@ def _view(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str,
         ]
         parts.append(_table(("claim", "where", "paper's Δ", "our Δ", "verdict"), rows, numbers=2))
     parts.append(_provenance(results, name, found, total))
-    line = (*_linked(name, view), f"{len(found)} of {total}", *(counts[v] for v in evidence.VERDICTS))
+    line = (*_linked(name, view), f"{len(found)} of {total}", *evidence.count(verdicts))
     return _with_remark(name, parts), line
+
+
+def _how(experiment: experiments.Experiment) -> str:
+    """How to make the runs of a view, and what it would take."""
+    runs = [run for run in experiments.runs(experiment) if isinstance(run, configs.ViTRun | configs.GPTRun)]
+    if not runs:
+        return f": {_command(experiment.name)}"
+    hours = sum(transformers.estimate_gpu_hours(run) for run in runs)
+    return f": {_command(experiment.name)}, {_plural(len(runs), 'run')}, by estimate {hours:.2g} hours of an H100."
 
 
 def _same_as(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str, tuple]:

@@ -351,24 +351,20 @@ FLOPS_PER_SECOND = 50e12
 
 
 def estimate_gpu_hours(run: configs.ViTRun | configs.GPTRun) -> float:
-    """How long a run would take on one H100: 6 operations for every parameter that a token uses, and every token.
+    """How long a run would take on one H100: 6 operations for every weight that a token uses, and every token.
 
-    An estimate: parameters that a token uses are all but embeddings and the experts that it is not sent to; attention's
-    products, evaluation and the optimizer are left out, and `FLOPS_PER_SECOND` is a guess, made for the sizes of table
-    2: the ViTs are too small to keep a GPU that busy, and will take several times as long.
+    An estimate: attention's products, evaluation and the optimizer are left out, and `FLOPS_PER_SECOND` is a guess.
     """
     if isinstance(run, configs.ViTRun):
-        num_classes = 100 if run.dataset == "cifar100" else 10
-        config = vit_config(run, num_classes=num_classes)
-        make = lambda: moe_vit.MoEViT(config, rngs=nnx.Rngs(0))
-        tokens_of_example, examples = config.num_patches, TRAINING_IMAGES[run.dataset]
+        tokens_of_example, examples = (32 // run.patch_size) ** 2, TRAINING_IMAGES[run.dataset]
     else:
-        make = lambda: gpt_moe.GPTMoE(gpt_config(run), rngs=nnx.Rngs(0))
         tokens_of_example, examples = run.context, TEXTS[run.dataset][2] // run.context
-    active = 0.0
-    for path, leaf in nnx.to_flat_state(nnx.eval_shape(lambda: nnx.state(make()))):
-        if path[0] not in ("tokens", "positions"):
-            share = run.experts_per_token / run.num_experts if "experts" in path else 1.0
-            active += share * math.prod(leaf.shape)
     tokens = run.epochs * min(examples, run.subset or examples) * tokens_of_example
-    return 6 * active * tokens / FLOPS_PER_SECOND / 3600
+    return 6 * active_weights(run) * tokens / FLOPS_PER_SECOND / 3600
+
+
+def active_weights(run: configs.ViTRun | configs.GPTRun) -> int:
+    """The weights that a token uses: attention, the router, K experts in every layer, and a GPT's head."""
+    d = run.d_model
+    layer = 4 * d * d + d * run.num_experts + run.experts_per_token * 2 * d * run.d_ff
+    return run.num_layers * layer + (d * texts.VOCAB_SIZE["gpt2"] if isinstance(run, configs.GPTRun) else 0)

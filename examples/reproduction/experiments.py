@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import pathlib
+import tomllib
 from typing import Any
 
 from examples.reproduction import configs
@@ -145,4 +146,5 @@ EXPERIMENTS = {
         ),
     ]
 }
-REMARKS: dict[str, str] = {}
+# What a reader of the report should know, by section.
+REMARKS: dict[str, str] = tomllib.loads(PAPER.with_name("remarks.toml").read_text(encoding="utf-8"))

@@ -317,7 +317,7 @@ def _picture(name: str, view: dict[str, Any]) -> str:
 
 
 def _with_remark(name: str, parts: list[str]) -> str:
-    return "\n\n".join([*parts, *([experiments.REMARKS[name]] if name in experiments.REMARKS else [])])
+    return "\n\n".join([*parts, *([experiments.REMARKS[name].strip()] if name in experiments.REMARKS else [])])
 
 
 def _plural(number: int, noun: str) -> str:

@@ -256,7 +256,7 @@ def test_every_experiment_is_traced(name):
         program = engine.program_of(engine._shared(run), strategies, 3072, 10, 2)
         like = jax.ShapeDtypeStruct
         count, size = len(group.runs[0]), 40 if run.augmentation == "crop_flip" else 32
-        members = engine.Member(like((count,), int), like((count,), np.float32), like((count,), np.float32))
+        members = engine.Member(like((count,), np.int32), like((count,), np.float32), like((count,), np.float32))
         seeds, labels = like((1,), int), like((2 * run.batch_size,), np.int32)
         images, channel = like((2 * run.batch_size, size, size, 3), np.uint8), like((1, 1, 1, 3), np.float32)
         data = engine.Data(images, labels, like((8, 32, 32, 3), np.uint8), like((8,), np.int32), channel, channel)

@@ -257,7 +257,7 @@ def test_every_experiment_is_traced(name):
         like = jax.ShapeDtypeStruct
         count, size = len(group.runs[0]), 40 if run.augmentation == "crop_flip" else 32
         members = engine.Member(like((count,), np.int32), like((count,), np.float32), like((count,), np.float32))
-        seeds, labels = like((1,), int), like((2 * run.batch_size,), np.int32)
+        seeds, labels = like((1,), np.int32), like((2 * run.batch_size,), np.int32)
         images, channel = like((2 * run.batch_size, size, size, 3), np.uint8), like((1, 1, 1, 3), np.float32)
         data = engine.Data(images, labels, like((8, 32, 32, 3), np.uint8), like((8,), np.int32), channel, channel)
         states = jax.eval_shape(program.init, members, seeds)

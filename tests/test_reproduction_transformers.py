@@ -124,6 +124,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", CASES)
 def test_a_vit_is_trained_as_by_a_plain_loop(digits, kwargs):
     result = train_vit(digits, **kwargs)
@@ -229,6 +230,7 @@ def test_results_can_be_stored(tmp_path, vit, gpt):
     assert [numbers(results[r.run]) for r in (vit, gpt)] == [numbers(vit), numbers(gpt)]
 
 
+@pytest.mark.slow
 def test_a_gpt_learns_its_text(text, gpt):
     result = train_gpt(text, epochs=30)
     assert result.curve["epoch"] == list(range(1, 31))
@@ -236,6 +238,7 @@ def test_a_gpt_learns_its_text(text, gpt):
     assert result.measures["perplexity"] < 3 < gpt.measures["perplexity"]
 
 
+@pytest.mark.slow
 def test_a_model_that_diverges_has_no_accuracy(digits):
     result = train_vit(digits, optimizer="sgd", learning_rate=1e30)
     assert math.isnan(result.measures["accuracy"])
@@ -244,6 +247,7 @@ def test_a_model_that_diverges_has_no_accuracy(digits):
 # Along the way.
 
 
+@pytest.mark.slow
 def test_evaluation_within_an_epoch_and_chunks_change_nothing(text, gpt, monkeypatch):
     monkeypatch.setattr(transformers, "EVALUATE_EVERY", 2)  # of the three steps of an epoch
     result = train_gpt(text)
@@ -257,6 +261,7 @@ def test_evaluation_within_an_epoch_and_chunks_change_nothing(text, gpt, monkeyp
     np.testing.assert_allclose(again.curve["train_loss"], result.curve["train_loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(digits, tmp_path, monkeypatch):
     strategy = "random_boost"  # it has a state
     monkeypatch.setattr(transformers, "CHECKPOINT_SECONDS", 0)

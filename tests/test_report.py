@@ -256,6 +256,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path, use):
         assert str(tmp_path) not in a.read_text()
 
 
+@pytest.mark.slow
 def test_every_picture_is_drawn_and_shown(tmp_path, use):
     """Of few seeds, one of which diverged, as in a sweep that is under way."""
     table = use(*(name for name in pictures.DRAW if name != "fig7"), "table2", seeds=2)

@@ -182,6 +182,7 @@ def numbers(result):
     return result.measures, result.curve
 
 
+@pytest.mark.slow
 def test_a_run_repeats_bit_by_bit(digits, text, vit, gpt):
     assert numbers(train_vit(digits)) == numbers(vit)
     assert numbers(train_gpt(text)) == numbers(gpt)
@@ -189,6 +190,7 @@ def test_a_run_repeats_bit_by_bit(digits, text, vit, gpt):
     assert train_gpt(text, seed=1).curve["train_loss"] != gpt.curve["train_loss"]
 
 
+@pytest.mark.slow
 def test_the_strategies_of_a_seed_start_alike(digits):
     """One step is an epoch here: what it reports is the loss of the first parameters on the first batch."""
     curves = [
@@ -203,6 +205,7 @@ def test_the_strategies_of_a_seed_start_alike(digits):
 # Results.
 
 
+@pytest.mark.slow
 def test_what_is_measured_of_a_vit(vit, digits, monkeypatch):
     assert set(vit.measures) == {"accuracy", "entropy", "max_load", "dead"}
     assert 50 * vit.measures["accuracy"] == pytest.approx(round(50 * vit.measures["accuracy"]))
@@ -222,6 +225,7 @@ def test_what_is_measured_of_a_vit(vit, digits, monkeypatch):
         np.testing.assert_allclose(in_batches[name], vit.measures[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_results_can_be_stored(tmp_path, vit, gpt):
     results = store.Results(tmp_path)
     results.append([vit, gpt])

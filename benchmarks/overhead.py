@@ -265,8 +265,13 @@ def tell(entry: dict[str, Any]) -> str:
     if entry["rounds"] is None:
         return f"{entry['row']}: not run: needs {max(entry['peak_bytes'].values()) / GIB:.1f} GiB"
     times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in entry["seconds_per_step"].items())
-    interval = lambda part: "{overhead_percent:+.2f} % [{interval[0]:+.2f}, {interval[1]:+.2f}]".format(**part)
-    return f"{entry['row']}: {times}; excitation adds {interval(entry)}, counting {interval(entry['counting'])}"
+
+    def added(part):
+        bytes_percent = 100 * (part["bytes_ratio"] - 1)
+        low, high = part["interval"]
+        return f"{part['overhead_percent']:+.2f} % [{low:+.2f}, {high:+.2f}], of bytes {bytes_percent:+.2f} %"
+
+    return f"{entry['row']}: {times}; excitation adds {added(entry)}; counting {added(entry['counting'])}"
 
 
 def main(config: Config) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ are written by `python -m examples.reproduce report` from the results on file: e
   in brackets its 95 % interval, of Student's t. Accuracy in points.
 * A claim of the paper is *confirmed* if the interval excludes zero on the paper's side, *contradicted* if it does on
   the other, *inconclusive* if it holds zero or there is one seed only, and *not tested* if the runs are missing. With
-  this many claims, a few verdicts of chance are to be expected.
+  this many claims, a few verdicts of chance are to be expected. The paper does not print how long it trained: a verdict
+  is about runs of the length that its section states.
 * A paper's Δ in parentheses is not printed there, but is the difference of printed values; > 0 or < 0 stands for a
   claim without a number.
 * Runs that diverged are counted, and left out of means and of differences."""

@@ -30,14 +30,7 @@ TINY = experiments.Experiment(
 MLPS = [name for name, experiment in experiments.EXPERIMENTS.items() if experiment.kind == "mlp"]
 
 
-@pytest.fixture(autouse=True)
-def as_users_have_it():
-    """Optax's Adam needs it, in the engine's threads too, which no context manager reaches."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.config.update("jax_numpy_rank_promotion", "raise")
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 
 @pytest.fixture

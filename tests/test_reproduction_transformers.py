@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 import excitation_optax
 from examples import datasets, texts, train_moe_vit
@@ -23,21 +22,7 @@ VIT = SIZES | {"dataset": "digits", "batch_size": 16, "epochs": 2, "subset": 60,
 GPT = SIZES | {"dataset": "abc", "batch_size": 4, "epochs": 2, "subset": 14, "learning_rate": 0.03, "context": 8}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Programs that were compiled before are read back: most of the time of a short run is compiling the same again."""
-    flags = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in flags}
-    for name, value in flags.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

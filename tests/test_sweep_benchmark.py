@@ -1,19 +1,8 @@
 """The benchmark of the engine runs, at toy sizes, and its loop by hand trains as the engine does."""
 
-import jax
 import pytest
 
 from benchmarks import sweep
-
-
-@pytest.fixture
-def as_users_have_it():
-    """In all threads."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
-    jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from examples import train_gpt_moe
 
@@ -25,21 +24,7 @@ ROUTING = {"load_balancing_loss", "router_z_loss", "routing_entropy", "max_over_
 LOGGED = {"step", "loss", "tokens_per_second"} | ROUTING
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Programs that were compiled before are read back: most of the time of a short run is compiling the same again."""
-    flags = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in flags}
-    for name, value in flags.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def train(folder, text="abc" * 300, **kwargs):

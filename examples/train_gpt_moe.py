@@ -103,6 +103,19 @@ def train_step(config, graphdef, tx, params, opt_state, step, tokens):
     return params, opt_state, {"loss": loss} | training.routing_metrics(config, utilization, losses, step)
 
 
+def make_total_loss(graphdef):
+    """A compiled function of parameters, tokens `[B, S + 1]` and a mask `[B, S]`: the loss in nats, summed over it."""
+
+    @jax.jit
+    def total_loss(params, tokens, where):
+        model = nnx.merge(graphdef, params)
+        model.eval()
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
+        return jnp.sum(losses, where=where)
+
+    return total_loss
+
+
 def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float:
     """The mean loss in nats per token: every token but the first is predicted once, in windows that do not overlap."""
     windows = -(-(len(tokens) - 1) // context)
@@ -137,13 +150,7 @@ def main(config: Config) -> float:
     opt_state = tx.init(params)
     step = jax.jit(functools.partial(train_step, config, graphdef, tx), donate_argnums=(0, 1))
 
-    @jax.jit
-    def total_loss(params, tokens, where):
-        model = nnx.merge(graphdef, params)
-        model.eval()
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
-        return jnp.sum(losses, where=where)
-
+    total_loss = make_total_loss(graphdef)
     bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
     log = training.Log(config, "train_gpt_moe", config.steps)
     rng = np.random.default_rng(config.seed)

@@ -148,12 +148,7 @@ def train_gpt(
         tokens = train[batch[:, None] * run.context + jnp.arange(run.context + 1)[None]]  # [B, S + 1]
         return train_gpt_moe.train_step(settings, graphdef, tx, params, opt_state, number, tokens)
 
-    @jax.jit
-    def total_loss(params, tokens, where):
-        model = nnx.merge(graphdef, params)
-        model.eval()
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
-        return jnp.sum(losses, where=where)
+    total_loss = train_gpt_moe.make_total_loss(graphdef)
 
     def measure(params):
         loss = train_gpt_moe.evaluate(total_loss, params, text.evaluation, run.context, run.batch_size)

@@ -7,7 +7,17 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
+
+# What is asked of the fields, of whatever kind of run.
+_RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
+    "at least 1": (("epochs", "subset", "width", "depth", "batch_size"), lambda value: value >= 1),
+    "at least 0": (("seed",), lambda value: value >= 0),
+    "finite and not negative": (("gamma",), lambda value: 0 <= value < math.inf),
+    "finite and positive": (("learning_rate",), lambda value: 0 < value < math.inf),
+    "a share, in [0, 1]": (("sparsity", "warmup"), lambda value: 0 <= value <= 1),
+}
 
 Strategy = Literal["vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 
@@ -31,13 +41,11 @@ class Run:
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
         if self.strategy == "vanilla":
             object.__setattr__(self, "gamma", 1.0)  # it has none: this is one run, not several
-        for name in ("epochs", "subset"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be at least 1; got {value}.")
-        if self.seed < 0:
-            raise ValueError(f"{type(self).__name__}: seed must not be negative; got {self.seed}.")
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"{type(self).__name__}: gamma must be finite and not negative; got {self.gamma}.")
+        for rule, (names, holds) in _RULES.items():
+            for name in names:
+                value = getattr(self, name, None)  # not every kind has every field
+                if value is not None and not holds(value):
+                    raise ValueError(f"{type(self).__name__}: {name} must be {rule}; got {value}.")
 
     @property
     def key(self) -> str:
@@ -67,16 +75,6 @@ class MLPRun(Run):
     initialization: Literal["lecun_normal", "he_normal", "torch"] = "lecun_normal"
     activation: Literal["relu", "none"] = "relu"  # before Top-K
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("width", "depth", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MLPRun: {name} must be at least 1; got {getattr(self, name)}.")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"MLPRun: learning_rate must be positive; got {self.learning_rate}.")
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"MLPRun: sparsity is a share in [0, 1]; got {self.sparsity}.")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTRun(Run):
@@ -104,17 +102,11 @@ class ViTRun(Run):
     flip: bool | None = None  # whether half of the images are mirrored; None: unless they are of digits
 
     def __post_init__(self):
-        super().__post_init__()
-        rate = self.RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
-        object.__setattr__(self, "learning_rate", rate)
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", self.RATES[self.optimizer])
         if self.flip is None:
             object.__setattr__(self, "flip", self.dataset not in ("svhn_cropped", "digits"))
-        if not 0 < rate < math.inf:
-            raise ValueError(f"ViTRun: learning_rate must be positive; got {rate}.")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"ViTRun: warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
-        if self.batch_size < 1:
-            raise ValueError(f"ViTRun: batch_size must be at least 1; got {self.batch_size}.")
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,15 +134,6 @@ class GPTRun(Run):
     batch_size: int = 64
     load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
     dtype: Literal["float32", "bfloat16"] = "float32"  # what the model computes in; its parameters stay float32
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"GPTRun: learning_rate must be positive; got {self.learning_rate}.")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"GPTRun: warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
-        if self.batch_size < 1:
-            raise ValueError(f"GPTRun: batch_size must be at least 1; got {self.batch_size}.")
 
 
 KINDS: dict[str, type[Run]] = {config.kind: config for config in (MLPRun, ViTRun, GPTRun)}

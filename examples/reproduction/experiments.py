@@ -94,6 +94,15 @@ _SEARCH = _grid(
     initialization=("lecun_normal", "torch", "he_normal"),
 )
 
+# One choice at a time, against the setting that the first look favours; and candidates at their length.
+_VARIANTS = ({}, {"augmentation": "flip"}, {"activation": "none"}, {"depth": 3})
+_CANDIDATES = (
+    {"epochs": 100, "augmentation": "flip", "depth": 3},
+    {"epochs": 300, "depth": 3},
+    {"epochs": 300},
+    {"epochs": 200, "augmentation": "none", "initialization": "he_normal"},
+)
+
 EPOCHS = 30  # of the tables: what two CPU cores can do for 400 runs, and a tenth of what the paper seems to have done
 LONG = 300  # the length at which the vanilla columns come closest: see the remark on `targets`
 
@@ -136,6 +145,19 @@ EXPERIMENTS = {
             seeds=1,
             settings={"epochs": 200, "augmentation": "none", "initialization": "he_normal"},
             rows=tuple({**ADAM, "sparsity": sparsity} for sparsity in (0.9, 0.1)),
+        ),
+        Experiment(
+            "search_variants",
+            "The open choices, second look: one at a time, vanilla",
+            seeds=1,
+            settings={"epochs": 30},
+            rows=tuple({**row["where"], **variant} for variant in _VARIANTS for row in paper()["targets"]["rows"]),
+        ),
+        Experiment(
+            "search_long",
+            "The open choices, third look: candidates at their length, vanilla",
+            seeds=1,
+            rows=tuple({**row["where"], **choice} for choice in _CANDIDATES for row in paper()["targets"]["rows"]),
         ),
         Experiment(
             "search",

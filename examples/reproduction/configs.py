@@ -19,6 +19,8 @@ _RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "a share, in [0, 1]": (("sparsity", "warmup"), lambda value: 0 <= value <= 1),
 }
 
+DIGITS = ("svhn_cropped", "digits")  # data sets of what must not be mirrored
+
 Strategy = Literal["vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 
 
@@ -64,16 +66,21 @@ class MLPRun(Run):
     kind: ClassVar[str] = "mlp"
 
     width: int = 128
-    depth: int = 4
+    depth: int = 3  # hidden layers: the paper's "4-layer MLP", its output layer counted (see the report's search)
     sparsity: float = 0.9
     optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
     learning_rate: float = 0.01
     schedule: Literal["cosine", "constant"] = "cosine"
     batch_size: int = 512
-    augmentation: Literal["none", "flip", "crop_flip"] = "crop_flip"
+    augmentation: Literal["none", "flip", "crop_flip"] | None = None  # None: flip, but none of digits
     normalization: Literal["unit", "standard"] = "standard"  # pixels in [0, 1], or by channel's mean and deviation
     initialization: Literal["lecun_normal", "he_normal", "torch"] = "lecun_normal"
     activation: Literal["relu", "none"] = "relu"  # before Top-K
+
+    def __post_init__(self):
+        if self.augmentation is None:
+            object.__setattr__(self, "augmentation", "none" if self.dataset in DIGITS else "flip")
+        super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +112,7 @@ class ViTRun(Run):
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", self.RATES[self.optimizer])
         if self.flip is None:
-            object.__setattr__(self, "flip", self.dataset not in ("svhn_cropped", "digits"))
+            object.__setattr__(self, "flip", self.dataset not in DIGITS)
         super().__post_init__()
 
 

@@ -1,0 +1,279 @@
+"""Utilization of all micro-batches of an update, and averages over updates.
+
+Axis letters: B batch, k micro-batches, E experts.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import excitation_optax
+from excitation_optax import flax as excitation_flax
+from models import moe, topk_mlp
+
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
+
+B, D, CLASSES = 840, 12, 5  # 840 is divisible by 1 to 8
+STRATEGIES = ["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
+COUNTS = excitation_optax.RoutingCounts
+
+
+class Classifier(nnx.Module):
+    """A dropless MoE layer between two dense ones."""
+
+    expert_axis = None
+
+    def __init__(self, *, rngs):
+        self.embed = nnx.Linear(D, 8, rngs=rngs)
+        self.moe = moe.MoE(moe.MoEConfig(d_model=8, d_ff=16, num_experts=6, experts_per_token=2), rngs=rngs)
+        self.head = nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, x, where=None):
+        return self.head(self.moe(self.embed(x), where))
+
+
+def make_model(name):
+    if name == "moe":
+        return Classifier(rngs=nnx.Rngs(0))
+    return topk_mlp.TopKMLP(topk_mlp.TopKMLPConfig(D, width=16, depth=2, num_classes=CLASSES), rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def problem(name):
+    """The model, its parameters, a batch, and a compiled function of parameters and examples: gradients, counts."""
+    model = make_model(name)
+    graphdef, params = nnx.split(model)
+    x = jax.random.normal(jax.random.key(1), (B, D))
+    labels = jax.random.randint(jax.random.key(2), (B,), 0, CLASSES)
+
+    @jax.jit
+    def gradients(params, x, labels):
+        def loss_fn(params):
+            logits, utilization = excitation_flax.capture_routing(nnx.merge(graphdef, params))(x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), utilization
+
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    return model, params, (x, labels), gradients
+
+
+def micro_batches(batch, k):
+    return jax.tree.map(lambda a: a.reshape(k, B // k, *a.shape[1:]), batch)
+
+
+def sgd(strategy, model, optimizer=None):
+    strategy = getattr(excitation_optax, strategy)
+    excite = excitation_optax.scale_by_excitation(strategy, 1.0, expert_axis=model.expert_axis)
+    return optax.chain(optimizer or optax.sgd(0.1), excite)
+
+
+def far(a, b):
+    """The largest difference between two trees, each leaf's over its largest entry."""
+    apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)), a, b)
+    return max(float(leaf) for leaf in jax.tree.leaves(apart))
+
+
+def through_multi_steps(tx, params, parts, **kwargs):
+    """The parameters after the micro-batches' gradients and counts `[k, ...]` went through."""
+    state = tx.init(params)
+
+    def step(carry, part):
+        params, state = carry
+        grads, counts = part
+        updates, state = tx.update(grads, state, params, utilization=counts, **kwargs)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, state), parts)[0]
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+@pytest.mark.parametrize("name", ["topk_mlp", "moe"])
+def test_micro_batches_equal_the_batch(name, k):
+    """By the plain scan, and by `accumulate_utilization`, with every strategy."""
+    model, params, batch, gradients = problem(name)
+    grads, counts = gradients(params, *batch)
+    parts = jax.lax.map(lambda part: gradients(params, *part), micro_batches(batch, k))
+    added = jax.tree.map(lambda leaf: leaf.sum(0), parts[1])
+    for a, b in zip(jax.tree.leaves(added), jax.tree.leaves(counts), strict=True):
+        np.testing.assert_array_equal(a, b)
+    mean = jax.tree.map(lambda leaf: leaf.mean(0), parts[0])
+    like = excitation_flax.routing_like(model, jax.ShapeDtypeStruct((B // k, D), jnp.float32))
+    for strategy in STRATEGIES:
+        tx = sgd(strategy, model)
+        expected, _ = tx.update(grads, tx.init(params), params, utilization=counts)
+        scanned, _ = tx.update(mean, tx.init(params), params, utilization=added)
+        assert far(scanned, expected) <= 1e-5
+        wrapped = excitation_optax.accumulate_utilization(optax.MultiSteps(tx, k), like)
+        after, state = jax.jit(functools.partial(through_multi_steps, wrapped))(params, parts)
+        assert far(after, optax.apply_updates(params, expected)) <= 1e-5
+        assert int(state.multi_steps.gradient_step) == 1
+        assert all(not leaf.any() for leaf in jax.tree.leaves(state.utilization))
+
+
+@pytest.mark.parametrize("name", ["topk_mlp", "moe"])
+def test_multi_steps_alone_is_wrong(name):
+    """It excites by the last micro-batch: the trap that `accumulate_utilization` is there for."""
+    model, params, batch, gradients = problem(name)
+    grads, counts = gradients(params, *batch)
+    tx = sgd("zero_sum", model)
+    updates, _ = tx.update(grads, tx.init(params), params, utilization=counts)
+    parts = jax.lax.map(lambda part: gradients(params, *part), micro_batches(batch, 8))
+    bare = optax.MultiSteps(tx, 8)
+    after, _ = through_multi_steps(optax.GradientTransformationExtraArgs(bare.init, bare.update), params, parts)
+    moved = jax.tree.map(lambda a, b: a - b, after, params)
+    assert far(moved, updates) > 0.05
+
+
+def test_unequal_padding():
+    """Counts are exact; gradients too, where the loss divides by a fixed constant and not by the tokens that it saw."""
+    model, params, (x, labels), _ = problem("moe")
+    graphdef = nnx.graphdef(model)
+    where = jax.random.bernoulli(jax.random.key(3), jnp.linspace(0.1, 0.9, B))
+
+    @functools.partial(jax.jit, static_argnames="divisor")
+    def gradients(params, x, labels, where, divisor=None):
+        def loss_fn(params):
+            logits, utilization = excitation_flax.capture_routing(nnx.merge(graphdef, params))(x, where)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jnp.sum(losses, where=where) / (divisor or jnp.sum(where)), utilization
+
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    tx = sgd("positive_sum", model)
+    halves = micro_batches((x, labels, where), 2)
+
+    def update(divisor):
+        """Of the batch and of its halves, whose gradients are averaged."""
+        both = []
+        grads, counts = gradients(params, x, labels, where, divisor=divisor and divisor * 2)
+        both.append((grads, counts))
+        parts = jax.lax.map(lambda part: gradients(params, *part, divisor=divisor), halves)
+        both.append((jax.tree.map(lambda a: a.mean(0), parts[0]), jax.tree.map(lambda a: a.sum(0), parts[1])))
+        return [tx.update(grads, tx.init(params), params, utilization=counts)[0] for grads, counts in both], both
+
+    (whole, halved), (a, b) = update(divisor=B // 2)
+    assert far(halved, whole) <= 1e-5
+    for x_, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_array_equal(x_, y)
+    (whole, halved), _ = update(divisor=None)
+    assert far(halved, whole) > 0.01  # the padded half weighs as much as the full one
+
+
+def test_skipped_micro_batches_do_not_count():
+    """The middle one of three has a NaN: as with the other two alone."""
+    params = {"experts": jnp.ones((2, 3))}
+    grads = {"experts": jnp.array([[1.0], [2.0], [3.0]])[:, None] * jnp.ones((3, 2, 3))}
+    grads["experts"] = grads["experts"].at[1, 0, 0].set(jnp.nan)
+    counts = {"experts": COUNTS(jnp.array([[3.0, 1.0], [8.0, 0.0], [0.0, 2.0]]), jnp.array([4.0, 8.0, 2.0]))}
+    inner = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+    multi_steps = optax.MultiSteps(inner, 2, should_skip_update_fn=optax.transforms.skip_not_finite)
+    tx = excitation_optax.accumulate_utilization(multi_steps, jax.tree.map(lambda leaf: leaf[0], counts))
+    after, state = through_multi_steps(tx, params, (grads, counts))
+    # Mean gradient 2, utilization 3/6 and 3/6.
+    np.testing.assert_allclose(after["experts"], jnp.full((2, 3), -1.0))
+    assert multi_steps.has_updated(state.multi_steps)
+    # One that is skipped after another was accepted changes nothing.
+    first = jax.tree.map(lambda leaf: leaf[0], (grads, counts))
+    second = jax.tree.map(lambda leaf: leaf[1], (grads, counts))
+    state = tx.init(params)
+    _, state = tx.update(first[0], state, params, utilization=first[1])
+    _, again = tx.update(second[0], state, params, utilization=second[1])
+    np.testing.assert_array_equal(again.utilization["experts"].counts, [3.0, 1.0])
+    assert not multi_steps.has_updated(again.multi_steps)
+
+
+def test_a_schedule_of_micro_batches():
+    """One, then two, then three: every update has the utilization of its own."""
+    params = {"experts": jnp.zeros((2, 1))}
+    inner = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+    tx = excitation_optax.accumulate_utilization(
+        optax.MultiSteps(inner, lambda step: step + 1), {"experts": COUNTS(jnp.zeros(2), jnp.zeros(()))}
+    )
+    state, moved = tx.init(params), []
+    for n in range(6):
+        counts = {"experts": COUNTS(jnp.array([float(n), 10.0 - n]), jnp.array(10.0))}
+        updates, state = tx.update({"experts": jnp.ones((2, 1))}, state, params, utilization=counts)
+        moved.append(updates["experts"][:, 0].tolist())
+    zero = [0.0, 0.0]
+    # Means of n: 0 of 10; (1 + 2) / 2 = 1.5; (3 + 4 + 5) / 3 = 4. Zero-sum doubles them: u / mean, with a mean of 5.
+    assert moved == [[0.0, -2.0], zero, pytest.approx([-0.3, -1.7]), zero, zero, pytest.approx([-0.8, -1.2])]
+
+
+def test_within_nnx_optimizer():
+    """As users of Flax have it, whose state names the positions of a list otherwise than the routing does."""
+    model = make_model("topk_mlp")
+    x, labels = problem("topk_mlp")[2]
+    tx = sgd("zero_sum", model)
+    like = excitation_flax.routing_like(model, x[:4])
+    optimizer = nnx.Optimizer(
+        model, excitation_optax.accumulate_utilization(optax.MultiSteps(tx, 2), like), wrt=nnx.Param
+    )
+
+    @nnx.jit
+    def step(model, optimizer, x, labels):
+        def loss_fn(model):
+            logits, utilization = excitation_flax.capture_routing(model)(x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), utilization
+
+        grads, utilization = nnx.grad(loss_fn, has_aux=True)(model)
+        optimizer.update(model, grads, utilization=utilization)
+
+    expected = make_model("topk_mlp")
+    plain = nnx.Optimizer(expected, tx, wrt=nnx.Param)
+    step(expected, plain, x, labels)
+    for part in range(2):
+        step(model, optimizer, *jax.tree.map(lambda a, part=part: a[part], micro_batches((x, labels), 2)))
+    assert far(nnx.state(model, nnx.Param), nnx.state(expected, nnx.Param)) <= 1e-5
+
+
+def test_ema_has_no_bias_and_weighs_by_tokens():
+    average = {"experts": COUNTS(jnp.zeros(2), jnp.zeros(()))}
+    batches = [COUNTS(jnp.array([8.0, 0.0]), jnp.array(8.0)), COUNTS(jnp.array([0.0, 2.0]), jnp.array(2.0))]
+    average = excitation_optax.ema(average, {"experts": batches[0]}, 0.9)
+    np.testing.assert_allclose(average["experts"].utilization, [1.0, 0.0])
+    average = jax.jit(excitation_optax.ema)(average, {"experts": batches[1]}, 0.9)
+    # 0.09 * 8 = 0.72 and 0.1 * 2 = 0.2 of 0.92
+    np.testing.assert_allclose(average["experts"].utilization, [0.72 / 0.92, 0.2 / 0.92], rtol=1e-6)
+    assert average["experts"].counts.dtype == jnp.float32
+    np.testing.assert_allclose(excitation_optax.ema(average, {"experts": batches[1]}, 0)["experts"].counts, [0.0, 2.0])
+
+
+LIKE = {"a": COUNTS(jnp.zeros(2), jnp.zeros(()))}
+TX = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation())
+
+
+def update(utilization, like=LIKE):
+    params = {"a": jnp.ones((2, 1))}
+    tx = excitation_optax.accumulate_utilization(optax.MultiSteps(TX, 2), like)
+    return tx.update(params, tx.init(params), params, utilization=utilization)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: excitation_optax.accumulate_utilization(TX, LIKE), "optax.MultiSteps itself"),
+        (
+            lambda: excitation_optax.accumulate_utilization(optax.MultiSteps(TX, 2).gradient_transformation(), LIKE),
+            "got GradientTransformation",
+        ),
+        (lambda: update(LIKE, like={"a": jnp.zeros(2)}), "like at a is float32[2]: pass RoutingCounts"),
+        (lambda: update(LIKE, like={}), "utilization of at least one layer"),
+        (lambda: update(None), "utilization of at least one layer"),
+        (lambda: update({"a": jnp.zeros(2)}), "utilization at a is float32[2]: pass RoutingCounts"),
+        (lambda: update({"b": LIKE["a"]}), "is in"),
+        (lambda: update(LIKE | {"b": LIKE["a"]}), "b is in the utilization alone"),
+        (lambda: update({"a": COUNTS(jnp.zeros(3), jnp.zeros(()))}), "counts of shape [3]; in `like` they are [2]"),
+        (lambda: excitation_optax.ema(LIKE, LIKE, 1.0), "decay must be in [0, 1); got 1.0"),
+        (lambda: excitation_optax.ema(LIKE, LIKE, float("nan")), "decay must be in [0, 1); got nan"),
+        (lambda: excitation_optax.ema({"b": LIKE["a"]}, LIKE, 0.5), "the layers of `previous`"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        make()
+    assert message in str(error.value)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 from typing import Any, Literal
 
@@ -133,13 +134,17 @@ def routing_metrics(
 class Log:
     """JSON lines in a file, and a progress bar with what a reader wants to see move."""
 
-    def __init__(self, config: TrainingConfig, program: str, steps: int):
+    def __init__(self, config: TrainingConfig, program: str, steps: int, done: int = 0):
+        """A new file; or, if some steps are done already, the one that is there, without what came after them."""
         self.path = config.log or pathlib.Path("out") / f"{program}-{config.strategy}-{config.seed}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_until(self.path, done) if done else []
         self._file = self.path.open("w", encoding="utf-8")
-        self._bar = tqdm.tqdm(total=steps, unit="step", mininterval=0.5, desc=config.strategy)
+        self._file.writelines(kept)
+        self._bar = tqdm.tqdm(total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy)
         self._last_write = (time.perf_counter(), 0)
-        self.write(0, {"config": dataclasses.asdict(config)})
+        if not kept:
+            self.write(0, {"config": dataclasses.asdict(config)})
 
     def write(self, step: int, values: dict[str, Any], shown: str = "") -> None:
         """A line `{"step": ..., ...}`; arrays become numbers, NaN and infinities null."""
@@ -147,6 +152,10 @@ class Log:
         self._file.flush()
         if shown:
             self._bar.set_postfix_str(shown, refresh=False)
+
+    def warn(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.write(text, file=sys.stderr)
 
     def advance(self) -> None:
         """One more step on the bar."""
@@ -166,6 +175,12 @@ class Log:
         """Ends the bar and the file."""
         self._bar.close()
         self._file.close()
+
+
+def _lines_until(path: pathlib.Path, step: int) -> list[str]:
+    """The whole lines of a log, if there is one, up to a step."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 
 def _to_json(value):

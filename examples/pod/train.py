@@ -1,0 +1,232 @@
+"""Trains a GPT-MoE on many devices and many hosts, and goes on after whatever stopped it.
+
+    python -m examples.pod.train                                         # all devices of this machine, data-parallel
+    python -m examples.pod.train --expert 4 --fsdp 2                     # experts and parameters split
+    python -m examples.pod.train --checkpoints DIR                       # saved as it goes; run again to go on
+    python -m examples.pod.train --coordinator HOST:PORT --processes 2 --process 0   # one of two hosts
+
+README.md beside this file has what to type on GPU nodes and TPU slices.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+
+import excitation_optax
+from examples import texts, train_gpt_moe, training
+from examples.pod import checkpoints, data, parallel
+from models import gpt_moe
+
+NOT_IN_CHECKPOINTS = {"log", "log_every", "eval_every", "remat"}  # flags that may change when a run goes on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(train_gpt_moe.RunConfig):
+    """Train a GPT-MoE on all devices, with checkpoints."""
+
+    parallel: Literal["jit", "pmap"] = "jit"
+    """pmap repeats the model on every device, for comparison."""
+    data: int | None = None
+    """Devices that repeat the parameters; by default those that the other two leave."""
+    fsdp: int = 1
+    """Devices that parameters and optimizer state are split over."""
+    expert: int = 1
+    """Devices that experts are split over."""
+    micro_batches: int = 1
+    """Parts of a batch that follow each other, to save memory."""
+    checkpoints: pathlib.Path | None = None
+    """A folder that all processes see. A run goes on from the newest one in it."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 3
+    """How many checkpoints are kept, the newest."""
+    max_skips: int = 10
+    """Steps in a row that may be skipped, as their loss, gradients or utilization were not finite."""
+    max_dead: float = 0.5
+    """The share of experts without a token that is warned of."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, which all processes can reach."""
+    processes: int | None = None
+    """How many there are; with a coordinator."""
+    process: int | None = None
+    """Which one this is, from 0; with a coordinator."""
+    cluster: bool = False
+    """Find the other processes by what TPU slices, Slurm and Open MPI say of them."""
+    timeout: int = 100
+    """Seconds without a sign of life after which a process is taken for dead."""
+    files_by_process: bool = False
+    """--text is a folder of which each process reads its own files, for hosts with disks of their own."""
+
+    def __post_init__(self):
+        """Errors before anything is loaded or trained."""
+        super().__post_init__()
+        training.check_positive(self, "fsdp", "expert", "micro_batches", "save_every", "keep", "max_skips", "timeout")
+        if self.coordinator is not None and (self.processes is None or self.process is None):
+            raise ValueError("--coordinator needs --processes and --process, of every process its own.")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"--batch-size {self.batch_size} is not a multiple of --micro-batches {self.micro_batches}."
+            )
+
+    def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
+        """That of the model, whose MoE layers send tokens to experts along the mesh's axis."""
+        axis = "expert" if self.parallel == "jit" else None
+        return dataclasses.replace(super().model(vocab_size), expert_parallel_axis=axis)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint and a run that goes on from it must have in common."""
+        of_the_run = {field.name for field in dataclasses.fields(train_gpt_moe.RunConfig)} - NOT_IN_CHECKPOINTS
+        of_the_run |= {"micro_batches", "files_by_process"}
+        identity = {name: getattr(self, name) for name in sorted(of_the_run)}
+        return identity | {"text": list(map(str, self.text))}
+
+
+def step_fn(config: Config, graphdef: Any, tx: Any, state: parallel.TrainState, tokens: jax.Array, axis_name=None):
+    """A step on tokens `[B, S + 1]`. Returns the state, and what is to be logged."""
+
+    def loss_fn(params, tokens):
+        value, (loss, utilization, losses) = train_gpt_moe.loss_fn(config, graphdef, params, tokens)
+        return value, ({"loss": loss, "auxiliary": losses}, utilization)
+
+    new_state, logged, utilization = parallel.train_step(
+        loss_fn, tx, state, tokens, axis_name=axis_name, micro_batches=config.micro_batches
+    )
+    losses = logged.pop("auxiliary")
+    logged |= training.routing_metrics(config, utilization, losses, state.step)
+    guard = new_state.opt_state
+    return new_state, logged | {"skipped": guard.total_notfinite, "skipped_in_a_row": guard.notfinite_count}
+
+
+def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, parallel.Jit]:
+    """The model's graph definition, and what makes and changes the state."""
+    model_config = config.model(texts.VOCAB_SIZE[config.tokenizer])
+    make_model = lambda: gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed))
+    with jax.set_mesh(mesh):
+        graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    tx = training.make_optimizer(config, config.steps, gpt_moe.GPTMoE.expert_axis)
+    tx = excitation_optax.apply_if_all_finite(tx)
+
+    def init():
+        params = nnx.state(make_model())
+        return parallel.TrainState(params, tx.init(params), jnp.zeros([], jnp.int32))
+
+    kind = parallel.Pmap if config.parallel == "pmap" else parallel.Jit
+    return graphdef, kind(functools.partial(step_fn, config, graphdef, tx), init, mesh)
+
+
+def load_text(config: Config) -> tuple[data.Windows, texts.Text | None]:
+    """The windows that this process reads from; and the whole text, unless processes have files of their own."""
+    text = None
+    if config.files_by_process:
+        if len(config.text) != 1 or not config.text[0].is_dir():
+            raise ValueError(f"--files-by-process needs one folder as --text; got {list(map(str, config.text))}.")
+        tokens = data.read_tokens(data.files_of_process(config.text[0]), config.tokenizer)
+    else:
+        text = texts.load(config.text, config.tokenizer)
+        tokens = text.train
+    windows = data.Windows(tokens, config.context + 1)
+    if not len(windows):
+        raise ValueError(f"The text has {len(tokens)} tokens, and must have more than --context {config.context}.")
+    return windows, text
+
+
+def main(config: Config) -> parallel.TrainState:
+    """Trains from the newest checkpoint, or from the start, to the last step; returns the state."""
+    start_distributed(config)
+    mesh = parallel.make_mesh(config.data, config.fsdp, config.expert)
+    parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
+    windows, text = load_text(config)
+    graphdef, trainer = make_trainer(config, mesh)
+    total_loss = train_gpt_moe.make_total_loss(graphdef)
+    saved = None
+    if config.checkpoints is not None:
+        identity = config.identity() | ({"processes": jax.process_count()} if config.files_by_process else {})
+        saved = checkpoints.Checkpoints(config.checkpoints, identity, config.save_every, config.keep)
+    restored = saved and saved.restore(trainer.like, trainer.shardings)
+    state, first = (trainer.init(), 0) if restored is None else (trainer.load(restored[0]), restored[1])
+    log = training.Log(config, "pod", config.steps, first) if jax.process_index() == 0 else None
+    batches = data.Batches(windows, config.batch_size, config.seed)
+    put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
+    try:
+        for number, batch in enumerate(data.ahead(put, first, config.steps), first + 1):
+            state, logged = trainer.step(state, batch)
+            if number % config.log_every == 0 or number == config.steps:
+                report(config, log, number, jax.device_get(logged))
+            if text and (number % config.eval_every == 0 or number == config.steps):
+                params = trainer.save(state).params
+                with jax.set_mesh(mesh):
+                    loss = train_gpt_moe.evaluate(
+                        total_loss, params, text.evaluation, config.context, config.batch_size
+                    )
+                if log:
+                    log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
+            if log:
+                log.advance()
+            if saved:
+                end = saved.preempted(number)
+                saved.save(number, trainer.save(state), now=end or number == config.steps)
+                if end:
+                    print(f"told to end: saved step {number} of {config.steps}; run again to go on", flush=True)
+                    break
+    finally:
+        if log:
+            log.close()
+        if saved:
+            saved.close()
+    return state
+
+
+def report(config: Config, log: training.Log | None, step: int, logged: dict[str, Any]) -> None:
+    """Writes what is logged, warns of a collapse, and stops a run that is lost.
+
+    Raises:
+      ValueError: after too many skipped steps in a row, on every process.
+    """
+    if log:
+        log.write(step, logged, f"loss {logged['loss']:.3f}")
+        if logged["dead_experts"] > config.max_dead:
+            log.warn(
+                f"step {step}: {logged['dead_experts']:.0%} of the experts got no token, the busiest "
+                f"{logged['max_over_mean_load']:.1f} times the mean. A larger --load-balancing may help, or a smaller "
+                "--gamma."
+            )
+    if logged["skipped_in_a_row"] >= config.max_skips:
+        raise ValueError(
+            f"{logged['skipped_in_a_row']} steps in a row, up to step {step}, were skipped, as their loss "
+            f"({logged['loss']}), gradients or utilization were not finite. A smaller --learning-rate or --clip may "
+            "help. The checkpoints hold the parameters of the last step that was not skipped."
+        )
+
+
+def start_distributed(config: Config) -> None:
+    """Meets the other processes, if there are any."""
+    if config.coordinator is not None:
+        try:
+            jax.distributed.initialize(
+                config.coordinator,
+                config.processes,
+                config.process,
+                initialization_timeout=config.timeout,
+                heartbeat_timeout_seconds=config.timeout,
+            )
+        except Exception as error:
+            raise ValueError(
+                f"Process {config.process} of {config.processes} did not meet the others at {config.coordinator} "
+                f"within {config.timeout} seconds: {error}"
+            ) from error
+    elif config.cluster:
+        jax.distributed.initialize(heartbeat_timeout_seconds=config.timeout)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=Config.__doc__))
+    except (OSError, ValueError) as error:
+        sys.exit(f"pod.train: {error}")

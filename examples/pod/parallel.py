@@ -175,10 +175,10 @@ class Jit:
         with jax.set_mesh(self.mesh):
             return self._step(state, batch)
 
-    def lower(self, batch: Any) -> jax.stages.Lowered:
-        """The step before it is compiled, for arrays like `batch`."""
+    def trace(self, batch: Any) -> jax.stages.Traced:
+        """The step before it is lowered and compiled, for arrays like `batch`."""
         with jax.set_mesh(self.mesh):
-            return self._step.lower(self.like, batch)
+            return self._step.trace(self.like, batch)
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """A global batch, of which every device is given its rows."""

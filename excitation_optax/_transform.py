@@ -166,7 +166,7 @@ def _excite(path: _experts.Path, leaf: Any, strategy: _strategies.Strategy, gamm
 
 
 def _on_every_device(x: jax.Array) -> jax.Array:
-    """Kept whole on a mesh: left to itself, XLA splits it as the experts are, and then sums and maxima cross devices."""
+    """Kept whole on a mesh: left to itself, XLA splits it as the experts are, and sums over them cross devices."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x

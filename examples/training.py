@@ -138,9 +138,9 @@ class Log:
         """A new file; or, if some steps are done already, the one that is there, without what came after them."""
         self.path = config.log or pathlib.Path("out") / f"{program}-{config.strategy}-{config.seed}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_until(self.path, done) if done else []
-        self._file = self.path.open("w", encoding="utf-8")
-        self._file.writelines(kept)
+        kept = _length_until(self.path, done) if done else 0
+        self._file = self.path.open("a", encoding="utf-8")
+        self._file.truncate(kept)  # and nothing is written again that could get lost
         self._bar = tqdm.tqdm(total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy)
         self._last_write = (time.perf_counter(), 0)
         if not kept:
@@ -177,10 +177,14 @@ class Log:
         self._file.close()
 
 
-def _lines_until(path: pathlib.Path, step: int) -> list[str]:
-    """The whole lines of a log, if there is one, up to a step."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+def _length_until(path: pathlib.Path, step: int) -> int:
+    """The bytes of a log, if there is one, before the first line that is of a later step, or is no whole line."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        length += len(line)
+    return length
 
 
 def _to_json(value):

@@ -283,6 +283,7 @@ def logged(config):
         ({"micro_batches": 3}, "--batch-size 8 is not a multiple of --micro-batches 3"),
         ({"fsdp": 0}, "--fsdp must be at least 1"),
         ({"coordinator": "here:1"}, "--coordinator needs --processes and --process"),
+        ({"coordinator": "here", "processes": 2, "process": 1}, "--coordinator is HOST:PORT; got 'here'"),
         ({"parallel": "pmap", "fsdp": 2}, "--fsdp and --expert must be 1"),
         ({"files_by_process": True}, "needs one folder as --text"),
     ],

@@ -11,7 +11,9 @@ README.md beside this file has what to type on GPU nodes and TPU slices.
 import dataclasses
 import functools
 import pathlib
+import socket
 import sys
+import time
 from typing import Any, Literal
 
 import jax
@@ -70,6 +72,8 @@ class Config(train_gpt_moe.RunConfig):
         training.check_positive(self, "fsdp", "expert", "micro_batches", "save_every", "keep", "max_skips", "timeout")
         if self.coordinator is not None and (self.processes is None or self.process is None):
             raise ValueError("--coordinator needs --processes and --process, of every process its own.")
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            raise ValueError(f"--coordinator is HOST:PORT; got {self.coordinator!r}.")
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"--batch-size {self.batch_size} is not a multiple of --micro-batches {self.micro_batches}."
@@ -206,23 +210,40 @@ def report(config: Config, log: training.Log | None, step: int, logged: dict[str
 
 
 def start_distributed(config: Config) -> None:
-    """Meets the other processes, if there are any."""
+    """Meets the other processes, if there are any.
+
+    Raises:
+      ValueError: if the coordinator cannot be reached in time. (JAX itself would end the process.)
+    """
     if config.coordinator is not None:
-        try:
-            jax.distributed.initialize(
-                config.coordinator,
-                config.processes,
-                config.process,
-                initialization_timeout=config.timeout,
-                heartbeat_timeout_seconds=config.timeout,
-            )
-        except Exception as error:
-            raise ValueError(
-                f"Process {config.process} of {config.processes} did not meet the others at {config.coordinator} "
-                f"within {config.timeout} seconds: {error}"
-            ) from error
+        if config.process != 0:
+            _wait_for(config.coordinator, config.timeout)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            initialization_timeout=config.timeout,
+            heartbeat_timeout_seconds=config.timeout,
+        )
     elif config.cluster:
         jax.distributed.initialize(heartbeat_timeout_seconds=config.timeout)
+
+
+def _wait_for(coordinator: str, timeout: float) -> None:
+    """Until HOST:PORT accepts a connection."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"Nobody answers at --coordinator {coordinator} for {timeout} seconds ({error}). Is process 0 "
+                    "running there, and its port open to this machine?"
+                ) from error
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""What stops a run: killed, told to end, a full disk, another process gone. It goes on as if nothing had been."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLAGS = "--num-experts 4 --d-ff 8 --d-model 16 --num-layers 1 --num-heads 2 --context 8 --batch-size 8 --log-every 1"
+FLAGS += " --eval-every 100000 --strategy random_boost --save-every 10 --steps 300"
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Programs that were compiled once, for all processes."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def start(folder, compiled, *flags, devices=2, **kwargs):
+    """A training process, whose log and checkpoints are in the folder."""
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, "-m", "examples.pod.train", *FLAGS.split(), *flags]
+    command += ["--log", str(folder / "log.jsonl"), "--checkpoints", str(folder / "checkpoints")]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def finish(*jobs, timeout=240):
+    """Return codes, and what was written."""
+    outputs = ["".join(job.communicate(timeout=timeout)) for job in jobs]
+    return [job.returncode for job in jobs], "\n".join(outputs)
+
+
+def logged(folder):
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}") and '"loss"' in line]
+
+
+def wait_for_step(folder, step, job):
+    """Until the log has come so far."""
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in logged(folder)):
+        assert job.poll() is None, finish(job)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def result(folder):
+    """The metrics of every step, and the fingerprint of the last checkpoint: of parameters and optimizer state."""
+    step = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+    config = json.loads((folder / "checkpoints" / str(step) / "config" / "metadata").read_text())
+    return step, config["fingerprint"], logged(folder)
+
+
+@pytest.fixture(scope="module")
+def left_alone(compiled, tmp_path_factory):
+    """The result of a run that nothing happened to, and how long it took once all was compiled."""
+    folder = tmp_path_factory.mktemp("alone")
+    codes, output = finish(start(folder, compiled))
+    assert codes == [0], output
+    again, began = tmp_path_factory.mktemp("again"), time.monotonic()
+    codes, output = finish(start(again, compiled))
+    assert codes == [0], output
+    assert result(again) == result(folder)
+    return result(folder), time.monotonic() - began
+
+
+def test_killed_at_random_moments(compiled, left_alone, tmp_path):
+    expected, seconds = left_alone
+    rng, progress = random.Random(0), []
+    for _ in range(KILLS):
+        job = start(tmp_path, compiled)
+        try:
+            finish(job, timeout=rng.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            finish(job)
+        progress.append(max((line["step"] for line in logged(tmp_path)), default=0))
+    codes, output = finish(start(tmp_path, compiled))
+    assert codes == [0], output
+    assert result(tmp_path) == expected
+    assert len({step for step in progress if 0 < step < 300}) >= 2, progress  # some were in the middle
+
+
+def test_told_to_end(compiled, left_alone, tmp_path):
+    job = start(tmp_path, compiled)
+    wait_for_step(tmp_path, 33, job)
+    job.send_signal(signal.SIGTERM)
+    codes, output = finish(job)
+    assert codes == [0], output
+    assert "told to end: saved step" in output
+    step = result(tmp_path)[0]
+    assert logged(tmp_path)[-1]["step"] == step
+    codes, output = finish(start(tmp_path, compiled))
+    assert codes == [0], output
+    assert result(tmp_path) == left_alone[0]
+
+
+def test_a_truncated_checkpoint(compiled, left_alone, tmp_path):
+    job = start(tmp_path, compiled)
+    wait_for_step(tmp_path, 55, job)
+    job.kill()
+    finish(job)
+    newest = max((p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    for path in (newest / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    codes, output = finish(start(tmp_path, compiled))
+    assert codes == [0], output
+    assert f"The checkpoint of step {newest.name}" in output
+    assert "trying the one before" in output
+    assert result(tmp_path) == left_alone[0]
+
+
+def test_a_full_disk(compiled, left_alone, tmp_path):
+    """No file may be larger than a kilobyte, as far as this process goes: an error, and what was saved is whole."""
+    job = start(tmp_path, compiled)
+    wait_for_step(tmp_path, 25, job)
+    job.send_signal(signal.SIGTERM)
+    finish(job)
+    before = result(tmp_path)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    codes, output = finish(start(tmp_path, compiled, preexec_fn=limit))
+    assert codes == [1], output
+    assert "Traceback" not in output
+    assert "File too large" in output
+    assert result(tmp_path) == before
+    codes, output = finish(start(tmp_path, compiled))
+    assert codes == [0], output
+    assert result(tmp_path) == left_alone[0]
+
+
+def two(folder, compiled, *flags):
+    """Two processes of one run, with one device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ("--coordinator", coordinator, "--processes", "2", "--timeout", "10", *flags)
+    return [start(folder, compiled, *flags, "--process", str(i), devices=1) for i in range(2)]
+
+
+def test_one_of_two_processes_killed(compiled, left_alone, tmp_path):
+    """The other ends by itself, with an error, in less than a minute; both started again end as one process did."""
+    jobs = two(tmp_path, compiled)
+    wait_for_step(tmp_path, 20, jobs[0])
+    jobs[1].kill()
+    began = time.monotonic()
+    codes, output = finish(jobs[0], timeout=120)
+    assert codes[0] != 0
+    assert time.monotonic() - began < 60
+    assert "process" in output.lower(), output
+    finish(jobs[1])
+    codes, output = finish(*two(tmp_path, compiled))
+    assert codes == [0, 0], output
+    step, _, lines = result(tmp_path)
+    assert step == 300
+    assert [line["step"] for line in lines] == list(range(1, 301))
+    assert abs(lines[-1]["loss"] - left_alone[0][2][-1]["loss"]) < 1e-3
+
+
+def test_one_of_two_processes_told_to_end(compiled, tmp_path):
+    jobs = two(tmp_path, compiled)
+    wait_for_step(tmp_path, 20, jobs[0])
+    jobs[1].send_signal(signal.SIGTERM)
+    codes, output = finish(*jobs)
+    assert codes == [0, 0], output
+    assert output.count("told to end: saved step") == 2
+    assert logged(tmp_path)[-1]["step"] == result(tmp_path)[0] < 300
+
+
+def test_a_coordinator_that_is_not_there(compiled, tmp_path):
+    began = time.monotonic()
+    flags = ("--coordinator", "127.0.0.1:9", "--processes", "2", "--process", "1", "--timeout", "5")
+    codes, output = finish(start(tmp_path, compiled, *flags))
+    assert codes[0] != 0
+    assert time.monotonic() - began < 60
+    assert "127.0.0.1:9" in output
+    assert not (tmp_path / "checkpoints").exists()

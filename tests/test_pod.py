@@ -298,7 +298,7 @@ def test_a_run_goes_on_and_its_log_too(tmp_path):
     """Ended after 4 of 6 steps: what follows is as if it had not been."""
     whole = make_config(tmp_path, steps=6, log=tmp_path / "whole.jsonl", log_every=1)
     expected = train.main(whole)
-    parts = make_config(tmp_path, steps=6, checkpoints=tmp_path / "saved", save_every=4)
+    parts = make_config(tmp_path, steps=6, checkpoints=str(tmp_path / "saved"), save_every=4)
     stop = lambda self, step: step == 5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints.Preemption, "reached", stop)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 ITEMS = ("state", "config")
@@ -23,7 +24,7 @@ class Checkpoints:
     """The checkpoints of a run, in a folder that all processes see.
 
     Args:
-      folder: where they are, and go.
+      folder: where they are, and go: a path, or `gs://BUCKET/PATH` where the package gcsfs is installed.
       config: what must be the same for a run to go on, as JSON: architecture, optimizer, strategy, data.
       save_every: steps between checkpoints.
       keep: how many of the newest are kept.
@@ -32,8 +33,9 @@ class Checkpoints:
       OSError: if the folder cannot be made.
     """
 
-    def __init__(self, folder: pathlib.Path, config: dict[str, Any], save_every: int, keep: int):
-        self.folder, self.config = folder.absolute(), config
+    def __init__(self, folder: str | pathlib.Path, config: dict[str, Any], save_every: int, keep: int):
+        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
+        self.config = config
         self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)

@@ -10,7 +10,6 @@ README.md beside this file has what to type on GPU nodes and TPU slices.
 
 import dataclasses
 import functools
-import pathlib
 import socket
 import sys
 import time
@@ -43,8 +42,8 @@ class Config(train_gpt_moe.RunConfig):
     """Devices that experts are split over."""
     micro_batches: int = 1
     """Parts of a batch that follow each other, to save memory."""
-    checkpoints: pathlib.Path | None = None
-    """A folder that all processes see. A run goes on from the newest one in it."""
+    checkpoints: str | None = None
+    """A folder, or gs://BUCKET/PATH, that all processes see. A run goes on from the newest one in it."""
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 3

@@ -6,6 +6,7 @@ Axis letters: E experts, L layers.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -134,14 +135,21 @@ def routing_metrics(
 class Log:
     """JSON lines in a file, and a progress bar with what a reader wants to see move."""
 
-    def __init__(self, config: TrainingConfig, program: str, steps: int, done: int = 0):
-        """A new file; or, if some steps are done already, the one that is there, without what came after them."""
+    def __init__(self, config: TrainingConfig, program: str, steps: int, done: int = 0, silent: bool = False):
+        """A new file; or, if some steps are done already, the one that is there, without what came after them.
+
+        Silent, it writes and shows nothing, as of all processes but one.
+        """
         self.path = config.log or pathlib.Path("out") / f"{program}-{config.strategy}-{config.seed}.jsonl"
+        self.path = pathlib.Path(os.devnull) if silent else self.path
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = _length_until(self.path, done) if done else 0
         self._file = self.path.open("a", encoding="utf-8")
-        self._file.truncate(kept)  # and nothing is written again that could get lost
-        self._bar = tqdm.tqdm(total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy)
+        if self.path.is_file():
+            self._file.truncate(kept)  # and nothing is written again that could get lost
+        self._bar = tqdm.tqdm(
+            total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy, disable=silent
+        )
         self._last_write = (time.perf_counter(), 0)
         if not kept:
             self.write(0, {"config": dataclasses.asdict(config)})
@@ -155,7 +163,8 @@ class Log:
 
     def warn(self, text: str) -> None:
         """A line above the bar."""
-        self._bar.write(text, file=sys.stderr)
+        if not self._bar.disable:
+            self._bar.write(text, file=sys.stderr)
 
     def advance(self) -> None:
         """One more step on the bar."""

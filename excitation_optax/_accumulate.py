@@ -84,7 +84,7 @@ def accumulate_utilization(multi_steps: optax.MultiSteps, like: Any) -> optax.Gr
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def ema(previous: Any, counts: Any, decay: jax.typing.ArrayLike) -> Any:
+def ema(previous: Any, counts: Any, decay: float | jax.Array) -> Any:
     r"""An exponential moving average of routing, for batches too small to be a consensus.
 
     .. math::

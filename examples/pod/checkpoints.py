@@ -96,8 +96,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self._manager.close()
         self._preemption.close()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def _read(self, step: int, **item: Any) -> Any:
         """One item of a checkpoint; None if any process cannot read it."""

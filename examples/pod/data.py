@@ -48,7 +48,7 @@ class Batches:
     def rows(self, step: int, rows: slice) -> np.ndarray:
         """Rows of the batch of a step, counted from 0."""
         first = step * self.batch_size
-        return np.stack([self._examples[first + i] for i in range(self.batch_size)[rows]])
+        return np.stack([np.asarray(self._examples[first + i]) for i in range(self.batch_size)[rows]])
 
 
 def ahead(make: Callable[[int], Any], first: int, last: int) -> Iterator[Any]:

@@ -61,10 +61,10 @@ def compile_step(config: train.Config, mesh: jax.sharding.Mesh) -> jax.stages.Co
 
 def examine(compiled: jax.stages.Compiled) -> Program:
     """Reads memory, FLOPs and collectives off a compiled program."""
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return Program(
-        memory.argument_size_in_bytes, memory.temp_size_in_bytes, cost["flops"], collectives(compiled.as_text())
-    )
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    hlo = compiled.as_text() or ""
+    return Program(memory.argument_size_in_bytes, memory.temp_size_in_bytes, cost["flops"], collectives(hlo))
 
 
 def collectives(hlo: str) -> dict[str, list[int]]:

@@ -23,8 +23,8 @@ AXES = ("data", "fsdp", "expert")
 # Smaller parameters are not worth splitting: biases, norms.
 MIN_SIZE_TO_SPLIT = 2**10
 
-# (params, batch) -> (what is minimized, ({name: scalar to be logged}, utilization)), all of them means or sums over B.
-LossFn = Callable[[Any, Any], tuple[jax.Array, tuple[dict[str, jax.Array], Any]]]
+# (params, batch) -> (what is minimized, ({name: to be logged}, utilization)): means over B, and sums.
+LossFn = Callable[[Any, Any], tuple[jax.Array, tuple[dict[str, Any], Any]]]
 
 
 class TrainState(NamedTuple):
@@ -97,7 +97,7 @@ def train_step(
     *,
     axis_name: str | None = None,
     micro_batches: int = 1,
-) -> tuple[TrainState, dict[str, jax.Array], Any]:
+) -> tuple[TrainState, dict[str, Any], Any]:
     """Gradient and update. Returns the state, what is to be logged, and the utilization of the batch.
 
     Args:
@@ -182,7 +182,8 @@ class Jit:
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """A global batch, of which every device is given its rows."""
-        return jax.make_array_from_callback(tuple(shape), batch_sharding(self.mesh), lambda index: rows(index[0]))
+        part: Callable[[Any], Any] = lambda index: rows(index[0])
+        return jax.make_array_from_callback(tuple(shape), batch_sharding(self.mesh), part)
 
     def save(self, state: TrainState) -> TrainState:
         """The state as a checkpoint holds it."""

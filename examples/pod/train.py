@@ -8,6 +8,7 @@
 README.md beside this file has what to type on GPU nodes and TPU slices.
 """
 
+import contextlib
 import dataclasses
 import functools
 import socket
@@ -148,58 +149,54 @@ def main(config: Config) -> parallel.TrainState:
     windows, text = load_text(config)
     graphdef, trainer = make_trainer(config, mesh)
     total_loss = train_gpt_moe.make_total_loss(graphdef)
-    saved = None
-    if config.checkpoints is not None:
-        identity = config.identity() | ({"processes": jax.process_count()} if config.files_by_process else {})
-        saved = checkpoints.Checkpoints(config.checkpoints, identity, config.save_every, config.keep)
-    restored = saved and saved.restore(trainer.like, trainer.shardings)
-    state, first = (trainer.init(), 0) if restored is None else (trainer.load(restored[0]), restored[1])
-    log = training.Log(config, "pod", config.steps, first) if jax.process_index() == 0 else None
     batches = data.Batches(windows, config.batch_size, config.seed)
     put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
-    try:
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(open_checkpoints(config, config.checkpoints)) if config.checkpoints else None
+        restored = saved.restore(trainer.like, trainer.shardings) if saved else None
+        state, first = (trainer.load(restored[0]), restored[1]) if restored else (trainer.init(), 0)
+        log = training.Log(config, "pod", config.steps, first, silent=jax.process_index() > 0)
+        stack.callback(log.close)
         for number, batch in enumerate(data.ahead(put, first, config.steps), first + 1):
             state, logged = trainer.step(state, batch)
-            if number % config.log_every == 0 or number == config.steps:
+            last = number == config.steps
+            if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))
-            if text and (number % config.eval_every == 0 or number == config.steps):
+            if text and (last or number % config.eval_every == 0):
                 params = trainer.save(state).params
                 with jax.set_mesh(mesh):
                     loss = train_gpt_moe.evaluate(
                         total_loss, params, text.evaluation, config.context, config.batch_size
                     )
-                if log:
-                    log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
-            if log:
-                log.advance()
+                log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
+            log.advance()
             if saved:
                 end = saved.preempted(number)
-                saved.save(number, trainer.save(state), now=end or number == config.steps)
-                if end:
+                saved.save(number, trainer.save(state), now=end or last)
+                if end and not last:
                     print(f"told to end: saved step {number} of {config.steps}; run again to go on", flush=True)
                     break
-    finally:
-        if log:
-            log.close()
-        if saved:
-            saved.close()
     return state
 
 
-def report(config: Config, log: training.Log | None, step: int, logged: dict[str, Any]) -> None:
+def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
+    """The checkpoints of this run."""
+    identity = config.identity() | ({"processes": jax.process_count()} if config.files_by_process else {})
+    return checkpoints.Checkpoints(folder, identity, config.save_every, config.keep)
+
+
+def report(config: Config, log: training.Log, step: int, logged: dict[str, Any]) -> None:
     """Writes what is logged, warns of a collapse, and stops a run that is lost.
 
     Raises:
       ValueError: after too many skipped steps in a row, on every process.
     """
-    if log:
-        log.write(step, logged, f"loss {logged['loss']:.3f}")
-        if logged["dead_experts"] > config.max_dead:
-            log.warn(
-                f"step {step}: {logged['dead_experts']:.0%} of the experts got no token, the busiest "
-                f"{logged['max_over_mean_load']:.1f} times the mean. A larger --load-balancing may help, or a smaller "
-                "--gamma."
-            )
+    log.write(step, logged, f"loss {logged['loss']:.3f}")
+    if logged["dead_experts"] > config.max_dead:
+        log.warn(
+            f"step {step}: {logged['dead_experts']:.0%} of the experts got no token, the busiest "
+            f"{logged['max_over_mean_load']:.1f} times the mean. Try a larger --load-balancing or a smaller --gamma."
+        )
     if logged["skipped_in_a_row"] >= config.max_skips:
         raise ValueError(
             f"{logged['skipped_in_a_row']} steps in a row, up to step {step}, were skipped, as their loss "

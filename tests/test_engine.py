@@ -21,6 +21,7 @@ from models import topk_mlp
 STRATEGIES = ("vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted")
 SEEDS = (3, 0)
 TINY = {"dataset": "digits", "width": 16, "sparsity": 0.75, "epochs": 2, "batch_size": 32, "subset": 100}  # 3 steps
+TINY |= {"augmentation": "crop_flip"}
 # All that changes what is compiled, in as few programs.
 GROUPS = {
     "sgd": (STRATEGIES, {"depth": 2, "learning_rate": 0.5}),
@@ -406,7 +407,7 @@ def test_standard_normalization():
     random = np.random.default_rng(0)
     images = random.integers([0, 100, 7], [256, 130, 9], (50, 4, 4, 3)).astype(np.uint8)
     data = datasets.ImageData(images, np.zeros(50, np.int32), images, np.zeros(50, np.int32), 10, "")
-    shared = configs.MLPRun(subset=30)
+    shared = configs.MLPRun(subset=30, augmentation="crop_flip")
     program, on_device = engine.program_of(shared, ("vanilla",), 48, 10, 1), engine.put(data, shared)
     assert on_device.train_images.shape == (30, 12, 12, 3)
     values = np.asarray(program.normalize(images[:30], on_device))

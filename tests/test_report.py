@@ -305,16 +305,22 @@ def test_matplotlib_is_imported_late():
 
 
 def test_the_table_in_the_readme(tmp_path, use):
-    results = fill(tmp_path / "results", use("table1"), lambda run: 0.5 if run.strategy == "zero_sum" else 0.4)
+    """What was run at full length comes first."""
+    table = use("table1_long", "table1")
+    table["table1"] = dataclasses.replace(table["table1"], settings={"epochs": 2})
+    results = fill(tmp_path / "results", table, lambda run: 0.5 if run.strategy == "zero_sum" else 0.4)
     readme = tmp_path / "README.md"
     readme.write_text("Before.\n<!-- reproduction -->\nold\n<!-- /reproduction -->\nAfter.\n")
     for _ in range(2):
         report.update_readme(readme, results)
         text = readme.read_text()
         assert text.startswith("Before.\n<!-- reproduction -->\n| Δ accuracy, points |")
-        assert text.endswith("3 seeds; in brackets, the 95 % interval.\n<!-- /reproduction -->\nAfter.\n")
-    assert text.count("\n| SGD | +5.57 | +10.00 [+10.00, +10.00] | +5.58 | +0.00 [+0.00, +0.00] |\n") == 1
-    assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 6
+        assert "\n\nOurs: epochs 5, 3 seeds; and epochs 2, 3 seeds; in brackets, the 95 % interval.\n" in text
+        assert text.endswith(" interval.\n<!-- /reproduction -->\nAfter.\n")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[2] == "| SGD, 5 epochs | +5.57 | +10.00 [+10.00, +10.00] | +5.58 | +0.00 [+0.00, +0.00] |"
+    assert [row.split(",")[0] for row in rows[2:6]] == ["| SGD", "| Adam", "| SGD", "| SGD (momentum 0.9)"]
+    assert len(rows) == 2 + 2 + 6
 
 
 def test_the_readme_without_runs_or_markers(tmp_path, use):

@@ -83,6 +83,14 @@ def test_a_config_comes_back_from_json(kind):
         assert type(again) is kind
 
 
+def test_digits_are_not_mirrored():
+    """Neither those of house numbers, unless it is asked for."""
+    assert configs.MLPRun().augmentation == "flip"
+    assert configs.MLPRun(dataset="svhn_cropped").augmentation == "none"
+    assert configs.MLPRun(dataset="svhn_cropped", augmentation="flip").augmentation == "flip"
+    assert (configs.ViTRun().flip, configs.ViTRun(dataset="svhn_cropped").flip) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

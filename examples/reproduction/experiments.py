@@ -116,9 +116,9 @@ EXPERIMENTS = {
     for e in [
         Experiment("fig2", "CIFAR-10, all strategies and controls", seeds=5, settings={"epochs": EPOCHS}),
         Experiment("table1", "Six optimizers on CIFAR-10", seeds=5, settings={"epochs": EPOCHS}),
-        Experiment("fig3", "Deep networks without skip connections", settings={"epochs": EPOCHS}),
-        Experiment("fig4", "Specialization by layer", settings={"epochs": EPOCHS}),
-        Experiment("fig5", "Routing entropy along training", settings={"epochs": EPOCHS}),
+        Experiment("fig3", "Deep networks without skip connections", settings={"epochs": LONG}),
+        Experiment("fig4", "Specialization by layer", settings={"epochs": LONG}),
+        Experiment("fig5", "Routing entropy along training", settings={"epochs": LONG}),
         Experiment("fig6", "MoE-ViT on CIFAR-10", kind="vit", seeds=1, settings=BRIEF_VIT),
         Experiment("table2", "Perplexity of 60 GPT-MoEs on WikiText-103", kind="gpt", seeds=1),
         Experiment("table3", "Learning rates", settings={"epochs": EPOCHS}),

@@ -8,6 +8,8 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
+from examples.reproduction import experiments
+
 
 class Printed(NamedTuple):
     """A row of the paper's Table 8."""
@@ -19,12 +21,8 @@ class Printed(NamedTuple):
 
 
 PAPER = {
-    "mlp-2048-2": Printed("Top-K MLP, 2 x 2048", "5.8M", 33.2, 28.4),
-    "mlp-4096-2": Printed("Top-K MLP, 2 x 4096", "20.0M", 15.9, 0.1),
-    "mlp-1024-16": Printed("Top-K MLP, 16 x 1024", "16.6M", 29.7, 0.4),
-    "mlp-16384-4": Printed("Top-K MLP, 4 x 16384", "818.4M", 18.7, 0.5),
-    "vit-512-6-8": Printed("MoE-ViT, 512, 6 layers, 8 experts", "56.8M", 0.1, 0.1),
-    "vit-1024-12-32": Printed("MoE-ViT, 1024, 12 layers, 32 experts", "1.64B", -1.2, 1.9),
+    row["where"]["row"]: Printed(row["label"], row["column"], row["value"], row["spread"])
+    for row in experiments.paper()["table8"]["rows"]
 }
 
 

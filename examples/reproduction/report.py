@@ -370,20 +370,29 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, text: int = 2,
 
 
 def summary_markdown(results: store.Results) -> str:
-    """Table 1's differences, the paper's and ours: the table in the README."""
-    view, experiment = experiments.paper()["table1"], experiments.EXPERIMENTS.get("table1")
-    found = _found(results, "table1")
-    if experiment is None or not found:
+    """Table 1's differences, the paper's and ours, at full length where it was run: the table in the README."""
+    rows, below = [], []
+    for name in ("table1_long", "table1"):
+        experiment = experiments.EXPERIMENTS.get(name)
+        if experiment is not None and _found(results, name):
+            rows += _differences(results, experiment, experiments.paper()[name])
+            below.append(_settings(experiment))
+    if not rows:
         return f"Not run: {_command('table1')}"
+    head = ("Δ accuracy, points", "`zero_sum`, paper", "ours", "`positive_sum`, paper", "ours")
+    text = f"Ours: {'; and '.join(below)}; in brackets, the 95 % interval."
+    return f"{_table(head, rows, text=1, numbers=4)}\n\n{text}"
+
+
+def _differences(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any]) -> list[tuple]:
+    """A row for each optimizer: the paper's Δ and ours, for the two strategies."""
     cells: dict[str, dict[str, tuple[str, str]]] = {}
     labels = {frozenset(row["where"].items()): (row["label"], row["column"]) for row in view["rows"]}
     for claim in evidence.printed_deltas(view):
         label, strategy = labels[frozenset(claim["contrast"][0][1].items())]
         cells.setdefault(label, {})[strategy] = _deltas(view, claim, evidence.contrast(results, experiment, claim))
-    head = ("Δ accuracy, points", "`zero_sum`, paper", "ours", "`positive_sum`, paper", "ours")
-    rows = [(label, *(by["zero_sum"]), *(by["positive_sum"])) for label, by in cells.items()]
-    below = f"Ours: {_settings(experiment)}; in brackets, the 95 % interval."
-    return f"{_table(head, rows, text=1, numbers=4)}\n\n{below}"
+    length = f"{experiment.settings['epochs']} epochs"
+    return [(f"{label}, {length}", *(by["zero_sum"]), *(by["positive_sum"])) for label, by in cells.items()]
 
 
 def update_readme(path: pathlib.Path, results: store.Results) -> None:

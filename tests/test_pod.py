@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from examples import training
 from examples.pod import checkpoints, data, parallel, train
 
 pytestmark = [
@@ -308,6 +309,31 @@ def test_a_run_goes_on_and_its_log_too(tmp_path):
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     assert logged(parts) == logged(whole)
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_leave_nothing_behind(tmp_path, monkeypatch):
+    """Memory is flat, nothing is compiled after the first steps, and only what is logged is brought to the host."""
+    compiled, seen = [], []
+    listen = lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    write = training.Log.write
+
+    def watch(log, step, values, shown=""):
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        seen.append((step, len(compiled), len(jax.live_arrays()), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+        write(log, step, values, shown)
+
+    monkeypatch.setattr(training.Log, "write", watch)
+    with jax.transfer_guard("disallow"):
+        train.main(make_config(tmp_path, steps=2000, log_every=200, eval_every=10_000))
+    (_, compiles, arrays, memory), *later = [entry for entry in seen if entry[0] >= 400 and entry[0] < 2000]
+    assert len(later) == 7
+    assert compiles > 0
+    for _, later_compiles, later_arrays, later_memory in later:
+        assert later_compiles == compiles
+        assert abs(later_arrays - arrays) <= 4  # batches that are made ahead
+        assert later_memory - memory < 8
 
 
 def test_steps_that_are_not_finite_end_the_run(tmp_path):

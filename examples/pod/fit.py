@@ -15,9 +15,6 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import jax.numpy as jnp
 import tyro
@@ -52,11 +49,16 @@ def compile_step(config: train.Config, mesh: jax.sharding.Mesh) -> jax.stages.Co
     """The step, compiled for the devices of a mesh.
 
     Raises:
-      jax.errors.JaxRuntimeError: if it does not fit, with both sizes.
+      ValueError: if it does not fit, with both sizes.
     """
     _, trainer = train.make_trainer(config, mesh)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.context + 1), jnp.int32)
-    return trainer.trace(tokens).lower(lowering_platforms=("tpu",)).compile()
+    try:
+        return trainer.trace(tokens).lower(lowering_platforms=("tpu",)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"The step does not fit {mesh.devices.flat[0].device_kind}: {error}") from error
 
 
 def examine(compiled: jax.stages.Compiled) -> Program:
@@ -97,21 +99,29 @@ def table(vanilla: Program, excited: Program) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def main(config: Config) -> None:
-    """Compiles both steps and prints what they need."""
+def compare(config: Config) -> tuple[jax.sharding.Mesh, Program, Program]:
+    """The mesh, and the vanilla and the excited step on it.
+
+    Raises:
+      ValueError: if the mesh does not fit the topology, or the step the chips.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
+    jax.config.update("jax_platforms", "cpu")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices
     mesh = parallel.make_mesh(config.data, config.fsdp, config.expert, devices=devices)
     parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
-    programs = []
-    for strategy in ("none", config.strategy):
-        try:
-            programs.append(examine(compile_step(dataclasses.replace(config, strategy=strategy), mesh)))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise ValueError(f"The step does not fit {config.topology}: {str(error).splitlines()[0]}") from error
-    print(f"{config.topology}, {len(devices)} chips, mesh {dict(mesh.shape)}: the step fits.\n")
-    print(table(*programs))
+    vanilla, excited = (
+        examine(compile_step(dataclasses.replace(config, strategy=strategy), mesh))
+        for strategy in ("none", config.strategy)
+    )
+    return mesh, vanilla, excited
+
+
+def main(config: Config) -> None:
+    """Compiles both steps and prints what they need."""
+    mesh, vanilla, excited = compare(config)
+    print(f"{config.topology}, {mesh.size} chips, mesh {dict(mesh.shape)}: the step fits.\n")
+    print(table(vanilla, excited))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def markdown(results: store.Results) -> str:
         lines.append(line)
     for name, experiment in experiments.EXPERIMENTS.items():
         if name not in experiments.paper():
-            sections.append(SECTIONS.get(name, _other)(results, experiment))
+            sections.append(_other(results, experiment))
     found = list(dict.fromkeys(found, None))
     head = ("", "", "runs", *evidence.VERDICTS)
     summary = ["## Summary", _table(head, lines, numbers=5)]
@@ -166,35 +166,38 @@ def _other(results: store.Results, experiment: experiments.Experiment) -> str:
     """Runs that are not the paper's, such as a look at what it leaves open."""
     found = evidence.found(results, experiment)
     parts = [f"## {experiment.title}"]
-    if not found:
-        return _with_remark(experiment.name, [*parts, f"Not run: {_command(experiment.name)}"])
+    if found:
+        table, note = TABLES.get(experiment.name, _measures)(results, experiment)
+        parts += [f"Not in the paper. Here: {_settings(experiment)}{note}.", table]
+        parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
+    else:
+        parts.append(f"Not run: {_command(experiment.name)}")
+    return _with_remark(experiment.name, parts)
+
+
+def _measures(results: store.Results, experiment: experiments.Experiment) -> tuple[str, str]:
+    """What each row reached."""
     measure = "perplexity" if experiment.kind == "gpt" else "accuracy"
     view = {"measure": measure}
-    parts.append(f"Not in the paper. Here: {_settings(experiment)}.")
     rows = []
     for where in experiment.rows or ():
         label = ", ".join(f"{key} {value}" for key, value in where.items())
         rows.append(
             (label, _row(results, experiment, view, {"label": "", "column": "", "where": where, "value": None})[3])
         )
-    parts.append(_table(("", pictures.UNIT.get(measure, measure)), rows, text=1, numbers=1))
-    parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
-    return _with_remark(experiment.name, parts)
+    return _table(("", pictures.UNIT.get(measure, measure)), rows, text=1, numbers=1), ""
 
 
-def _search(results: store.Results, experiment: experiments.Experiment) -> str:
+def _extrapolations(results: store.Results, experiment: experiments.Experiment) -> tuple[str, str]:
     """The open choices, by when vanilla SGD and Adam would reach what the paper prints for a constant rate."""
-    found = evidence.found(results, experiment)
-    parts = [f"## {experiment.title}"]
-    if not found:
-        return _with_remark(experiment.name, [*parts, f"Not run: {_command(experiment.name)}"])
     printed = {
         row["where"]["optimizer"]: row["value"] / 100
         for row in experiments.paper()["table6"]["rows"]
         if row["column"] == "vanilla" and row["where"]["schedule"] == "constant"
     }
     settings: dict[str, dict[str, tuple[float, float]]] = {}
-    for run in (run for run in found if isinstance(run, configs.MLPRun)):
+    for run in evidence.found(results, experiment):
+        assert isinstance(run, configs.MLPRun)
         name = f"{run.augmentation}, {run.normalization}, {run.initialization}"
         after = evidence.epochs_to(results[run], printed[run.optimizer])
         settings.setdefault(name, {})[run.optimizer] = results[run].measures["accuracy"], after
@@ -213,18 +216,12 @@ def _search(results: store.Results, experiment: experiments.Experiment) -> str:
         for o, v in (("SGD", printed["sgd"]), ("Adam", printed["adam"]))
         for text in (f"after {experiment.settings['epochs']} epochs", f"epochs to {100 * v:.2f}")
     ]
-    parts.append(f"Not in the paper. Here: {_settings(experiment)}. Vanilla alone was looked at.")
-    parts.append(_table(("augmentation, normalization, initialization", *head, "ratio"), rows, text=1, numbers=5))
-    parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
-    return _with_remark(experiment.name, parts)
+    head = ("augmentation, normalization, initialization", *head, "ratio")
+    return _table(head, rows, text=1, numbers=5), ". Vanilla alone was looked at"
 
 
-def _candidates(results: store.Results, experiment: experiments.Experiment) -> str:
+def _residuals(results: store.Results, experiment: experiments.Experiment) -> tuple[str, str]:
     """The open choices, by what vanilla SGD and Adam reach with them where the paper prints a number."""
-    found = evidence.found(results, experiment)
-    parts = [f"## {experiment.title}"]
-    if not found:
-        return _with_remark(experiment.name, [*parts, f"Not run: {_command(experiment.name)}"])
     targets = experiments.targets()
     reached: dict[str, list[float]] = {}  # by choice, for each target
     for target in targets:
@@ -243,13 +240,10 @@ def _candidates(results: store.Results, experiment: experiments.Experiment) -> s
         cells = ("" if np.isnan(a) else f"{a:.2f} ({r:+.2f})" for a, r in zip(accuracies, residuals, strict=True))
         rows.append((choice, *cells, f"{np.sqrt(np.nanmean(residuals**2)):.2f}"))
     head = ("what is changed", *(target["label"] for target in targets), "root mean square of residuals")
-    parts.append(f"Not in the paper. Here: {_settings(experiment)}; in parentheses ours minus the paper's.")
-    parts.append(_table(head, rows, text=1, numbers=len(targets) + 1))
-    parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
-    return _with_remark(experiment.name, parts)
+    return _table(head, rows, text=1, numbers=len(targets) + 1), "; in parentheses ours minus the paper's"
 
 
-SECTIONS = {"search": _search, "search_variants": _candidates, "search_long": _candidates}  # of what is a search
+TABLES = {"search": _extrapolations, "search_variants": _residuals, "search_long": _residuals}  # with a word on them
 
 
 def _about(value: float) -> str:

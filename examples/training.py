@@ -113,7 +113,10 @@ def add_auxiliary(config: TrainingConfig, loss: jax.Array, losses: moe.Auxiliary
 def routing_metrics(
     config: TrainingConfig, utilization: Any, losses: moe.AuxiliaryLosses, step: jax.Array
 ) -> dict[str, jax.Array]:
-    """What is logged about routing, as scalars: means over the layers, and the extremes of the excitation."""
+    """What is logged about routing, as scalars: means over the layers, and the extremes of the excitation.
+
+    `step` counts the updates that were made before, as `scale_by_excitation` does for the key of a random strategy.
+    """
     layers = jax.tree.leaves(utilization, is_leaf=lambda leaf: isinstance(leaf, excitation_optax.RoutingCounts))
     mean = lambda f: jnp.mean(jnp.stack([jnp.mean(f(layer)) for layer in layers]))
     logged = {
@@ -122,10 +125,11 @@ def routing_metrics(
         "routing_entropy": losses.entropy,
         "max_over_mean_load": mean(metrics.max_over_mean_load),
         "dead_experts": mean(metrics.dead_experts),
+        "dead_experts_worst_layer": jnp.max(jnp.stack([jnp.max(metrics.dead_experts(layer)) for layer in layers])),
     }
     if config.strategy != "none":
         strategy = getattr(excitation_optax, config.strategy)
-        key = jax.random.fold_in(jax.random.key(config.seed), step)  # the one that scale_by_excitation takes
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
         phi = jax.tree.leaves(excitation_optax.excitation(utilization, strategy, config.gamma, key=key))
         logged["excitation_min"] = jnp.min(jnp.stack([jnp.min(p) for p in phi]))
         logged["excitation_max"] = jnp.max(jnp.stack([jnp.max(p) for p in phi]))

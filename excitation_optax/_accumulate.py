@@ -27,7 +27,9 @@ def accumulate_utilization(multi_steps: optax.MultiSteps, like: Any) -> optax.Gr
 
     with the counts c and the tokens t of the n micro-batches of an update. By itself, `optax.MultiSteps` hands its
     inner optimizer the extra arguments of the **last** micro-batch, and says nothing. Micro-batches that its
-    `should_skip_update_fn` rejects do not count here either.
+    `should_skip_update_fn` rejects do not count here either; it sees gradients only, so that a NaN in the counts of one
+    micro-batch stays until the update and reaches the parameters. `apply_if_all_finite`, around all of this, leaves
+    such a micro-batch out.
 
     Where you can write the loop over micro-batches yourself, as a `jax.lax.scan` that adds up gradients and
     `RoutingCounts`, you need neither of the two: see the guide.
@@ -69,12 +71,13 @@ def accumulate_utilization(multi_steps: optax.MultiSteps, like: Any) -> optax.Gr
     _counts_by_path(like, "like")
 
     def init_fn(params):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), leaf.dtype), like)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.promote_types(leaf.dtype, jnp.float32)), like)
         return AccumulateUtilizationState(multi_steps.init(params), zeros)
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
         before = state.multi_steps
-        total = _map(lambda a, b: a + b, state.utilization, utilization, "like")
+        add = lambda a, b: jax.tree.map(lambda x, y: x + jnp.asarray(y, x.dtype), a, b)
+        total = _map(add, state.utilization, utilization, "like")
         updates, after = multi_steps.update(updates, before, params, utilization=total, **extra_args)
         emitted = after.gradient_step != before.gradient_step
         skipped = ~emitted & (after.mini_step == before.mini_step)
@@ -127,7 +130,7 @@ def ema(previous: Any, counts: Any, decay: float | jax.Array) -> Any:
 def _map(function: Any, like: Any, utilization: Any, name: str) -> Any:
     """A function of the `RoutingCounts` of two trees, by path; the result has the structure of the first."""
     ours, theirs = _counts_by_path(like, name), _counts_by_path(utilization, "utilization")
-    for path in ours.keys() ^ theirs.keys():
+    for path in sorted(ours.keys() ^ theirs.keys(), key=_experts.show):
         raise ValueError(
             f"The utilization must have the layers of `{name}`: {_experts.show(path)} is in "
             f"{'that' if path in ours else 'the utilization'} alone."

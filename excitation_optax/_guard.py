@@ -23,7 +23,8 @@ def apply_if_all_finite(inner: optax.GradientTransformation) -> optax.GradientTr
     step that is skipped has updates of zero and leaves the inner state as it was. It never gives in: how many skips in
     a row are too many is for the training loop to say, which reads `notfinite_count` from the state.
 
-    The choice is made entry by entry, by a select that XLA fuses into the update, with no branch and no transfer.
+    The choice is made entry by entry, by a select that XLA fuses into the update, with no branch and no transfer. Under
+    `jax.pmap` and `jax.shard_map` pass it what is reduced over the devices already, or replicas choose differently.
 
     Args:
       inner: the whole optimizer, Excitation in it.

@@ -163,7 +163,7 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 
     Args:
       model: a module, which may be abstract, as from `nnx.eval_shape`.
-      *args: of its call: arrays, or `jax.ShapeDtypeStruct`s.
+      *args: of its call: arrays, `jax.ShapeDtypeStruct`s, or what else it takes.
       **kwargs: of its call.
 
     Returns:
@@ -186,7 +186,16 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
       >>> excitation_flax.routing_like(model, jnp.ones((2, 2)))["layers"][0].counts
       ShapeDtypeStruct(shape=(8,), dtype=float32)
     """
-    return nnx.eval_shape(lambda m, *a, **k: capture_routing(m)(*a, **k)[1], model, *args, **kwargs)
+    plain = lambda value: isinstance(value, bool | int | float | str | None)  # a model may branch on these
+    values = [*args, *kwargs.values()]
+
+    def call(model, arrays):
+        arrays = iter(arrays)
+        given = [value if plain(value) else next(arrays) for value in values]
+        named = dict(zip(kwargs, given[len(args) :], strict=True))
+        return capture_routing(model)(*given[: len(args)], **named)[1]
+
+    return nnx.eval_shape(call, model, [value for value in values if not plain(value)])
 
 
 def pop_routing(model: nnx.Module) -> Any:

@@ -1,14 +1,18 @@
 """Twenty steps of a small model on a mesh, by the parts of examples.pod; all meshes must give the same numbers.
 
-As a program, it is one of two processes: `python tests/pod_job.py MODEL OPTIMIZER COORDINATOR PROCESS OUT`.
+`python tests/pod_job.py` prints the table of docs/scaling.md. With arguments it is one of two processes of a run.
 """
 
 import functools
 import os
+import pathlib
+import socket
+import subprocess
 import sys
+import tempfile
 
 if __name__ == "__main__":
-    os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+    os.environ["JAX_NUM_CPU_DEVICES"] = "4" if sys.argv[1:] else "8"
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
@@ -25,15 +29,15 @@ from excitation_optax import flax as excitation_flax
 from models import topk_mlp
 
 STEPS, BATCH = 20, 32
-# Of the parallel kind, and the sizes of the mesh.
+OPTIMIZERS = ("sgd", "adamw")
+# Of the parallel kind, and the sizes of the mesh; data takes what they leave of 8 devices.
 MODES = {
-    "one": ("jit", {"data": 1}),
-    "data": ("jit", {}),
-    "expert": ("jit", {"expert": 8}),
-    "mixed": ("jit", {"expert": 2}),
-    "fsdp": ("jit", {"fsdp": 8}),
-    "all": ("jit", {"fsdp": 2, "expert": 2}),
-    "pmap": ("pmap", {}),
+    "data 8": ("jit", {}),
+    "expert 8": ("jit", {"expert": 8}),
+    "data 4 x expert 2": ("jit", {"expert": 2}),
+    "fsdp 8": ("jit", {"fsdp": 8}),
+    "data 2 x fsdp 2 x expert 2": ("jit", {"fsdp": 2, "expert": 2}),
+    "pmap 8": ("pmap", {}),
 }
 
 
@@ -94,13 +98,63 @@ def run(model: str, optimizer: str, kind: str, mesh) -> tuple[np.ndarray, dict[s
     return np.array(jax.device_get(losses)), by_path
 
 
-def main(model: str, optimizer: str, coordinator: str, process: str, out: str) -> None:
-    """One of two processes with four devices each, of a mesh of 2 x 2 x 2."""
+def in_two_processes(model: str, optimizer: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The same from a job of JAX's distributed runtime over the loopback: two processes with four devices each."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        out = pathlib.Path(folder) / "out.npz"
+        free.close()
+        command = [sys.executable, __file__, model, optimizer, coordinator, str(out)]
+        environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+        jobs = [
+            subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)
+        ]
+        errors = [job.communicate(timeout=240)[1] for job in jobs]
+        if any(job.returncode for job in jobs):
+            raise RuntimeError("\n".join(errors))
+        saved = dict(np.load(out))
+    return saved.pop("losses"), saved
+
+
+def one_of_two(model: str, optimizer: str, coordinator: str, out: str, process: str) -> None:
+    """Its part of a run on a mesh of 2 x 2 x 2, or for the MLP 4 x 2 x 1."""
     jax.distributed.initialize(coordinator, 2, int(process), initialization_timeout=60)
     losses, params = run(model, optimizer, "jit", parallel.make_mesh(fsdp=2, expert=2 if model == "gpt" else 1))
     if process == "0":
         np.savez(out, losses=losses, **params)
 
 
+def differences(got, expected) -> tuple[float, float]:
+    """Of the losses, relative to each; and of the parameters, relative to the largest entry of their leaf."""
+    (losses, params), (expected_losses, expected_params) = got, expected
+    assert params.keys() == expected_params.keys()
+    largest = 0.0
+    for path, leaf in params.items():
+        reference = expected_params[path]
+        if "qkv" in path and "bias" in path:  # of keys: softmax does not feel them, and their gradient is rounding
+            keys = np.r_[reference.shape[-1] // 3 : 2 * reference.shape[-1] // 3]
+            leaf, reference = (np.delete(a, keys, axis=-1) for a in (leaf, reference))
+        largest = max(largest, float(np.max(np.abs(leaf - reference)) / np.max(np.abs(reference))))
+    return float(np.max(np.abs(losses / expected_losses - 1))), largest
+
+
+def main() -> None:
+    """Prints the table."""
+    cases = [(model, optimizer) for model in MODELS for optimizer in OPTIMIZERS]
+    meshes = {mode: (kind, parallel.make_mesh(**sizes)) for mode, (kind, sizes) in MODES.items()}
+    one = ("jit", parallel.make_mesh(devices=jax.devices()[:1]))
+    expected = {case: run(*case, *one) for case in cases}
+    print("| | " + " | ".join(f"{model}, {optimizer}: losses, parameters" for model, optimizer in cases) + " |")
+    print("| --- " + "| --: " * len(cases) + "|")
+    for mode in [*meshes, "2 processes x 4 devices"]:
+        got = {case: run(*case, *meshes[mode]) if mode in meshes else in_two_processes(*case) for case in cases}
+        cells = ["{:.0e}, {:.0e}".format(*differences(got[case], expected[case])) for case in cases]
+        print(f"| {mode} | " + " | ".join(cells) + " |", flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1:]:
+        one_of_two(*sys.argv[1:])
+    else:
+        main()

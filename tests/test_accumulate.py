@@ -75,20 +75,20 @@ def sgd(strategy, model, optimizer=None):
 def far(a, b):
     """The largest difference between two trees, each leaf's over its largest entry."""
     apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y)), a, b)
-    return max(float(leaf) for leaf in jax.tree.leaves(apart))
+    return float(jnp.max(jnp.stack(jax.tree.leaves(apart))))  # NaN if any is
 
 
 def through_multi_steps(tx, params, parts, **kwargs):
-    """The parameters after the micro-batches' gradients and counts `[k, ...]` went through."""
+    """The sum of the updates, and the state, after the micro-batches' gradients and counts `[k, ...]` went through."""
     state = tx.init(params)
 
     def step(carry, part):
-        params, state = carry
+        total, state = carry
         grads, counts = part
         updates, state = tx.update(grads, state, params, utilization=counts, **kwargs)
-        return (optax.apply_updates(params, updates), state), None
+        return (jax.tree.map(jnp.add, total, updates), state), None
 
-    return jax.lax.scan(step, (params, state), parts)[0]
+    return jax.lax.scan(step, (jax.tree.map(jnp.zeros_like, params), state), parts)[0]
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -108,11 +108,28 @@ def test_micro_batches_equal_the_batch(name, k):
         expected, _ = tx.update(grads, tx.init(params), params, utilization=counts)
         scanned, _ = tx.update(mean, tx.init(params), params, utilization=added)
         assert far(scanned, expected) <= 1e-5
-        wrapped = excitation_optax.accumulate_utilization(optax.MultiSteps(tx, k), like)
-        after, state = jax.jit(functools.partial(through_multi_steps, wrapped))(params, parts)
-        assert far(after, optax.apply_updates(params, expected)) <= 1e-5
+        init, update = accumulating(name, strategy)
+        state, emitted = init(params, like), []
+        for i in range(k):
+            updates, state = update(k, state, params, *jax.tree.map(lambda leaf, i=i: leaf[i], parts))
+            emitted.append(updates)
+        assert far(emitted[-1], expected) <= 1e-5
+        assert not any(leaf.any() for updates in emitted[:-1] for leaf in jax.tree.leaves(updates))
         assert int(state.multi_steps.gradient_step) == 1
-        assert all(not leaf.any() for leaf in jax.tree.leaves(state.utilization))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(state.utilization))
+
+
+@functools.cache
+def accumulating(name, strategy):
+    """`init` and `update` of the wrapped optimizer, which are compiled once for any number of micro-batches."""
+    tx = sgd(strategy, problem(name)[0])
+    wrap = lambda k, like: excitation_optax.accumulate_utilization(optax.MultiSteps(tx, lambda _: k), like)
+
+    @jax.jit
+    def update(k, state, params, grads, counts):
+        return wrap(k, counts).update(grads, state, params, utilization=counts)
+
+    return lambda params, like: wrap(1, like).init(params), update
 
 
 @pytest.mark.parametrize("name", ["topk_mlp", "moe"])
@@ -124,8 +141,7 @@ def test_multi_steps_alone_is_wrong(name):
     updates, _ = tx.update(grads, tx.init(params), params, utilization=counts)
     parts = jax.lax.map(lambda part: gradients(params, *part), micro_batches(batch, 8))
     bare = optax.MultiSteps(tx, 8)
-    after, _ = through_multi_steps(optax.GradientTransformationExtraArgs(bare.init, bare.update), params, parts)
-    moved = jax.tree.map(lambda a, b: a - b, after, params)
+    moved, _ = through_multi_steps(optax.GradientTransformationExtraArgs(bare.init, bare.update), params, parts)
     assert far(moved, updates) > 0.05
 
 
@@ -173,9 +189,9 @@ def test_skipped_micro_batches_do_not_count():
     inner = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
     multi_steps = optax.MultiSteps(inner, 2, should_skip_update_fn=optax.transforms.skip_not_finite)
     tx = excitation_optax.accumulate_utilization(multi_steps, jax.tree.map(lambda leaf: leaf[0], counts))
-    after, state = through_multi_steps(tx, params, (grads, counts))
+    moved, state = through_multi_steps(tx, params, (grads, counts))
     # Mean gradient 2, utilization 3/6 and 3/6.
-    np.testing.assert_allclose(after["experts"], jnp.full((2, 3), -1.0))
+    np.testing.assert_allclose(moved["experts"], jnp.full((2, 3), -2.0))
     assert multi_steps.has_updated(state.multi_steps)
     # One that is skipped after another was accepted changes nothing.
     first = jax.tree.map(lambda leaf: leaf[0], (grads, counts))
@@ -185,6 +201,47 @@ def test_skipped_micro_batches_do_not_count():
     _, again = tx.update(second[0], state, params, utilization=second[1])
     np.testing.assert_array_equal(again.utilization["experts"].counts, [3.0, 1.0])
     assert not multi_steps.has_updated(again.multi_steps)
+
+
+def test_a_nan_in_the_counts_of_one_micro_batch():
+    """It reaches the parameters through MultiSteps, which looks at gradients; the guard around it all leaves it out."""
+    params = {"experts": jnp.ones((2, 1))}
+    grads = {"experts": jnp.ones((3, 2, 1))}
+    counts = {"experts": COUNTS(jnp.array([[3.0, 1.0], [jnp.nan, 0.0], [0.0, 2.0]]), jnp.array([4.0, 8.0, 2.0]))}
+    inner = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+    like = jax.tree.map(lambda leaf: leaf[0], counts)
+    tx = excitation_optax.accumulate_utilization(optax.MultiSteps(inner, 2), like)
+    moved, _ = through_multi_steps(tx, params, (grads, counts))
+    assert jnp.isnan(moved["experts"]).all()
+    moved, state = through_multi_steps(excitation_optax.apply_if_all_finite(tx), params, (grads, counts))
+    np.testing.assert_allclose(moved["experts"], jnp.full((2, 1), -1.0))  # utilization 3/6 and 3/6
+    assert int(state.total_notfinite) == 1
+
+
+def test_counts_of_half_precision_are_added_in_float32():
+    """And the state keeps its types, as a scan asks."""
+    half = {"experts": COUNTS(jnp.array([250.0, 6.0], jnp.bfloat16), jnp.array(256.0, jnp.bfloat16))}
+    tx = excitation_optax.accumulate_utilization(optax.MultiSteps(optax.sgd(1.0), 3), half)
+    state = tx.init({"experts": jnp.ones(2)})
+    for _ in range(2):
+        _, after = tx.update({"experts": jnp.ones(2)}, state, utilization=half)
+        assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, state)
+        state = after
+    np.testing.assert_array_equal(state.utilization["experts"].counts, [500.0, 12.0])
+
+
+def test_routing_like_of_a_call_with_flags():
+    """Those that the model branches on are not traced."""
+
+    class Flagged(topk_mlp.TopKMLP):
+        def __call__(self, x, times, *, repeat=False):
+            for _ in range(times if repeat else 1):
+                logits = super().__call__(x)
+            return logits
+
+    model = Flagged(topk_mlp.TopKMLPConfig(D, width=16, depth=2), rngs=nnx.Rngs(0))
+    like = excitation_flax.routing_like(model, jax.ShapeDtypeStruct((3, D), jnp.float32), 2, repeat=True)
+    assert jax.tree.leaves(like)[0] == jax.ShapeDtypeStruct((16,), jnp.float32)
 
 
 def test_a_schedule_of_micro_batches():

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import threading
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import array
 from jax.sharding import PartitionSpec
 
 from examples import training
@@ -68,6 +70,23 @@ def test_where_parameters_lie():
     assert (got["small"], got["number"]) == (PartitionSpec(None), PartitionSpec())
 
 
+def test_a_step_leaves_everything_where_it_lies(tmp_path):
+    """Parameters and moments stay split: a device never comes to hold more than its part."""
+    config = make_config(tmp_path, fsdp=2, expert=2, d_model=64, d_ff=64, optimizer="adamw")
+    mesh = parallel.make_mesh(fsdp=2, expert=2)
+    _, trainer = train.make_trainer(config, mesh)
+    state = trainer.init()
+    tokens = np.zeros((8, 9), np.int32)
+    for _ in range(2):
+        state, _ = trainer.step(state, trainer.put(tokens.shape, lambda rows: tokens[rows]))
+    parts = 0
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        parts += leaf.addressable_shards[0].data.shape != leaf.shape
+    assert parts >= 3 * 5  # kernels of attention and experts, and their two moments
+    assert trainer.own_rows(16) == list(range(16))
+
+
 def test_pmap_splits_no_parameters():
     with pytest.raises(ValueError, match="--fsdp and --expert must be 1"):
         parallel.Pmap(None, None, parallel.make_mesh(fsdp=2))
@@ -92,20 +111,29 @@ def test_batches_are_a_function_of_the_step():
     assert other.tolist() != epochs[0].tolist()
 
 
+def test_batches_of_which_a_process_has_its_rows():
+    """It goes through all of its own examples, once in every epoch."""
+    batches = data.Batches(np.arange(100, 106)[:, None], batch_size=8, seed=0, own=[2, 3, 6])
+    assert batches.shape == (8, 1)
+    epoch = [*batches.rows(0, slice(2, 4))[:, 0], *batches.rows(0, slice(6, 7))[:, 0]]
+    epoch += [*batches.rows(1, slice(2, 4))[:, 0], *batches.rows(1, slice(6, 7))[:, 0]]
+    assert sorted(epoch) == list(range(100, 106))
+
+
 def test_windows_follow_each_other():
     windows = data.Windows(np.arange(10), 3)
     assert [windows[i].tolist() for i in range(len(windows))] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (3, 9), (5, 6)])
-def test_batches_are_made_ahead_in_order(first, last):
+def test_batches_are_prefetched_in_order(first, last):
     threads = set()
 
     def make(step):
         threads.add(threading.current_thread())
         return step
 
-    assert list(data.ahead(make, first, last)) == list(range(first, last))
+    assert list(data.prefetch(make, first, last)) == list(range(first, last))
     assert threading.current_thread() not in threads
 
 
@@ -115,7 +143,7 @@ def test_an_error_while_reading_reaches_the_loop():
             raise OSError("the disk is gone")
         return step
 
-    batches = data.ahead(make, 0, 5)
+    batches = data.prefetch(make, 0, 5)
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
@@ -144,8 +172,8 @@ def make_state(mesh, step):
     return jax.device_put(state, parallel.shardings(state, mesh))
 
 
-def open_folder(folder, config=CONFIG, save_every=2, keep=2):
-    return checkpoints.Checkpoints(folder, config, save_every, keep)
+def open_folder(folder, config=CONFIG, save_every=2, keep=2, **kwargs):
+    return checkpoints.Checkpoints(folder, config, save_every, keep, **kwargs)
 
 
 def fill(folder, steps=range(1, 8), **kwargs):
@@ -153,7 +181,8 @@ def fill(folder, steps=range(1, 8), **kwargs):
     mesh = parallel.make_mesh(fsdp=2)
     saved = open_folder(folder, **kwargs)
     for step in steps:
-        saved.save(step, make_state(mesh, step))
+        if saved.due(step):
+            saved.save(step, make_state(mesh, step))
     saved.close()
 
 
@@ -215,6 +244,10 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
     assert names(tmp_path) == ["4", "6.damaged"]
     fill(tmp_path, range(5, 8))
     assert restore(tmp_path)[1] == 6
+    damage(largest_file(tmp_path / "6"))  # and once more
+    with pytest.warns(UserWarning, match="step 6"):
+        assert restore(tmp_path)[1] == 4
+    assert names(tmp_path) == ["4", "6.damaged", "6.damaged-again"]
 
 
 def test_one_that_was_not_finished_is_passed_over(tmp_path):
@@ -234,6 +267,43 @@ def test_all_of_them_damaged(tmp_path):
     assert names(tmp_path) == before
 
 
+def test_a_flag_that_may_change(tmp_path, capsys):
+    """It is said that it did."""
+    fill(tmp_path, config=CONFIG | {"learning_rate": 0.1})
+    assert restore(tmp_path, config=CONFIG | {"learning_rate": 0.01}, may_change=["learning_rate"])[1] == 6
+    assert "learning_rate: 0.1 there, 0.01 here" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"learning_rate: 0.1 there, 0.01 here"):
+        restore(tmp_path, config=CONFIG | {"learning_rate": 0.01})
+
+
+def test_a_checksum_sees_every_bit_and_every_change_of_place():
+    numbers = np.arange(1.0, 13.0, dtype=np.float32).reshape(3, 4)
+    states = [
+        (numbers, numbers + 1),
+        (numbers + 1, numbers),
+        (numbers[::-1], numbers + 1),
+        (np.roll(numbers, 1, axis=1), numbers + 1),
+        (numbers.T, numbers + 1),
+    ]
+    for place in (0, 1):
+        for bit in range(32):
+            both = [numbers, numbers + 1]
+            flipped = both[place].copy()
+            flipped.view(np.uint32)[1, 2] ^= np.uint32(1) << np.uint32(bit)
+            both[place] = flipped
+            states.append(tuple(both))
+    sums = [checkpoints.checksum(jax.tree.map(jnp.asarray, state)) for state in states]
+    assert len(set(sums)) == len(sums)
+    assert checkpoints.checksum(jax.tree.map(jnp.asarray, states[0])) == sums[0]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int4", "uint8", "int16", "bfloat16", "float8_e4m3fn", "complex64", "key"])
+def test_a_checksum_of_what_else_a_state_may_hold(dtype):
+    make = lambda i: jax.random.key(i) if dtype == "key" else jnp.full((3,), i, dtype)
+    one, other = (checkpoints.checksum({"a": make(i)}) for i in (0, 1))
+    assert one != other
+
+
 @pytest.mark.parametrize("change", [{"strategy": "positive_sum"}, {"d_model": 32}, {"more": 1}])
 def test_a_checkpoint_of_another_run(tmp_path, change):
     fill(tmp_path)
@@ -248,14 +318,13 @@ def test_sigterm_is_heard_once_and_given_back():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
     try:
-        preemption = checkpoints.Preemption()
-        assert not preemption.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached(2)
-        assert not heard
-        os.kill(os.getpid(), signal.SIGTERM)  # the second goes where it went before
-        assert heard == [1]
-        preemption.close()
+        with checkpoints.Preemption() as preemption:
+            assert not preemption.reached(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert preemption.reached(2)
+            assert not heard
+            os.kill(os.getpid(), signal.SIGTERM)  # the second goes where it went before
+            assert heard == [1]
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -295,7 +364,7 @@ def test_errors_of_the_program(tmp_path, changes, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_goes_on_and_its_log_too(tmp_path):
+def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     """Ended after 4 of 6 steps: what follows is as if it had not been."""
     whole = make_config(tmp_path, steps=6, log=tmp_path / "whole.jsonl", log_every=1)
     expected = train.main(whole)
@@ -303,42 +372,75 @@ def test_a_run_goes_on_and_its_log_too(tmp_path):
     stop = lambda self, step: step == 5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints.Preemption, "reached", stop)
-        train.main(parts)
+        with pytest.raises(SystemExit) as ended:
+            train.main(parts)
+    assert ended.value.code == 0
+    assert "told to end: saved step 5 of 6" in capsys.readouterr().out
     (tmp_path / "saved" / "5").rename(tmp_path / "lost")  # as if it had been killed: it goes on from step 4
     state = train.main(parts)
+    assert "going on from step 4" in capsys.readouterr().out
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     assert logged(parts) == logged(whole)
 
 
+def test_a_run_without_checkpoints_can_be_told_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoints.Preemption, "reached", lambda self, step: step == 2)
+    with pytest.raises(SystemExit) as ended:
+        train.main(make_config(tmp_path, told_to_end_code=143))
+    assert ended.value.code == 143
+    assert "without --checkpoints, nothing is saved" in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_two_thousand_steps_leave_nothing_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_two_thousand_steps_leave_nothing_behind(kind, tmp_path, monkeypatch):
     """Memory is flat, nothing is compiled after the first steps, and only what is logged is brought to the host."""
-    compiled, seen = [], []
+    compiled, copied, seen = [], [], []
     listen = lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
     jax.monitoring.register_event_duration_secs_listener(listen)
-    write = training.Log.write
+    write, to_host = training.Log.write, array.ArrayImpl._value
 
     def watch(log, step, values, shown=""):
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-        seen.append((step, len(compiled), len(jax.live_arrays()), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+        megabytes = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        seen.append((step, len(compiled), len(copied), len(values), len(jax.live_arrays()), megabytes))
         write(log, step, values, shown)
 
+    # On CPU, jax.transfer_guard does not see what comes from the device.
+    monkeypatch.setattr(array.ArrayImpl, "_value", property(lambda a: copied.append(a.shape) or to_host.__get__(a)))
     monkeypatch.setattr(training.Log, "write", watch)
-    with jax.transfer_guard("disallow"):
-        train.main(make_config(tmp_path, steps=2000, log_every=200, eval_every=10_000))
-    (_, compiles, arrays, memory), *later = [entry for entry in seen if entry[0] >= 400 and entry[0] < 2000]
+    flags = {"steps": 2000, "log_every": 200, "eval_every": 10_000, "parallel": kind}
+    try:
+        with jax.transfer_guard_host_to_device("disallow"):
+            train.main(make_config(tmp_path, **flags, checkpoints=str(tmp_path / "saved"), save_every=10_000))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    (_, compiles, copies, _, arrays, memory), *later = [entry for entry in seen if 400 <= entry[0] < 2000]
     assert len(later) == 7
     assert compiles > 0
-    for _, later_compiles, later_arrays, later_memory in later:
+    for i, (_, later_compiles, later_copies, logged_values, later_arrays, later_memory) in enumerate(later, start=1):
         assert later_compiles == compiles
-        assert abs(later_arrays - arrays) <= 4  # batches that are made ahead
+        assert 0 < later_copies - copies <= i * logged_values
+        assert abs(later_arrays - arrays) <= 4  # batches that are prefetched
         assert later_memory - memory < 8
 
 
 def test_steps_that_are_not_finite_end_the_run(tmp_path):
-    """Of a learning rate that makes it diverge; the parameters stay those of the last good step."""
-    config = make_config(tmp_path, steps=30, learning_rate=1e30, clip=1e30, optimizer="sgd", max_skips=3)
+    """Of a learning rate that makes it diverge: what is saved is of before, and goes on with a smaller one."""
+    flags = {"steps": 30, "clip": 1e30, "optimizer": "sgd", "max_skips": 3, "save_every": 1, "keep": 1}
+    flags |= {"checkpoints": str(tmp_path / "saved")}
+    config = make_config(tmp_path, learning_rate=1e30, **flags)
     with pytest.raises(ValueError, match=r"3 steps in a row, up to step .*not finite"):
         train.main(config)
     assert logged(config)[-1]["skipped_in_a_row"] == 3
+    first_skipped = next(line["step"] for line in logged(config) if line["skipped_in_a_row"])
+    assert names(tmp_path / "saved") == [str(first_skipped - 1)]
+
+
+def test_a_collapse_is_warned_of(tmp_path, capsys):
+    """Of 64 experts, 8 sequences of 8 tokens cannot reach all."""
+    train.main(make_config(tmp_path, num_experts=64, max_dead=0.01, steps=2))
+    assert re.search(r"step 1: in one layer \d+% of the experts got no token", capsys.readouterr().err)
+    train.main(make_config(tmp_path, num_experts=64, max_dead=1.0, steps=2))
+    assert "got no token" not in capsys.readouterr().err

@@ -15,7 +15,7 @@ import numpy as np
 
 from examples import texts
 
-AHEAD = 2  # batches that are read while the device is busy
+PREFETCHED = 2  # batches that are read while the device is busy
 
 
 class Windows:
@@ -38,31 +38,33 @@ class Batches:
       source: examples by number, a sequence.
       batch_size: B.
       seed: of the order, which is another one in every epoch.
+      own: the rows of every batch that come from this source, where each process has a source of its own; otherwise
+        all.
     """
 
-    def __init__(self, source: Any, batch_size: int, seed: int):
-        self.batch_size = batch_size
-        self._examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    def __init__(self, source: Any, batch_size: int, seed: int, own: Sequence[int] | None = None):
         self.shape = (batch_size, *np.shape(source[0]))
+        self._place = {row: i for i, row in enumerate(range(batch_size) if own is None else own)}
+        self._examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
     def rows(self, step: int, rows: slice) -> np.ndarray:
         """Rows of the batch of a step, counted from 0."""
-        first = step * self.batch_size
-        return np.stack([np.asarray(self._examples[first + i]) for i in range(self.batch_size)[rows]])
+        first = step * len(self._place)
+        return np.stack([np.asarray(self._examples[first + self._place[i]]) for i in range(self.shape[0])[rows]])
 
 
-def ahead(make: Callable[[int], Any], first: int, last: int) -> Iterator[Any]:
+def prefetch(make: Callable[[int], Any], first: int, last: int) -> Iterator[Any]:
     """`make(step)` for the steps from first to last, the next ones made by a thread in the meantime."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        waiting = collections.deque(thread.submit(make, step) for step in range(first, min(first + AHEAD, last)))
+        waiting = collections.deque(thread.submit(make, step) for step in range(first, min(first + PREFETCHED, last)))
         for step in range(first, last):
-            if step + AHEAD < last:
-                waiting.append(thread.submit(make, step + AHEAD))
+            if step + PREFETCHED < last:
+                waiting.append(thread.submit(make, step + PREFETCHED))
             yield waiting.popleft().result()
 
 
 def files_of_process(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
-    """The files that this process reads, where each host has disk for its own part: every so-manieth of them.
+    """The files that this process reads, where each host has disk for its own part: those numbered i, i + P, ... of P.
 
     Raises:
       ValueError: if there are fewer files than processes.

@@ -3,8 +3,8 @@
     python -m examples.pod.fit --topology v5e:4x4 --expert 4
     python -m examples.pod.fit --topology v5p:8x8x8 --expert 8 --fsdp 8 --num-experts 64 --batch-size 4096
 
-Prints memory for each chip, FLOPs, and the collectives with their bytes, of the vanilla and of the excited step. Needs
-the TPU compiler, `pip install 'jax[tpu]'`, on any Linux machine.
+Prints memory for each chip, FLOPs, and the collectives with their bytes, of the vanilla and of the excited step, both
+with the loss as all that they log. Needs the TPU compiler, `pip install 'jax[tpu]'`, on any Linux machine.
 """
 
 import collections
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,16 @@ from jax.experimental import topologies
 
 from examples.pod import parallel, train
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "f16": 16}  # of other types, the digits in their names
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+COLLECTIVE = re.compile(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +40,8 @@ class Config(train.Config):
 
     topology: str = "v5e:4x4"
     """NAME:SHAPE in chips, such as v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4."""
-    strategy: Any = "positive_sum"
-    """That of the excited step."""
+    excited: Literal["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"] = "positive_sum"
+    """The strategy of the excited step; the other has none."""
 
 
 class Program(NamedTuple):
@@ -41,8 +49,14 @@ class Program(NamedTuple):
 
     arguments: int
     temporary: int
-    flops: float
-    collectives: dict[str, list[int]]  # bytes of each, by kind
+    flops: float  # with the body of every loop, such as that over the layers, counted once, as XLA does
+    collectives: dict[str, list[int]]  # bytes that each gives out in a step, by kind
+
+
+def bare_step(*args: Any, **kwargs: Any) -> tuple[parallel.TrainState, Any]:
+    """The step of `train`, of which the loss alone is logged: no metric asks for the routing of the vanilla one."""
+    state, logged = train.step_fn(*args, **kwargs)
+    return state, logged["loss"]
 
 
 def compile_step(config: train.Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
@@ -51,7 +65,7 @@ def compile_step(config: train.Config, mesh: jax.sharding.Mesh) -> jax.stages.Co
     Raises:
       ValueError: if it does not fit, with both sizes.
     """
-    _, trainer = train.make_trainer(config, mesh)
+    _, trainer = train.make_trainer(config, mesh, bare_step)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.context + 1), jnp.int32)
     try:
         return trainer.trace(tokens).lower(lowering_platforms=("tpu",)).compile()
@@ -70,17 +84,65 @@ def examine(compiled: jax.stages.Compiled) -> Program:
 
 
 def collectives(hlo: str) -> dict[str, list[int]]:
-    """The bytes that each collective of an HLO program gives out, by kind; of asynchronous ones, where they start."""
-    found = collections.defaultdict(list)
-    for kind in COLLECTIVES:
-        for shapes in re.findall(rf"= (\(?[^=\n]*?\)?) {kind}(?:-start)?\(", hlo):
-            found[kind].append(sum(_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)))
-    return dict(found)
+    """The bytes that each collective of an HLO program gives out, by kind; what a loop repeats, all times together.
+
+    Parts of one that XLA fuses with what is computed in the meantime have its channel, and count as one.
+    """
+    computations, entry = _computations(hlo)
+    found: dict[Any, tuple[str, int]] = {}
+
+    def walk(name: str, times: int, fused: bool = False) -> None:
+        for line in computations[name]:
+            if match := COLLECTIVE.match(line):
+                shapes, kind, started = match.groups()
+                channel = re.search(r"channel_id=\d+", line)
+                key = channel[0] if channel and fused else len(found)
+                found[key] = kind, times * _bytes_out(shapes, kind if started else "")
+            for called in re.findall(r"(?:calls|to_apply|condition)=%?([\w.-]+)", line):
+                walk(called, times, fused or " fusion(" in line)
+            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                for branch in branches.split(", "):
+                    walk(branch.lstrip("%"), times)
+            if match := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
+                walk(match[2], times * _trips(computations[match[1]]))
+
+    walk(entry, 1)
+    by_kind = collections.defaultdict(list)
+    for kind, size in found.values():
+        by_kind[kind].append(size)
+    return dict(by_kind)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of an HLO program's computations by name, and the name of the one that it starts with."""
+    computations, entry, lines = {}, "", []
+    for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            computations[header[2]] = lines = []
+            entry = header[2] if header[1] else entry
+        lines.append(line)
+    return computations, entry
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop of `jax.lax.scan` runs: up to the constant of its condition. Where it depends on data, 1."""
+    bounds = [match[1] for line in condition if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]
+    return int(bounds[0]) if len(bounds) == 1 and any("direction=LT" in line for line in condition) else 1
+
+
+def _bytes_out(shapes: str, started: str) -> int:
+    """The size of a collective's result. What starts an asynchronous one gives out its operands first."""
+    sizes = [_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)]
+    if started == "all-gather":
+        sizes = sizes[len(sizes) // 2 :]
+    elif started == "collective-permute":
+        sizes = sizes[1:2]
+    return sum(sizes)
 
 
 def _bytes(dtype: str, shape: str) -> int:
     digits = re.search(r"\d+", dtype)
-    bits = BITS.get(dtype) or (int(digits[0]) if digits else 0)
+    bits = int(digits[0]) if digits else 8  # of pred
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
 
 
@@ -89,7 +151,7 @@ def table(vanilla: Program, excited: Program) -> str:
     rows = [
         ("arguments, MiB a chip", *(f"{p.arguments / 2**20:,.1f}" for p in (vanilla, excited))),
         ("temporary, MiB a chip", *(f"{p.temporary / 2**20:,.1f}" for p in (vanilla, excited))),
-        ("GFLOPs a chip", *(f"{p.flops / 1e9:,.2f}" for p in (vanilla, excited))),
+        ("GFLOPs a chip, loops once", *(f"{p.flops / 1e9:,.2f}" for p in (vanilla, excited))),
     ]
     for kind in COLLECTIVES:
         sizes = [p.collectives.get(kind, []) for p in (vanilla, excited)]
@@ -99,20 +161,31 @@ def table(vanilla: Program, excited: Program) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
+def devices(topology: str) -> list[jax.Device]:
+    """The devices of a TPU slice that is not there.
+
+    Raises:
+      ValueError: if there is no such slice, or no TPU compiler.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        raise ValueError(f"No TPU slice {topology!r}, such as v5e:4x4, or no TPU compiler: {error}") from error
+
+
 def compare(config: Config) -> tuple[jax.sharding.Mesh, Program, Program]:
     """The mesh, and the vanilla and the excited step on it.
 
     Raises:
       ValueError: if the mesh does not fit the topology, or the step the chips.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
-    jax.config.update("jax_platforms", "cpu")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=config.topology).devices
-    mesh = parallel.make_mesh(config.data, config.fsdp, config.expert, devices=devices)
+    mesh = parallel.make_mesh(config.data, config.fsdp, config.expert, devices=devices(config.topology))
     parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
     vanilla, excited = (
         examine(compile_step(dataclasses.replace(config, strategy=strategy), mesh))
-        for strategy in ("none", config.strategy)
+        for strategy in ("none", config.excited)
     )
     return mesh, vanilla, excited
 

@@ -185,6 +185,11 @@ class Jit:
         part: Callable[[Any], Any] = lambda index: rows(index[0])
         return jax.make_array_from_callback(tuple(shape), batch_sharding(self.mesh), part)
 
+    def own_rows(self, batch_size: int) -> list[int]:
+        """The rows of a global batch that go to the devices of this process."""
+        parts = batch_sharding(self.mesh).addressable_devices_indices_map((batch_size,)).values()
+        return sorted(row for (part,) in parts for row in range(batch_size)[part])
+
     def save(self, state: TrainState) -> TrainState:
         """The state as a checkpoint holds it."""
         return state
@@ -216,10 +221,13 @@ class Pmap(Jit):
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """The rows of this process's devices, which are in order."""
-        each, local = shape[0] // self.mesh.size, jax.local_device_count()
-        first = jax.process_index() * local * each
-        mine = rows(slice(first, first + local * each))
-        return mine.reshape(local, each, *shape[1:])
+        mine, local = self.own_rows(shape[0]), jax.local_device_count()
+        return rows(slice(mine[0], mine[-1] + 1)).reshape(local, len(mine) // local, *shape[1:])
+
+    def own_rows(self, batch_size: int) -> list[int]:
+        """The rows of a global batch that go to the devices of this process, which are in order."""
+        each = batch_size // jax.process_count()
+        return list(range(jax.process_index() * each, (jax.process_index() + 1) * each))
 
     def init(self) -> TrainState:
         """Replicas of the state at the start."""

@@ -14,6 +14,7 @@ import functools
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -26,7 +27,8 @@ from examples import texts, train_gpt_moe, training
 from examples.pod import checkpoints, data, parallel
 from models import gpt_moe
 
-NOT_IN_CHECKPOINTS = {"log", "log_every", "eval_every", "remat"}  # flags that may change when a run goes on
+NOT_IN_CHECKPOINTS = {"log", "log_every", "eval_every", "remat"}  # flags that change nothing
+MAY_CHANGE = {"learning_rate", "clip"}  # as they must, to go on with a run that diverged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class Config(train_gpt_moe.RunConfig):
     """Train a GPT-MoE on all devices, with checkpoints."""
 
     parallel: Literal["jit", "pmap"] = "jit"
-    """pmap repeats the model on every device, for comparison."""
+    """pmap repeats the model on every device, for comparison; auxiliary losses are then means of those of parts of the
+    batch, and so other losses."""
     data: int | None = None
     """Devices that repeat the parameters; by default those that the other two leave."""
     fsdp: int = 1
@@ -50,9 +53,10 @@ class Config(train_gpt_moe.RunConfig):
     keep: int = 3
     """How many checkpoints are kept, the newest."""
     max_skips: int = 10
-    """Steps in a row that may be skipped, as their loss, gradients or utilization were not finite."""
+    """Steps in a row that may be skipped, as their loss, gradients or utilization were not finite; looked at when
+    something is logged."""
     max_dead: float = 0.5
-    """The share of experts without a token that is warned of."""
+    """The share of a layer's experts without a token that is warned of."""
     coordinator: str | None = None
     """HOST:PORT of process 0, which all processes can reach."""
     processes: int | None = None
@@ -63,6 +67,8 @@ class Config(train_gpt_moe.RunConfig):
     """Find the other processes by what TPU slices, Slurm and Open MPI say of them."""
     timeout: int = 100
     """Seconds without a sign of life after which a process is taken for dead."""
+    told_to_end_code: int = 0
+    """The exit status after SIGTERM. Kubernetes starts only those again that fail: give it another one, such as 143."""
     files_by_process: bool = False
     """--text is a folder of which each process reads its own files, for hosts with disks of their own."""
 
@@ -103,12 +109,15 @@ def step_fn(config: Config, graphdef: Any, tx: Any, state: parallel.TrainState, 
         loss_fn, tx, state, tokens, axis_name=axis_name, micro_batches=config.micro_batches
     )
     losses = logged.pop("auxiliary")
-    logged |= training.routing_metrics(config, utilization, losses, state.step)
+    taken = state.step - state.opt_state.total_notfinite  # the count that makes the key of a random strategy
+    logged |= training.routing_metrics(config, utilization, losses, taken)
     guard = new_state.opt_state
     return new_state, logged | {"skipped": guard.total_notfinite, "skipped_in_a_row": guard.notfinite_count}
 
 
-def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, parallel.Jit]:
+def make_trainer(
+    config: Config, mesh: jax.sharding.Mesh, step_fn: Callable[..., Any] = step_fn
+) -> tuple[Any, parallel.Jit]:
     """The model's graph definition, and what makes and changes the state."""
     model_config = config.model(texts.VOCAB_SIZE[config.tokenizer])
     make_model = lambda: gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed))
@@ -142,22 +151,27 @@ def load_text(config: Config) -> tuple[data.Windows, texts.Text | None]:
 
 
 def main(config: Config) -> parallel.TrainState:
-    """Trains from the newest checkpoint, or from the start, to the last step; returns the state."""
+    """Trains from the newest checkpoint, or from the start, to the last step; returns the state.
+
+    Raises:
+      SystemExit: after SIGTERM, once the state is saved.
+    """
     start_distributed(config)
     mesh = parallel.make_mesh(config.data, config.fsdp, config.expert)
     parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
     windows, text = load_text(config)
     graphdef, trainer = make_trainer(config, mesh)
     total_loss = train_gpt_moe.make_total_loss(graphdef)
-    batches = data.Batches(windows, config.batch_size, config.seed)
+    own = trainer.own_rows(config.batch_size) if config.files_by_process else None
+    batches = data.Batches(windows, config.batch_size, config.seed, own)
     put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
     with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(checkpoints.Preemption())
         saved = stack.enter_context(open_checkpoints(config, config.checkpoints)) if config.checkpoints else None
-        restored = saved.restore(trainer.like, trainer.shardings) if saved else None
-        state, first = (trainer.load(restored[0]), restored[1]) if restored else (trainer.init(), 0)
+        state, first = start(trainer, saved)
         log = training.Log(config, "pod", config.steps, first, silent=jax.process_index() > 0)
         stack.callback(log.close)
-        for number, batch in enumerate(data.ahead(put, first, config.steps), first + 1):
+        for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             state, logged = trainer.step(state, batch)
             last = number == config.steps
             if last or number % config.log_every == 0:
@@ -170,19 +184,39 @@ def main(config: Config) -> parallel.TrainState:
                     )
                 log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
             log.advance()
-            if saved:
-                end = saved.preempted(number)
-                saved.save(number, trainer.save(state), now=end or last)
-                if end and not last:
-                    print(f"told to end: saved step {number} of {config.steps}; run again to go on", flush=True)
-                    break
+            told = preemption.reached(number)
+            # What was saved last stays what it is while steps are skipped: the step before may be to blame.
+            if saved and (told or last or (saved.due(number) and not int(logged["skipped_in_a_row"]))):
+                saved.save(number, trainer.save(state))
+            if told and not last:
+                end(config, saved, number)
     return state
+
+
+def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None) -> tuple[parallel.TrainState, int]:
+    """The state to go on from, and the number of steps that it has seen."""
+    restored = saved.restore(trainer.like, trainer.shardings) if saved else None
+    if restored is None:
+        return trainer.init(), 0
+    state, step = restored
+    print(f"going on from step {step}", flush=True)
+    return trainer.load(state), step
+
+
+def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> None:
+    """Ends the program once everything is on disk."""
+    if saved is None:
+        print(f"told to end at step {step} of {config.steps}; without --checkpoints, nothing is saved", flush=True)
+    else:
+        saved.wait()
+        print(f"told to end: saved step {step} of {config.steps}; run again to go on", flush=True)
+    raise SystemExit(config.told_to_end_code)
 
 
 def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
     """The checkpoints of this run."""
     identity = config.identity() | ({"processes": jax.process_count()} if config.files_by_process else {})
-    return checkpoints.Checkpoints(folder, identity, config.save_every, config.keep)
+    return checkpoints.Checkpoints(folder, identity, config.save_every, config.keep, MAY_CHANGE)
 
 
 def report(config: Config, log: training.Log, step: int, logged: dict[str, Any]) -> None:
@@ -192,16 +226,18 @@ def report(config: Config, log: training.Log, step: int, logged: dict[str, Any])
       ValueError: after too many skipped steps in a row, on every process.
     """
     log.write(step, logged, f"loss {logged['loss']:.3f}")
-    if logged["dead_experts"] > config.max_dead:
+    if logged["dead_experts_worst_layer"] > config.max_dead:
         log.warn(
-            f"step {step}: {logged['dead_experts']:.0%} of the experts got no token, the busiest "
-            f"{logged['max_over_mean_load']:.1f} times the mean. Try a larger --load-balancing or a smaller --gamma."
+            f"step {step}: in one layer {logged['dead_experts_worst_layer']:.0%} of the experts got no token; over all "
+            f"layers, the busiest expert has {logged['max_over_mean_load']:.1f} times the mean. Try a larger "
+            "--load-balancing or a smaller --gamma."
         )
     if logged["skipped_in_a_row"] >= config.max_skips:
         raise ValueError(
             f"{logged['skipped_in_a_row']} steps in a row, up to step {step}, were skipped, as their loss "
-            f"({logged['loss']}), gradients or utilization were not finite. A smaller --learning-rate or --clip may "
-            "help. The checkpoints hold the parameters of the last step that was not skipped."
+            f"({logged['loss']}), gradients or utilization were not finite. None of them was saved as a checkpoint: "
+            "run again with a smaller --learning-rate or --clip to go on from the newest there is; if it is spoilt "
+            "already, delete it, and the one before is used."
         )
 
 
@@ -211,6 +247,7 @@ def start_distributed(config: Config) -> None:
     Raises:
       ValueError: if the coordinator cannot be reached in time. (JAX itself would end the process.)
     """
+    bounds = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
     if config.coordinator is not None:
         if config.process != 0:
             _wait_for(config.coordinator, config.timeout)
@@ -219,10 +256,11 @@ def start_distributed(config: Config) -> None:
             config.processes,
             config.process,
             initialization_timeout=config.timeout,
-            heartbeat_timeout_seconds=config.timeout,
+            cluster_detection_method="deactivate",  # under Slurm, it would take one of the devices only
+            **bounds,
         )
     elif config.cluster:
-        jax.distributed.initialize(heartbeat_timeout_seconds=config.timeout)
+        jax.distributed.initialize(**bounds)
 
 
 def _wait_for(coordinator: str, timeout: float) -> None:

@@ -19,8 +19,8 @@ LAYERS, EXPERTS = 12, 64
 MESHES = {  # fsdp and expert; data is what these leave
     "v5e:4x4": (1, 16),
     "v5e:16x16": (4, 16),
-    "v5p:8x8x8": (8, 16),
-    "v5p:16x20x28": (4, 64),
+    "v5p:8x8x8": (8, 8),
+    "v5p:16x20x28": (1, 16),
 }
 
 

@@ -41,7 +41,7 @@ def make_mesh(
     """A mesh of all devices; `data` takes what the other axes leave.
 
     Raises:
-      ValueError: if the sizes do not make up the number of devices.
+      ValueError: if the sizes do not make up the number of devices, or do not fit how a TPU slice is wired.
     """
     devices = jax.devices() if devices is None else devices
     if data is None:
@@ -52,7 +52,13 @@ def make_mesh(
             f"A mesh of data {data} x fsdp {fsdp} x expert {expert} has {math.prod(sizes)} devices; there are "
             f"{len(devices)}. Leave --data out, and let --fsdp times --expert divide their number."
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"A mesh of data {data} x fsdp {fsdp} x expert {expert} does not fit this slice: each size must be that of "
+            f"an axis of the slice, or a product of such. {error}"
+        ) from error
 
 
 def check_sizes(mesh: Mesh, batch_size: int, num_experts: int) -> None:

@@ -41,24 +41,25 @@ MODES = {
 }
 
 
-def config(optimizer: str, kind: str = "jit", **changes) -> train.Config:
-    """A GPT-MoE of 11,000 parameters. No auxiliary losses: they are no means over the batch, which pmap splits."""
+def config(optimizer: str, kind: str, auxiliary: bool) -> train.Config:
+    """A GPT-MoE of 11,000 parameters."""
     sizes = {"num_experts": 8, "d_ff": 8, "d_model": 16, "num_layers": 2, "num_heads": 2, "context": 8}
-    rest = {"steps": STEPS, "batch_size": BATCH, "load_balancing": 0.0, "router_z": 0.0, "strategy": "positive_sum"}
-    rate = {"sgd": 0.1, "adamw": 1e-3}[optimizer]
-    return train.Config(**sizes, **rest, optimizer=optimizer, learning_rate=rate, parallel=kind, **changes)
+    rest = {"steps": STEPS, "batch_size": BATCH, "strategy": "positive_sum", "parallel": kind, "optimizer": optimizer}
+    losses = {} if auxiliary else {"load_balancing": 0.0, "router_z": 0.0}
+    return train.Config(**sizes, **rest, **losses, learning_rate={"sgd": 0.1, "adamw": 1e-3}[optimizer])
 
 
-def gpt(optimizer: str, kind: str, mesh):
-    """What trains a GPT-MoE, and its batches: the README's text."""
-    flags = config(optimizer, kind)
+def gpt(optimizer: str, kind: str, mesh, auxiliary: bool):
+    """What trains a GPT-MoE, and its batches: of the text that comes with Python."""
+    flags = config(optimizer, kind, auxiliary)
     tokens = texts.load((), "bytes").train[:20_000]
     batches = data.Batches(data.Windows(tokens, flags.context + 1), BATCH, seed=0)
     return train.make_trainer(flags, mesh)[1], batches
 
 
-def mlp(optimizer: str, kind: str, mesh):
+def mlp(optimizer: str, kind: str, mesh, auxiliary: bool):
     """What trains a Top-K MLP, and its batches: rows of numbers, of which the last is the class."""
+    del auxiliary  # it has no such losses
     model = lambda: topk_mlp.TopKMLP(topk_mlp.TopKMLPConfig(12, width=32, depth=2, num_classes=4), rngs=nnx.Rngs(0))
     graphdef = nnx.graphdef(nnx.eval_shape(model))
     excite = excitation_optax.scale_by_excitation(excitation_optax.zero_sum, expert_axis=-1)
@@ -86,9 +87,14 @@ def mlp(optimizer: str, kind: str, mesh):
 MODELS = {"gpt": gpt, "mlp": mlp}
 
 
-def run(model: str, optimizer: str, kind: str, mesh) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The losses, and the parameters after the last step by path."""
-    trainer, batches = MODELS[model](optimizer, kind, mesh)
+def run(
+    model: str, optimizer: str, kind: str, mesh, auxiliary: bool | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The losses, and the parameters after the last step by path.
+
+    With auxiliary losses under jit only, if nothing else is said: pmap takes them of parts of the batch.
+    """
+    trainer, batches = MODELS[model](optimizer, kind, mesh, kind == "jit" if auxiliary is None else auxiliary)
     state, losses = trainer.init(), []
     for number in range(STEPS):
         state, logged = trainer.step(state, trainer.put(batches.shape, functools.partial(batches.rows, number)))
@@ -108,7 +114,14 @@ def in_two_processes(model: str, optimizer: str) -> tuple[np.ndarray, dict[str, 
         command = [sys.executable, __file__, model, optimizer, coordinator, str(out)]
         environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
         jobs = [
-            subprocess.Popen([*command, str(i)], env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)
+            subprocess.Popen(
+                [*command, str(i)],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
         ]
         errors = [job.communicate(timeout=240)[1] for job in jobs]
         if any(job.returncode for job in jobs):
@@ -143,13 +156,15 @@ def main() -> None:
     """Prints the table."""
     cases = [(model, optimizer) for model in MODELS for optimizer in OPTIMIZERS]
     meshes = {mode: (kind, parallel.make_mesh(**sizes)) for mode, (kind, sizes) in MODES.items()}
-    one = ("jit", parallel.make_mesh(devices=jax.devices()[:1]))
-    expected = {case: run(*case, *one) for case in cases}
+    one = parallel.make_mesh(devices=jax.devices()[:1])
+    expected = {(*case, kind): run(*case, "jit", one, kind == "jit") for case in cases for kind in ("jit", "pmap")}
     print("| | " + " | ".join(f"{model}, {optimizer}: losses, parameters" for model, optimizer in cases) + " |")
     print("| --- " + "| --: " * len(cases) + "|")
     for mode in [*meshes, "2 processes x 4 devices"]:
-        got = {case: run(*case, *meshes[mode]) if mode in meshes else in_two_processes(*case) for case in cases}
-        cells = ["{:.0e}, {:.0e}".format(*differences(got[case], expected[case])) for case in cases]
+        kind = meshes[mode][0] if mode in meshes else "jit"
+        got = [run(*case, *meshes[mode]) if mode in meshes else in_two_processes(*case) for case in cases]
+        apart = [differences(result, expected[(*case, kind)]) for case, result in zip(cases, got, strict=True)]
+        cells = [f"{losses:.0e}, {params:.0e}" for losses, params in apart]
         print(f"| {mode} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -39,6 +39,7 @@ def paper() -> dict[str, Any]:
     }
     for name, view in (("table1_crops", table1), ("fig2_crops", fig2)):
         views[name] = {**view, "title": "Another setting: four hidden layers, random crops"}
+    views["fig3_torch"] = {**views["fig3"], "title": "Another start: as PyTorch initializes its layers"}
     return views
 
 
@@ -141,6 +142,7 @@ EXPERIMENTS = {
         Experiment("table1_long", "SGD and Adam at full length", settings={"epochs": LONG}),
         Experiment("table1_crops", "Table 1 in another setting", seeds=5, settings=CROPS),
         Experiment("fig2_crops", "Figure 2 in another setting", seeds=5, settings=CROPS),
+        Experiment("fig3_torch", "Figure 3 with another start", settings={"epochs": LONG, "initialization": "torch"}),
         Experiment(
             "search",
             "The open choices, first look: vanilla, constant rate",

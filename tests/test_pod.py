@@ -18,7 +18,7 @@ from examples import training
 from examples.pod import checkpoints, data, parallel, train
 
 pytestmark = [
-    pytest.mark.usefixtures("as_users_have_it"),
+    pytest.mark.usefixtures("as_users_have_it", "compile_once"),
     # Orbax leaves coroutines behind when a file cannot be read.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -335,7 +335,7 @@ TINY = {"num_experts": 4, "d_ff": 8, "d_model": 16, "num_layers": 1, "num_heads"
 
 
 def make_config(tmp_path, **changes):
-    fields = TINY | {"steps": 4, "log_every": 1, "strategy": "positive_sum", "log": tmp_path / "log.jsonl"} | changes
+    fields = TINY | {"steps": 6, "log_every": 1, "strategy": "positive_sum", "log": tmp_path / "log.jsonl"} | changes
     return train.Config(**fields)
 
 
@@ -366,16 +366,16 @@ def test_errors_of_the_program(tmp_path, changes, message):
 
 def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     """Ended after 4 of 6 steps: what follows is as if it had not been."""
-    whole = make_config(tmp_path, steps=6, log=tmp_path / "whole.jsonl", log_every=1)
+    whole = make_config(tmp_path, log=tmp_path / "whole.jsonl")
     expected = train.main(whole)
-    parts = make_config(tmp_path, steps=6, checkpoints=str(tmp_path / "saved"), save_every=4)
+    parts = make_config(tmp_path, checkpoints=str(tmp_path / "saved"), save_every=4)
     stop = lambda self, step: step == 5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints.Preemption, "reached", stop)
         with pytest.raises(SystemExit) as ended:
             train.main(parts)
     assert ended.value.code == 0
-    assert "told to end: saved step 5 of 6" in capsys.readouterr().out
+    assert "preempted: saved step 5 of 6" in capsys.readouterr().out
     (tmp_path / "saved" / "5").rename(tmp_path / "lost")  # as if it had been killed: it goes on from step 4
     state = train.main(parts)
     assert "going on from step 4" in capsys.readouterr().out
@@ -384,10 +384,10 @@ def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     assert logged(parts) == logged(whole)
 
 
-def test_a_run_without_checkpoints_can_be_told_to_end(tmp_path, capsys, monkeypatch):
+def test_a_run_without_checkpoints_can_be_preempted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checkpoints.Preemption, "reached", lambda self, step: step == 2)
     with pytest.raises(SystemExit) as ended:
-        train.main(make_config(tmp_path, told_to_end_code=143))
+        train.main(make_config(tmp_path, preemption_exit_code=143))
     assert ended.value.code == 143
     assert "without --checkpoints, nothing is saved" in capsys.readouterr().out
 
@@ -440,7 +440,7 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path):
 
 def test_a_collapse_is_warned_of(tmp_path, capsys):
     """Of 64 experts, 8 sequences of 8 tokens cannot reach all."""
-    train.main(make_config(tmp_path, num_experts=64, max_dead=0.01, steps=2))
+    train.main(make_config(tmp_path, num_experts=64, max_dead=0.01))
     assert re.search(r"step 1: in one layer \d+% of the experts got no token", capsys.readouterr().err)
-    train.main(make_config(tmp_path, num_experts=64, max_dead=1.0, steps=2))
+    train.main(make_config(tmp_path, num_experts=64, max_dead=1.0))
     assert "got no token" not in capsys.readouterr().err

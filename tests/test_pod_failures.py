@@ -1,4 +1,4 @@
-"""What stops a run: killed, told to end, a full disk, another process gone. It goes on as if nothing had been."""
+"""What stops a run: killed, preempted, a full disk, another process gone. It goes on as if nothing had been."""
 
 import json
 import os
@@ -102,13 +102,13 @@ def test_killed_at_random_moments(compiled, left_alone, tmp_path):
     assert result(tmp_path) == left_alone
 
 
-def test_told_to_end(compiled, left_alone, tmp_path):
+def test_preempted(compiled, left_alone, tmp_path):
     job = start(tmp_path, compiled)
     wait_for_step(tmp_path, 33, job)
     job.send_signal(signal.SIGTERM)
     codes, output = finish(job)
     assert codes == [0], output
-    assert "told to end: saved step" in output
+    assert "preempted: saved step" in output
     step = result(tmp_path)[0]
     assert logged(tmp_path)[-1]["step"] == step
     codes, output = finish(start(tmp_path, compiled))
@@ -213,13 +213,13 @@ def test_a_checkpoint_of_which_one_process_cannot_read_its_part(compiled, left_a
     assert abs(lines[-1]["loss"] - left_alone[2][-1]["loss"]) < 1e-3
 
 
-def test_one_of_two_processes_told_to_end(compiled, tmp_path):
+def test_one_of_two_processes_preempted(compiled, tmp_path):
     jobs = two(tmp_path, compiled)
     wait_for_step(tmp_path, 20, jobs[0])
     jobs[1].send_signal(signal.SIGTERM)
     codes, output = finish(*jobs)
     assert codes == [0, 0], output
-    assert output.count("told to end: saved step") == 2
+    assert output.count("preempted: saved step") == 2
     assert logged(tmp_path)[-1]["step"] == result(tmp_path)[0] < 300
 
 

@@ -67,7 +67,7 @@ class Config(train_gpt_moe.RunConfig):
     """Find the other processes by what TPU slices, Slurm and Open MPI say of them."""
     timeout: int = 100
     """Seconds without a sign of life after which a process is taken for dead."""
-    told_to_end_code: int = 0
+    preemption_exit_code: int = 0
     """The exit status after SIGTERM. Kubernetes starts only those again that fail: give it another one, such as 143."""
     files_by_process: bool = False
     """--text is a folder of which each process reads its own files, for hosts with disks of their own."""
@@ -184,11 +184,11 @@ def main(config: Config) -> parallel.TrainState:
                     )
                 log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
             log.advance()
-            told = preemption.reached(number)
+            preempted = preemption.reached(number)
             # What was saved last stays what it is while steps are skipped: the step before may be to blame.
-            if saved and (told or last or (saved.due(number) and not int(logged["skipped_in_a_row"]))):
+            if saved and (preempted or last or (saved.due(number) and not int(logged["skipped_in_a_row"]))):
                 saved.save(number, trainer.save(state))
-            if told and not last:
+            if preempted and not last:
                 end(config, saved, number)
     return state
 
@@ -206,11 +206,11 @@ def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None) -> tuple
 def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> None:
     """Ends the program once everything is on disk."""
     if saved is None:
-        print(f"told to end at step {step} of {config.steps}; without --checkpoints, nothing is saved", flush=True)
+        print(f"preempted at step {step} of {config.steps}; without --checkpoints, nothing is saved", flush=True)
     else:
         saved.wait()
-        print(f"told to end: saved step {step} of {config.steps}; run again to go on", flush=True)
-    raise SystemExit(config.told_to_end_code)
+        print(f"preempted: saved step {step} of {config.steps}; run again to go on", flush=True)
+    raise SystemExit(config.preemption_exit_code)
 
 
 def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:

@@ -8,7 +8,6 @@ sequences, and Adam's moments. `python -m examples.pod.fit` shows one slice with
 """
 
 import dataclasses
-from typing import Literal
 
 import tyro
 

@@ -31,6 +31,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+Excited = Literal["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 COLLECTIVE = re.compile(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
@@ -40,7 +41,7 @@ class Config(train.Config):
 
     topology: str = "v5e:4x4"
     """NAME:SHAPE in chips, such as v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4."""
-    excited: Literal["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"] = "positive_sum"
+    excited: Excited = "positive_sum"
     """The strategy of the excited step; the other has none."""
 
 

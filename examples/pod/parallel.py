@@ -193,7 +193,7 @@ class Jit:
 
     def own_rows(self, batch_size: int) -> list[int]:
         """The rows of a global batch that go to the devices of this process."""
-        parts = batch_sharding(self.mesh).addressable_devices_indices_map((batch_size,)).values()
+        parts: Any = batch_sharding(self.mesh).addressable_devices_indices_map((batch_size,)).values()
         return sorted(row for (part,) in parts for row in range(batch_size)[part])
 
     def save(self, state: TrainState) -> TrainState:

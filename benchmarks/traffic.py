@@ -18,7 +18,7 @@ MESHES = {  # fsdp and expert; data is what these leave
     "v5e:4x4": (1, 16),
     "v5e:16x16": (4, 16),
     "v5p:8x8x8": (8, 8),
-    "v5p:16x16x24": (4, 16),  # the largest single slice
+    "v5p:16x16x24": (16, 16),  # the largest single slice
 }
 
 
@@ -26,9 +26,15 @@ MESHES = {  # fsdp and expert; data is what these leave
 class Config:
     """What training steps send on TPU slices."""
 
-    topologies: tuple[Literal["v5e:4x4", "v5e:16x16", "v5p:8x8x8", "v5p:16x16x24"], ...] = tuple(MESHES)
-    excited: str = "positive_sum"
+    topologies: tuple[str, ...] = tuple(MESHES)
+    """Of those in MESHES."""
+    excited: fit.Excited = "positive_sum"
     """The strategy of the excited step."""
+
+    def __post_init__(self):
+        """Errors before anything is compiled."""
+        if unknown := set(self.topologies) - set(MESHES):
+            raise ValueError(f"--topologies are among {', '.join(MESHES)}; got {', '.join(sorted(unknown))}.")
 
 
 def row(config: Config, topology: str) -> str:

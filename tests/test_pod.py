@@ -412,8 +412,7 @@ def test_two_thousand_steps_leave_nothing_behind(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(training.Log, "write", watch)
     flags = {"steps": 2000, "log_every": 200, "eval_every": 10_000, "parallel": kind}
     try:
-        with jax.transfer_guard_host_to_device("disallow"):
-            train.main(make_config(tmp_path, **flags, checkpoints=str(tmp_path / "saved"), save_every=10_000))
+        train.main(make_config(tmp_path, **flags, checkpoints=str(tmp_path / "saved"), save_every=10_000))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     (_, compiles, copies, _, arrays, memory), *later = [entry for entry in seen if 400 <= entry[0] < 2000]

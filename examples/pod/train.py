@@ -171,8 +171,10 @@ def main(config: Config) -> parallel.TrainState:
         state, first = start(trainer, saved)
         log = training.Log(config, "pod", config.steps, first, silent=jax.process_index() > 0)
         stack.callback(log.close)
+        logged = None
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
-            state, logged = trainer.step(state, batch)
+            before, (state, logged) = logged, trainer.step(state, batch)
+            jax.block_until_ready(before)  # two steps are under way at most: many, on CPU devices, wait for each other
             last = number == config.steps
             if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))

@@ -384,6 +384,17 @@ def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     assert logged(parts) == logged(whole)
 
 
+def test_a_run_does_not_go_on_from_that_of_another(tmp_path):
+    """Another strategy, optimizer or architecture, or other data: an error, and everything stays as it was."""
+    flags = {"checkpoints": str(tmp_path / "saved"), "steps": 2}
+    train.main(make_config(tmp_path, **flags))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for name, value in [("strategy", "zero_sum"), ("optimizer", "sgd"), ("d_ff", 16), ("num_layers", 2), ("seed", 1)]:
+        with pytest.raises(ValueError, match=rf"is of another run \({name}: .* there, {value!r} here\)"):
+            train.main(make_config(tmp_path, **flags | {name: value}))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_a_run_without_checkpoints_can_be_preempted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(checkpoints.Preemption, "reached", lambda self, step: step == 2)
     with pytest.raises(SystemExit) as ended:

@@ -117,6 +117,18 @@ def test_preempted(compiled, left_alone, tmp_path):
     assert result(tmp_path) == left_alone
 
 
+def test_two_processes_go_on_where_one_was(compiled, left_alone, tmp_path):
+    job = start(tmp_path, compiled)
+    wait_for_step(tmp_path, 33, job)
+    job.send_signal(signal.SIGTERM)
+    finish(job)
+    saved = result(tmp_path)[0]
+    codes, output = finish(*two(tmp_path, compiled, "--fsdp", "2"))
+    assert codes == [0, 0], output
+    assert re.findall(r"going on from step (\d+)", output) == [str(saved)] * 2
+    assert abs(result(tmp_path)[2][-1]["loss"] - left_alone[2][-1]["loss"]) < 1e-3
+
+
 def truncate(folder):
     """Halves all data that OCDBT, Orbax's storage, keeps below a folder."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d"]

@@ -253,18 +253,16 @@ class Program:
         """The images `[B, H, W, 3]` of a batch, each cut out at random from its border and mirrored at random."""
         crop_key, flip_key = jax.random.split(key)
         batch = indices.shape[0]
-        if self.shared.augmentation == "crop_flip":
-            height, width = images.shape[1] - 2 * PAD, images.shape[2] - 2 * PAD
-            corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * PAD + 1)
+        border = PAD if self.shared.augmentation == "crop_flip" else 0
+        height, width = images.shape[1] - 2 * border, images.shape[2] - 2 * border
+        corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * border + 1)
 
-            def crop(operands):
-                index, (top, left) = operands
-                return jax.lax.dynamic_slice(images, (index, top, left, 0), (1, height, width, images.shape[3]))[0]
+        def crop(operands):
+            index, (top, left) = operands
+            return jax.lax.dynamic_slice(images, (index, top, left, 0), (1, height, width, images.shape[3]))[0]
 
-            # One by one, these are copies; XLA's CPU code for a gather is slower.
-            images = jax.lax.map(crop, (indices, corners), batch_size=batch if self.wide else None)
-        else:
-            images = images[indices]
+        # One by one, these are copies; XLA's CPU code for a gather is slower.
+        images = jax.lax.map(crop, (indices, corners), batch_size=batch if self.wide else None)
         if self.shared.augmentation == "none":
             return images
         mirrored = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))

@@ -70,8 +70,8 @@ def load_tfds(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
     except (AssertionError, KeyError) as error:
         raise FileNotFoundError(
             f"{name} is not prepared as array_record in {builder.data_dir}. Name the folder that holds it with "
-            '--data-dir; or, with a network and `pip install tensorflow`, put it there: python -c "import '
-            f"tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record').download_and_prepare()\""
+            "--data-dir; or, with a network and `pip install tensorflow`, put it there: python -m examples.reproduce "
+            f"prepare {name}{'' if data_dir is None else f' --data-dir {data_dir}'}"
         ) from error
 
     def read(split: str) -> tuple[np.ndarray, np.ndarray]:

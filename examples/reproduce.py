@@ -18,8 +18,8 @@ import jax
 import tqdm
 import tyro
 
-from examples import datasets
-from examples.reproduction import configs, engine, evidence, experiments, report, store, toy, transformers
+from examples import datasets, training
+from examples.reproduction import configs, engine, evidence, experiments, overhead, report, store, toy, transformers
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATASETS = ("cifar10", "cifar100", "svhn_cropped")
@@ -36,19 +36,24 @@ class List:
     def main(self) -> None:
         """Prints the list."""
         results = read(self.results)
+        listed = set()
         print(f"{'name':<14}{'runs':>6}{'done':>6}{'hours':>7}   {' / '.join(evidence.VERDICTS[:3])}   title")
         for name in names():
             view = experiments.paper().get(name, {})
-            experiment = experiments.EXPERIMENTS.get(view.get("same_as", name))
-            if experiment is None:  # figure 1 and table 8 are measured, not trained
-                done = "done" if name == "fig1" and toy.load(self.results / name) else "-"
-                print(f"{name:<14}{'-':>6}{done:>6}{'-':>7}{'':>41}   {view['title']}")
+            if name not in experiments.EXPERIMENTS:  # a picture of another's runs, or measured and not trained
+                done = {"fig1": toy.load(self.results / "fig1"), "table8": overhead.load(self.results)}.get(name)
+                title = f"{view['title']} (the runs of {view['same_as']})" if "same_as" in view else view["title"]
+                print(f"{name:<14}{'-':>6}{'done' if done else '-':>6}{'-':>7}{'':>41}   {title}")
                 continue
+            experiment = experiments.EXPERIMENTS[name]
             runs, found = experiments.runs(experiment), evidence.found(results, experiment)
+            listed |= {run.key for run in found}
             hours = sum(results[run].seconds for run in found) / 3600
             counts = evidence.count(evidence.verdicts(results, experiment, view)) if view.get("claims") else []
             verdicts = " / ".join(map(str, counts[:3]))
             print(f"{name:<14}{len(runs):>6}{len(found):>6}{hours:>7.1f}{verdicts:>41}   {experiment.title}")
+        if len(results) > len(listed):
+            print(f"On file too: {len(results) - len(listed)} runs with other settings, which are in none of these.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +67,11 @@ class Run:
     data_dir: pathlib.Path | None = None
     """Where TensorFlow Datasets has its prepared data, or the folder of text files; by default as TFDS has it."""
     seeds: int | None = None
-    """Instead of as many as `list` says."""
+    """Instead of ours, which the report states. Runs of more seeds are on file, but in no table."""
     epochs: int | None = None
-    """Instead of ours. Runs of other lengths are other runs."""
+    """Instead of ours. Runs of other lengths are other runs: on file, and printed at the end, but in no table."""
     subset: int | None = None
-    """Train on the first so many examples only."""
+    """Train on the first so many examples only: other runs as well."""
     resume: bool = True
     """--no-resume refuses to go on from results that are there."""
     results: Folder = store.FOLDER
@@ -77,35 +82,52 @@ class Run:
             check_name(name)
         if not self.names:
             raise ValueError("Name at least one table or figure; `list` shows them.")
-        results = read(self.results)
+        if self.seeds is not None:
+            training.check_positive(self, "seeds")
+        results = store.Results(self.results)
+        tell_damaged(results)
         results.check_writable()
         runs = list(dict.fromkeys(run for name in self.names for run in self.runs(name)))
         done = sum(run in results for run in runs)
         if done and not self.resume:
             raise ValueError(f"{done} of these {len(runs)} runs are in {self.results} already; leave --no-resume out.")
-        print(f"{len(runs)} runs, of which {done} are on file in {self.results}")
+        if runs:
+            print(f"{len(runs)} runs, of which {done} are on file in {self.results}")
         if "fig1" in self.names:
-            toy.save(toy.run(), self.results / "fig1")
+            if toy.load(self.results / "fig1") is None:
+                toy.save(toy.run(), self.results / "fig1")
+            print(f"fig1 is on file in {self.results / 'fig1'}")
         self.train_mlps([run for run in runs if isinstance(run, configs.MLPRun)], results)
         self.train_transformers([run for run in runs if not isinstance(run, configs.MLPRun)], results)
         if "table8" in self.names:  # benchmarks may import examples, but not the other way round
             command = [sys.executable, "-m", "benchmarks.overhead", "--results", str(self.results)]
             subprocess.run(command, cwd=ROOT, check=True)
+        of_tables = {run for name in self.names for run in type(self)((name,)).runs(name)}
+        for run in runs:
+            if run not in of_tables:
+                print(describe(run, results[run]))
 
     def runs(self, name: str) -> list[configs.Run]:
         """Of a table or figure, with what the flags change."""
+        flags = {"dataset": self.dataset, "epochs": self.epochs, "subset": self.subset}
+        flags = {flag: value for flag, value in flags.items() if value is not None}
         if name in NOT_TRAINED:
+            if flags or self.seeds is not None:
+                raise ValueError(f"{name} trains no model: --dataset, --seeds, --epochs and --subset do not apply.")
             return []
         experiment = experiments.EXPERIMENTS[experiments.paper().get(name, {}).get("same_as", name)]
         if self.seeds is not None:
             experiment = dataclasses.replace(experiment, seeds=self.seeds)
-        flags = {"dataset": self.dataset, "epochs": self.epochs, "subset": self.subset}
-        return experiments.runs(experiment, **{flag: value for flag, value in flags.items() if value is not None})
+        known = tuple(transformers.TEXTS) if experiment.kind == "gpt" else DATASETS
+        if self.dataset is not None and self.dataset not in known:
+            raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
+        return experiments.runs(experiment, **flags)
 
     def train_mlps(self, runs: list[configs.MLPRun], results: store.Results) -> None:
         """By the engine, stacked."""
         if any(run not in results for run in runs):
-            with tqdm.tqdm(total=sum(run.epochs for run in runs), unit="epoch", mininterval=1, smoothing=0.05) as bar:
+            total = sum(run.epochs for run in runs)
+            with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
                 engine.train(runs, lambda name: datasets.load_tfds(name, self.data_dir), results, bar)
 
     def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
@@ -140,19 +162,22 @@ class Report:
     """Write docs/reproduction.md with its pictures, and the README's table, from the results."""
 
     results: Folder = store.FOLDER
-    docs: pathlib.Path = ROOT / "docs"
-    """The folder of the page."""
-    readme: pathlib.Path | None = ROOT / "README.md"
-    """A text with a place for the table; None leaves it alone."""
+    docs: pathlib.Path | None = None
+    """The folder of the page; by default docs, and for other results than the repository's, the folder of these."""
+    readme: pathlib.Path | None = None
+    """A text with a place for the table; by default the README if the page is its neighbour's, else none."""
 
     def main(self) -> None:
         """Writes the files and names them."""
         results = read(self.results)
-        for path in report.write(results, self.docs):
+        own = self.results == store.FOLDER
+        docs = self.docs or (ROOT / "docs" if own else self.results)
+        readme = self.readme or (ROOT / "README.md" if own and self.docs is None else None)
+        if readme is not None:
+            report.update_readme(readme, results)
+            print(readme)
+        for path in report.write(results, docs):
             print(path)
-        if self.readme is not None:
-            report.update_readme(self.readme, results)
-            print(self.readme)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,11 +205,27 @@ class Prepare:
 
 
 def read(folder: pathlib.Path) -> store.Results:
-    """The results in the folder, with a message for every line that is damaged."""
+    """The results in a folder, which must be there, with a message for every line that is damaged."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder of results {folder}; `run` makes one.")
     results = store.Results(folder)
+    tell_damaged(results)
+    return results
+
+
+def tell_damaged(results: store.Results) -> None:
+    """Prints a message for every line that is damaged."""
     for message in results.damaged:
         print(message, file=sys.stderr)
-    return results
+
+
+def describe(run: configs.Run, result: store.Result) -> str:
+    """What sets a run apart from its kind's defaults, and what it reached."""
+    default = configs.KINDS[run.kind](dataset=run.dataset)
+    fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
+    apart = [f"{name} {value}" for name, value in fields.items() if value != getattr(default, name)]
+    measure, factor = ("perplexity", 1) if run.kind == "gpt" else ("accuracy", 100)
+    return f"{', '.join([run.dataset, *apart])}: {measure} {factor * result.measures[measure]:.2f}"
 
 
 def names() -> list[str]:

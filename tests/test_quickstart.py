@@ -106,7 +106,7 @@ def test_digits_are_split_by_class_and_the_split_stays():
 
 
 def test_missing_data_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"cifar10 is not prepared.*--data-dir.*download_and_prepare"):
+    with pytest.raises(FileNotFoundError, match=r"cifar10 is not prepared.*--data-dir.*reproduce prepare cifar10"):
         datasets.load_tfds("cifar10", tmp_path)
 
 

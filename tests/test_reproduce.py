@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import time
@@ -109,10 +110,30 @@ def test_a_results_folder_that_cannot_be_made(tmp_path):
         reproduce.Run(names=("table1",), results=tmp_path / "file" / "results").main()
 
 
-def test_a_data_set_that_nobody_knows(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
-    with pytest.raises(ValueError, match="cifar11"):
-        reproduce.Run(names=("table1",), dataset="cifar11", data_dir=tmp_path, results=tmp_path).main()
+@pytest.mark.parametrize(
+    ("name", "dataset", "known"),
+    [("table1", "cifar11", "cifar10, cifar100, svhn_cropped"), ("table2", "cifar10", "wikitext-103, wikitext-valid")],
+)
+def test_a_data_set_of_another_kind(tmp_path, name, dataset, known):
+    with pytest.raises(ValueError, match=f"{name} can be run with --dataset {known}; got '{dataset}'"):
+        reproduce.Run(names=(name,), dataset=dataset, data_dir=tmp_path, results=tmp_path).main()
+
+
+def test_flags_that_mean_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"--seeds must be at least 1; got 0"):
+        reproduce.Run(names=("table1",), seeds=0, results=tmp_path).main()
+    for flags in ({"seeds": 2}, {"epochs": 3}, {"subset": 4}, {"dataset": "cifar10"}):
+        with pytest.raises(ValueError, match=r"fig1 trains no model: --dataset, --seeds, --epochs and --subset do not"):
+            reproduce.Run(names=("fig1",), results=tmp_path, **flags).main()
+
+
+def test_results_that_are_not_there(tmp_path):
+    for command in (reproduce.List, reproduce.Report):
+        with pytest.raises(FileNotFoundError, match=f"There is no folder of results {tmp_path}/none; `run` makes one"):
+            command(results=tmp_path / "none").main()
+
+
+def test_data_sets_to_prepare():
     with pytest.raises(ValueError, match=r"The data sets are cifar10, cifar100, svhn_cropped; got 'cifar11'"):
         reproduce.Prepare(names=("cifar11",)).main()
 
@@ -126,6 +147,23 @@ def test_every_core_is_a_device_unless_told_otherwise(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *args: updates.append(args))
     reproduce.use_all_cores()  # these tests have told it: eight
     assert updates == []
+
+
+def test_the_report_of_other_results_stays_beside_them(tmp_path, capsys):
+    """Neither the page nor the README of this repository are touched."""
+    own = [ROOT / "docs" / "reproduction.md", ROOT / "README.md"]
+    before = [path.read_bytes() for path in own]
+    (tmp_path / "results").mkdir()
+    reproduce.Report(results=tmp_path / "results").main()
+    assert capsys.readouterr().out == f"{tmp_path / 'results' / 'reproduction.md'}\n"
+    reproduce.Report(results=tmp_path / "results", docs=tmp_path / "docs").main()
+    assert (tmp_path / "docs" / "reproduction.md").is_file()
+    assert [path.read_bytes() for path in own] == before
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="must have the markers"):
+        reproduce.Report(results=tmp_path / "results", docs=tmp_path / "never", readme=readme).main()
+    assert not (tmp_path / "never").exists()
 
 
 # Listing and training.
@@ -166,14 +204,25 @@ def test_trained_once_then_never_again(tmp_path, tiny, capsys):
 
     shorter = dataclasses.replace(run, epochs=1, seeds=1)  # other runs
     shorter.main()
-    assert "2 runs, of which 0 are on file" in capsys.readouterr().out
-    assert len(measured(tmp_path)) == 6
+    shown = capsys.readouterr().out
+    assert "2 runs, of which 0 are on file" in shown
+    found = measured(tmp_path)
+    assert len(found) == 6
+    for run in shorter.runs("tiny"):  # in no table, but printed
+        assert re.search(
+            rf"^digits, .*epochs 1.*: accuracy {100 * found[run][0]['accuracy']:.2f}$", shown, re.MULTILINE
+        )
+    reproduce.List(results=tmp_path).main()
+    assert "On file too: 2 runs with other settings, which are in none of these." in capsys.readouterr().out
 
 
 def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(toy, "run", lambda: {"made": "up"})
-    reproduce.Run(names=("fig1",), results=tmp_path).main()
-    assert toy.load(tmp_path / "fig1") == {"made": "up"}
+    outcomes = iter([{"made": "up"}])
+    monkeypatch.setattr(toy, "run", lambda: next(outcomes))
+    for _ in range(2):  # what is there is not made again
+        reproduce.Run(names=("fig1",), results=tmp_path).main()
+        assert capsys.readouterr().out == f"fig1 is on file in {tmp_path / 'fig1'}\n"
+        assert toy.load(tmp_path / "fig1") == {"made": "up"}
     reproduce.List(results=tmp_path).main()
     assert ["fig1", "-", "done"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
 
@@ -192,7 +241,7 @@ def test_the_data_sets_of_figure_8_mocked(tmp_path, monkeypatch):
 
     def train_group(group, data, advance, stopped):
         trained.append((group.runs[0][0].dataset, data.num_classes, data.train_images.shape))
-        return [store.Result(run, {}, {}, 1.0, {}) for run in group]
+        return [store.Result(run, {"accuracy": 0.5}, {}, 1.0, {}) for run in group]
 
     monkeypatch.setattr(engine, "train_group", train_group)
     reproduce.Run(names=("fig8",), results=tmp_path, data_dir=tmp_path, epochs=1).main()

@@ -78,6 +78,10 @@ def test_saved_and_loaded(tmp_path, outcome):
     assert toy.load(tmp_path / "fig1") is None
     assert toy.save(outcome, tmp_path / "fig1").name == "toy.json"
     assert toy.load(tmp_path / "fig1") == outcome
+    path = tmp_path / "fig1" / "toy.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match=rf"{path} is damaged .*; delete it, and run fig1 again"):
+        toy.load(tmp_path / "fig1")
 
 
 def test_the_table_has_every_method_on_every_bowl(outcome):

@@ -419,7 +419,8 @@ def train(
       OSError: if a result could not be written.
     """
     pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    # Groups are made of all the runs, finished or not: a run then always has the same company, and the same digits.
+    # Groups are made of all the runs, finished or not: a command that is repeated gives a run the same company, and so
+    # the same digits.
     needed = {}  # data sets
     for group in plan(runs, **limits):
         if any(run not in results for run in group):

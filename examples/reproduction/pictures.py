@@ -127,7 +127,8 @@ def _summary(results: store.Results, experiment: experiments.Experiment, view: d
         axes.plot(paper, places[chosen], label=f"{strategy}, paper", fillstyle="none", **style)
     axes.set_yticks(places, [claim["text"].replace(" beats vanilla", "") for claim in claims])
     axes.invert_yaxis()
-    axes.set(xlabel="Δ test accuracy over vanilla (points), with 95 % intervals")
+    epochs = experiment.settings["epochs"]
+    axes.set(xlabel=f"Δ test accuracy over vanilla after {epochs} epochs (points), with 95 % intervals")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.grid(alpha=0.3, axis="x")
 
@@ -151,7 +152,7 @@ DRAW = {  # by view: how it is drawn
 
 
 def draw_all(results: store.Results, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws the pictures of all views with runs, and table 1's once more for the README."""
+    """Draws the pictures of all views with runs."""
     paths = []
     for name, draw in DRAW.items():
         name_of_rows = experiments.paper()[name].get("same_as", name)

@@ -25,13 +25,16 @@ are written by `python -m examples.reproduce report` from the results on file: e
 * A value is a mean ± standard deviation over seeds, accuracies in percent; the residual is ours minus the paper's.
 * A Δ is a mean over seeds of differences between runs with the same seed, and so the same initialization and batches;
   in brackets its 95 % interval, of Student's t. Accuracy in points.
-* A claim of the paper is *confirmed* if the interval excludes zero on the paper's side, *contradicted* if it does on
-  the other, *inconclusive* if it holds zero or there is one seed only, and *not tested* if the runs are missing. With
-  this many claims, a few verdicts of chance are to be expected. The paper does not print how long it trained: a verdict
-  is about runs of the length that its section states.
+* A claim of the paper is a statement of its text, or the sign of a Δ that it prints, however small. It is *confirmed*
+  if our interval excludes zero on the paper's side, *contradicted* if it does on the other, *inconclusive* if it holds
+  zero or there is one seed only, and *not tested* if the runs are missing. This is about the sign; *larger* or
+  *smaller* follows if the paper's Δ lies outside our interval.
+* With this many claims, a few verdicts of chance are to be expected. Tables share runs, and so verdicts: SGD's gain at
+  its common settings, for one, stands in seven of them.
+* The paper does not print how long it trained: a verdict is about runs of the length that its section states.
 * A paper's Δ in parentheses is not printed there, but is the difference of printed values; > 0 or < 0 stands for a
   claim without a number.
-* Runs that diverged are counted, and left out of means and of differences."""
+* Runs that diverged (to what is not a number) are counted, and left out of means and of differences."""
 
 
 def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Path]:
@@ -69,16 +72,28 @@ def markdown(results: store.Results) -> str:
             sections.append(_other(results, experiment))
     found = list(dict.fromkeys(found, None))
     head = ("", "", "runs", *evidence.VERDICTS)
+    lines.append(("all of the paper's", "", "", *totals(results)))
     summary = ["## Summary", _table(head, lines, numbers=5)]
     if found:
         summary.append(f"{_plural(len(found), 'run')}, {_total_time(found, results)}.")
     return "\n\n".join([INTRODUCTION, *_data(results, found), *summary, *sections]) + "\n"
 
 
+def totals(results: store.Results) -> list[int]:
+    """How many of the paper's claims there are of each of `evidence.VERDICTS`."""
+    of_views = (evidence.verdicts(results, experiments.EXPERIMENTS[name], view) for name, view in _judged().items())
+    return evidence.count(list(itertools.chain.from_iterable(of_views)))
+
+
+def _judged() -> dict[str, dict[str, Any]]:
+    """The paper's own tables and figures with claims that runs can bear out."""
+    views = experiments.paper().items()
+    return {name: view for name, view in views if name in experiments.EXPERIMENTS and "derived" not in view}
+
+
 def _found(results: store.Results, name: str) -> list[configs.Run]:
     """Those runs of a table or figure that are on file."""
-    experiment = experiments.EXPERIMENTS.get(name)
-    return evidence.found(results, experiment) if experiment else []
+    return evidence.found(results, experiments.EXPERIMENTS[name])
 
 
 def _data(results: store.Results, found: list[configs.Run]) -> list[str]:
@@ -95,10 +110,10 @@ def _data(results: store.Results, found: list[configs.Run]) -> list[str]:
 
 def _view(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str, tuple]:
     """The section of a table or figure, and its line in the summary."""
-    experiment, found = experiments.EXPERIMENTS.get(name), _found(results, name)
-    if experiment is None or not found:
-        parts = [_title(name, view), f"{view['where_in_paper']}. Not run{_how(experiment) if experiment else '.'}"]
-        return _with_remark(name, parts), (*_linked(name, view), "not run", 0, 0, 0, len(view["claims"]))
+    experiment, found = experiments.EXPERIMENTS[name], _found(results, name)
+    if not found:
+        section = f"{_title(name, view)}\n\n{view['where_in_paper']}. Not run: {_how(experiment)}"
+        return section, (*_linked(name, view), "not run", 0, 0, 0, len(view["claims"]))
     total = len(experiments.runs(experiment))
     ours = [evidence.contrast(results, experiment, claim) for claim in view["claims"]]
     verdicts = evidence.verdicts(results, experiment, view)
@@ -109,7 +124,7 @@ def _view(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str,
     parts.append(_table(("", "", "paper", "ours", "residual"), rows, numbers=3))
     if view["claims"]:
         rows = [
-            (claim["text"], claim["source"], *_deltas(view, claim, c), v)
+            (claim["text"], claim["source"], *_deltas(view, claim, c), v + _size(view, claim, c))
             for claim, c, v in zip(view["claims"], ours, verdicts, strict=True)
         ]
         parts.append(_table(("claim", "where", "paper's Δ", "our Δ", "verdict"), rows, numbers=2))
@@ -122,9 +137,9 @@ def _how(experiment: experiments.Experiment) -> str:
     """How to make the runs of a view, and what it would take."""
     runs = [run for run in experiments.runs(experiment) if isinstance(run, configs.ViTRun | configs.GPTRun)]
     if not runs:
-        return f": {_command(experiment.name)}"
-    hours = sum(transformers.estimate_gpu_hours(run) for run in runs)
-    return f": {_command(experiment.name)}, {_plural(len(runs), 'run')}, by estimate {hours:.2g} hours of an H100."
+        return _command(experiment.name)
+    hours = _about(sum(transformers.estimate_gpu_hours(run) for run in runs))
+    return f"{_command(experiment.name)}, {_plural(len(runs), 'run')}, by estimate {hours} hours of an H100."
 
 
 def _same_as(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str, tuple]:
@@ -134,11 +149,8 @@ def _same_as(results: store.Results, name: str, view: dict[str, Any]) -> tuple[s
     found = _found(results, view["same_as"])
     parts = [_title(name, view), f"{view['where_in_paper']}. A picture of {link}.{'' if found else ' Not run.'}"]
     parts += [_picture(name, view)] if found and name in pictures.DRAW else []
-    return _with_remark(name, parts), (
-        *_linked(name, view),
-        f"see {_name(view['same_as'])}",
-        *[""] * len(evidence.VERDICTS),
-    )
+    line = (*_linked(name, view), f"see {_name(view['same_as'])}", *[""] * len(evidence.VERDICTS))
+    return "\n\n".join(parts), line
 
 
 def _toy(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str, tuple]:
@@ -148,7 +160,7 @@ def _toy(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str, 
     parts = [_title(name, view), f"{view['where_in_paper']}. {how}"]
     parts += [_picture(name, view), toy.markdown(outcome).strip()] if outcome else []
     blank = [""] * len(evidence.VERDICTS)
-    return _with_remark(name, parts), (*_linked(name, view), "done" if outcome else "not run", *blank)
+    return "\n\n".join(parts), (*_linked(name, view), "done" if outcome else "not run", *blank)
 
 
 def _overhead(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str, tuple]:
@@ -159,19 +171,19 @@ def _overhead(results: store.Results, name: str, view: dict[str, Any]) -> tuple[
     parts += [overhead.table(entries)] if entries else []
     rows = len({entry["row"] for entry in entries})
     runs = f"{rows} of {len(view['rows'])} rows" if entries else "not run"
-    return _with_remark(name, parts), (*_linked(name, view), runs, *[""] * len(evidence.VERDICTS))
+    section = _with_remark(name, parts) if entries else "\n\n".join(parts)
+    return section, (*_linked(name, view), runs, *[""] * len(evidence.VERDICTS))
 
 
 def _other(results: store.Results, experiment: experiments.Experiment) -> str:
     """Runs that are not the paper's, such as a look at what it leaves open."""
     found = evidence.found(results, experiment)
-    parts = [f"## {experiment.title}"]
-    if found:
-        table, note = TABLES.get(experiment.name, _measures)(results, experiment)
-        parts += [f"Not in the paper. Here: {_settings(experiment)}{note}.", table]
-        parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
-    else:
-        parts.append(f"Not run: {_command(experiment.name)}")
+    title = f"## {experiment.title}"
+    if not found:
+        return f"{title}\n\nNot run: {_command(experiment.name)}"
+    table, note = TABLES.get(experiment.name, _measures)(results, experiment)
+    parts = [title, f"Not in the paper. Here: {_settings(experiment)}{note}.", table]
+    parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
     return _with_remark(experiment.name, parts)
 
 
@@ -275,10 +287,20 @@ def _deltas(view: dict[str, Any], claim: dict[str, Any], ours: evidence.Contrast
     paper = "> 0" if claim["sign"] > 0 else "< 0"
     if value is not None:
         paper = f"{value:+z.{digits}f}" if stands_there else f"({value:+z.{digits}f})"
-    mean, low, high = (f"{factor * x:+z.{digits}f}" for x in ours[:3])
-    text = mean if ours.n else ""
+    # An interval's end keeps its sign where it is rounded to zero: [-0.00, +0.82] holds zero.
+    low, high = (f"{factor * x:+.{digits}f}" for x in (ours.low, ours.high))
+    text = f"{factor * ours.mean:+z.{digits}f}" if ours.n else ""
     text += f" [{low}, {high}]" if ours.n > 1 else ""
     return paper, text + (f" ({ours.diverged} diverged)" if ours.diverged else "")
+
+
+def _size(view: dict[str, Any], claim: dict[str, Any], ours: evidence.Contrast) -> str:
+    """How our Δ compares with the paper's, in the direction of the claim, if the paper's is outside our interval."""
+    factor, _ = pictures.SHOWN.get(claim["measure"], (1, 3))
+    value, _ = evidence.printed(view, claim)
+    if value is None or ours.n < 2 or factor * ours.low <= value <= factor * ours.high:
+        return ""
+    return ", larger" if claim["sign"] * (factor * ours.mean - value) > 0 else ", smaller"
 
 
 def _mean(mean: float | None, spread: float | None, digits: int) -> str:
@@ -300,7 +322,7 @@ def _provenance(results: store.Results, name: str, found: list[configs.Run], tot
 def _total_time(found: Iterable[configs.Run], results: store.Results) -> str:
     seconds = sum(results[run].seconds for run in found)
     amount, unit = (seconds / 3600, "hours") if seconds >= 7200 else (seconds / 60, "minutes")
-    return f"{amount:.1f} {unit} of a device in all"
+    return f"{amount:.1f} device {unit}"
 
 
 def _describe(state: Any) -> str:
@@ -364,17 +386,21 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, text: int = 2,
 
 
 def summary_markdown(results: store.Results) -> str:
-    """Table 1's differences, the paper's and ours, at full length where it was run: the table in the README."""
+    """The README's part: Table 1's differences at full length where it was run, and all verdicts in a sentence."""
     rows, below = [], []
     for name in ("table1_long", "table1"):
-        experiment = experiments.EXPERIMENTS.get(name)
-        if experiment is not None and _found(results, name):
+        experiment = experiments.EXPERIMENTS[name]
+        if _found(results, name):
             rows += _differences(results, experiment, experiments.paper()[name])
             below.append(_settings(experiment))
     if not rows:
         return f"Not run: {_command('table1')}"
     head = ("Δ accuracy, points", "`zero_sum`, paper", "ours", "`positive_sum`, paper", "ours")
     text = f"Ours: {'; and '.join(below)}; in brackets, the 95 % interval."
+    verdicts = [f"{number} {name}" for number, name in zip(totals(results), evidence.VERDICTS, strict=True)]
+    missing = [_name(name) for name in _judged() if not _found(results, name)]
+    text += f"\nOf {sum(totals(results))} claims of the paper, {', '.join(verdicts[:-1])} and {verdicts[-1]}"
+    text += f": {', '.join(missing)} were not run." if missing else "."
     return f"{_table(head, rows, text=1, numbers=4)}\n\n{text}"
 
 
@@ -390,7 +416,7 @@ def _differences(results: store.Results, experiment: experiments.Experiment, vie
 
 
 def update_readme(path: pathlib.Path, results: store.Results) -> None:
-    """Puts the table between the markers of a text.
+    """Puts the README's part between the markers of a text.
 
     Raises:
       ValueError: if the text has not each marker once, in order.

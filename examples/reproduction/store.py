@@ -57,11 +57,6 @@ class Results:
         self.folder = folder
         self.damaged: list[str] = []  # a message for each line that could not be read
         self._results: dict[str, Result] = {}
-        self.reload()
-
-    def reload(self) -> None:
-        """Reads the files again, as other programs may have added to them."""
-        self._results, self.damaged = {}, []
         for path in sorted(self.folder.glob("*.jsonl")):
             for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
                 if not line.strip():
@@ -69,7 +64,7 @@ class Results:
                 try:
                     result = _parse(line)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    self.damaged.append(f"{path}, line {number}: skipped, as it is damaged ({error}).")
+                    self.damaged.append(f"{path}, line {number}: skipped, as it is damaged ({error}). Delete it.")
                 else:
                     self._results.setdefault(result.run.key, result)
 
@@ -87,11 +82,13 @@ class Results:
 
     def check_writable(self) -> None:
         """Raises OSError if results could not be written, before anything is trained for nothing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        problem = f"The results folder {self.folder} cannot be written to; choose another by --results"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{problem} ({error.strerror}).") from error
         if not os.access(self.folder, os.W_OK):
-            raise PermissionError(
-                f"The results folder {self.folder} cannot be written to; choose another by --results."
-            )
+            raise PermissionError(f"{problem}.")
 
     def append(self, results: list[Result]) -> None:
         """Adds finished runs to the file of their kind and data set, and to the disk, before it returns.
@@ -124,7 +121,8 @@ def _append(path: pathlib.Path, text: bytes) -> None:
             os.fsync(file.fileno())
         except OSError as error:
             file.truncate(end)
-            raise OSError(error.errno, f"{error.strerror}; no result was lost but those of this group", path) from error
+            message = f"{error.strerror}; what is on file is kept, runs under way are lost"
+            raise OSError(error.errno, message, path) from error
 
 
 def _ends_with_newline(path: pathlib.Path) -> bool:

@@ -114,9 +114,16 @@ def save(outcome: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
 
 
 def load(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The outcome that was saved there, if any."""
+    """The outcome that was saved there, if any.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
     path = folder / "toy.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and run fig1 again.") from error
 
 
 def markdown(outcome: dict[str, Any]) -> str:
@@ -140,8 +147,9 @@ def markdown(outcome: dict[str, Any]) -> str:
     lines += [
         "",
         f"Here zero_sum is a fixed preconditioner: it multiplies h0 / h1 by {phi[0] / phi[1]:g}, which makes a bowl "
-        "rounder or longer, whatever the learning rate. The mean over the batch is in h: it gives a busy expert larger "
-        "gradients, and so by itself puts it along the short axis.",
+        "rounder or longer, whatever the learning rate. With the busy expert along the long axis the bowl gets "
+        "rounder, and zero_sum is faster than SGD; along the short axis it gets longer, and zero_sum is slower. In a "
+        "real batch a busy expert sums over more examples, which makes its h the larger one: that is the short axis.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -96,7 +96,7 @@ def differences(model, optimizer, load_balancing=0.0) -> tuple[float, float, flo
 
 def main() -> None:
     """Prints the table."""
-    print("| model | optimizer | `lax.scan` | `accumulate_utilization` | bare `MultiSteps` |")
+    print("| model | optimizer | sums of counts | `accumulate_utilization` | bare `MultiSteps` |")
     print("| --- | --- | --: | --: | --: |")
     for name, make in MODELS.items():
         for title, optimizer in (("SGD", optax.sgd(0.1)), ("Adam", optax.adam(1e-3))):

@@ -3,11 +3,13 @@
     python -m benchmarks.traffic
     python -m benchmarks.traffic --topologies v5e:4x4
 
-Needs the TPU compiler, `pip install 'jax[tpu]'`, on any Linux machine. The model is the same everywhere; a chip has two
-sequences, and Adam's moments. `python -m examples.pod.fit` shows one slice with everything by kind.
+Needs the TPU compiler, on any Linux machine: uv sync --locked --extra examples --extra tpu. The model is the same
+everywhere; a chip has two sequences, and Adam's moments. `python -m examples.pod.fit` shows one slice, by
+kind of collective.
 """
 
 import dataclasses
+import sys
 
 import tyro
 
@@ -30,6 +32,8 @@ class Config:
     """Of those in MESHES."""
     excited: fit.Excited = "positive_sum"
     """The strategy of the excited step."""
+    load_balancing: float = 0.01
+    """The weight of the load-balancing loss, which sums the routing counts itself."""
 
     def __post_init__(self):
         """Errors before anything is compiled."""
@@ -44,6 +48,7 @@ def row(config: Config, topology: str) -> str:
     step = fit.Config(
         topology=topology,
         excited=config.excited,
+        load_balancing=config.load_balancing,
         fsdp=fsdp,
         expert=expert,
         num_experts=EXPERTS,
@@ -80,4 +85,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=Config.__doc__))
+    try:
+        main(tyro.cli(Config, description=Config.__doc__))
+    except ValueError as error:
+        sys.exit(f"traffic: {error}")

@@ -155,8 +155,7 @@ class Log:
             total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy, disable=silent
         )
         self._last_write = (time.perf_counter(), 0)
-        if not kept:
-            self.write(0, {"config": dataclasses.asdict(config)})
+        self.write(done, {"config": dataclasses.asdict(config)})
 
     def write(self, step: int, values: dict[str, Any], shown: str = "") -> None:
         """A line `{"step": ..., ...}`; arrays become numbers, NaN and infinities null."""

@@ -1,6 +1,6 @@
 """Utilization of more than one batch: of the micro-batches of an update, or averaged over updates.
 
-Everything here holds O(number of experts) numbers. Axis letters: E experts.
+Axis letters: E experts.
 """
 
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ def accumulate_utilization(multi_steps: optax.MultiSteps, like: Any) -> optax.Gr
     _counts_by_path(like, "like")
 
     def init_fn(params):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), jnp.promote_types(leaf.dtype, jnp.float32)), like)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), _float_of(leaf)), like)
         return AccumulateUtilizationState(multi_steps.init(params), zeros)
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
@@ -99,13 +99,13 @@ def ema(previous: Any, counts: Any, decay: float | jax.Array) -> Any:
     `previous` too.
 
     Args:
-      previous: a tree of `RoutingCounts`: what the last step returned; before the first,
-        `jax.tree.map(jnp.zeros_like, counts)`.
+      previous: a tree of `RoutingCounts`: what the last step returned; before the first, zeros of float32, as
+        `jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), counts)`.
       counts: a tree of `RoutingCounts`, of this step.
       decay: beta, in [0, 1); 0 is no average. About 1 / (1 - decay) steps count.
 
     Returns:
-      A tree of `RoutingCounts`, like `previous`.
+      A tree of `RoutingCounts`, like `previous`, in float32 or wider.
 
     Raises:
       ValueError: if the trees differ or hold anything but `RoutingCounts`, or decay is out of range.
@@ -123,17 +123,27 @@ def ema(previous: Any, counts: Any, decay: float | jax.Array) -> Any:
     """
     if not isinstance(decay, jax.core.Tracer) and not 0 <= float(decay) < 1:
         raise ValueError(f"ema: decay must be in [0, 1); got {decay!r}.")
-    decayed = lambda a, b: jax.tree.map(lambda x, y: jnp.asarray(decay * x + (1 - decay) * y, jnp.result_type(x)), a, b)
-    return _map(decayed, previous, counts, "previous")
+
+    def decayed(x, y):
+        dtype = _float_of(x)
+        return jnp.asarray(decay * jnp.asarray(x, dtype) + (1 - decay) * jnp.asarray(y, dtype), dtype)
+
+    return _map(lambda a, b: jax.tree.map(decayed, a, b), previous, counts, "previous")
+
+
+def _float_of(leaf: Any) -> Any:
+    """The dtype for sums and averages of it: an average of integers would be cut off, and be zero."""
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 def _map(function: Any, like: Any, utilization: Any, name: str) -> Any:
     """A function of the `RoutingCounts` of two trees, by path; the result has the structure of the first."""
     ours, theirs = _counts_by_path(like, name), _counts_by_path(utilization, "utilization")
-    for path in sorted(ours.keys() ^ theirs.keys(), key=_experts.show):
+    if different := ours.keys() ^ theirs.keys():
+        path = min(different, key=_experts.show)
         raise ValueError(
-            f"The utilization must have the layers of `{name}`: {_experts.show(path)} is in "
-            f"{'that' if path in ours else 'the utilization'} alone."
+            f"The utilization must have the layers of `{name}`: {_experts.show(path)} is "
+            f"{'missing from the utilization' if path in ours else f'not in `{name}`'}."
         )
     for path in ours:
         shapes = [jnp.shape(tree[path].counts) for tree in (ours, theirs)]
@@ -148,6 +158,8 @@ def _map(function: Any, like: Any, utilization: Any, name: str) -> Any:
 
 def _counts_by_path(tree: Any, name: str) -> dict[_experts.Path, _routing.RoutingCounts]:
     """The leaves of a tree that holds `RoutingCounts` only."""
+    if name != "utilization" and not jax.tree.leaves(tree):
+        raise ValueError(f"{name} must be a tree of RoutingCounts, of at least one layer; got {tree!r}.")
     entries = _experts.utilization_by_path(tree)
     for path, leaf in entries.items():
         if not isinstance(leaf, _routing.RoutingCounts):

@@ -32,6 +32,9 @@ def apply_if_all_finite(inner: optax.GradientTransformation) -> optax.GradientTr
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`.
 
+    Raises:
+      ValueError: if `inner` is no optimizer.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
@@ -44,6 +47,8 @@ def apply_if_all_finite(inner: optax.GradientTransformation) -> optax.GradientTr
       >>> updates["experts"].sum(), state.notfinite_count, state.total_notfinite
       (Array(0., dtype=float32), Array(1, dtype=int32), Array(1, dtype=int32))
     """
+    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+        raise ValueError(f"apply_if_all_finite takes an optimizer, with init and update; got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params):

@@ -99,7 +99,7 @@ def run(
     for number in range(STEPS):
         state, logged = trainer.step(state, trainer.put(batches.shape, functools.partial(batches.rows, number)))
         losses.append(logged["loss"])
-    params = multihost_utils.process_allgather(trainer.save(state).params, tiled=True)
+    params = multihost_utils.process_allgather(trainer.to_checkpoint(state.params), tiled=True)
     by_path = {jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}
     return np.array(jax.device_get(losses)), by_path
 

@@ -300,6 +300,17 @@ def test_ema_has_no_bias_and_weighs_by_tokens():
     np.testing.assert_allclose(excitation_optax.ema(average, {"experts": batches[1]}, 0)["experts"].counts, [0.0, 2.0])
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
+def test_ema_of_what_is_not_float32(dtype):
+    """An average of integers, or of a few bits, would be cut off at every step."""
+    counts = {"experts": COUNTS(jnp.array([3, 1], dtype), jnp.array(4, dtype))}
+    average = jax.tree.map(jnp.zeros_like, counts)
+    for _ in range(5):
+        average = excitation_optax.ema(average, counts, 0.9)
+    assert {leaf.dtype for leaf in jax.tree.leaves(average)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(average["experts"].utilization, [0.75, 0.25], rtol=1e-6)
+
+
 LIKE = {"a": COUNTS(jnp.zeros(2), jnp.zeros(()))}
 TX = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation())
 
@@ -319,11 +330,12 @@ def update(utilization, like=LIKE):
             "got GradientTransformation",
         ),
         (lambda: update(LIKE, like={"a": jnp.zeros(2)}), "like at a is float32[2]: pass RoutingCounts"),
-        (lambda: update(LIKE, like={}), "utilization of at least one layer"),
+        (lambda: update(LIKE, like={}), "like must be a tree of RoutingCounts, of at least one layer; got {}"),
+        (lambda: excitation_optax.ema(None, LIKE, 0.5), "previous must be a tree of RoutingCounts, of at least one"),
         (lambda: update(None), "utilization of at least one layer"),
         (lambda: update({"a": jnp.zeros(2)}), "utilization at a is float32[2]: pass RoutingCounts"),
-        (lambda: update({"b": LIKE["a"]}), "is in"),
-        (lambda: update(LIKE | {"b": LIKE["a"]}), "b is in the utilization alone"),
+        (lambda: update({"b": LIKE["a"]}), "the layers of `like`: a is missing from the utilization"),
+        (lambda: update(LIKE | {"b": LIKE["a"]}), "the layers of `like`: b is not in `like`"),
         (lambda: update({"a": COUNTS(jnp.zeros(3), jnp.zeros(()))}), "counts of shape [3]; in `like` they are [2]"),
         (lambda: excitation_optax.ema(LIKE, LIKE, 1.0), "decay must be in [0, 1); got 1.0"),
         (lambda: excitation_optax.ema(LIKE, LIKE, float("nan")), "decay must be in [0, 1); got nan"),

@@ -115,3 +115,9 @@ def test_other_extra_arguments_pass_through():
     assert int(state.total_notfinite) == 0
     _, state = tx.update(PARAMS, tx.init(PARAMS), value=float("nan"))
     assert int(state.total_notfinite) == 1
+
+
+@pytest.mark.parametrize("inner", [None, optax.adam])
+def test_what_is_no_optimizer(inner):
+    with pytest.raises(ValueError, match=r"takes an optimizer, with init and update; got "):
+        excitation_optax.apply_if_all_finite(inner)

@@ -1,5 +1,6 @@
 """The parts of examples.pod: mesh, batches, checkpoints, what a program is told."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -40,7 +41,7 @@ def test_meshes_that_do_not_fit(sizes):
 def test_batches_and_experts_that_cannot_be_split():
     mesh = parallel.make_mesh(expert=4)
     parallel.check_sizes(mesh, 16, 12)
-    with pytest.raises(ValueError, match="A batch of 12 cannot be split evenly over 8 devices"):
+    with pytest.raises(ValueError, match=r"A batch of 12 .* cannot be split evenly over 8 devices"):
         parallel.check_sizes(mesh, 12, 12)
     with pytest.raises(ValueError, match="6 experts cannot be split evenly over an expert axis of 4"):
         parallel.check_sizes(mesh, 16, 6)
@@ -238,7 +239,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
     """The one before is used, with a warning, and the step can be saved again."""
     fill(tmp_path)
     damage(largest_file(tmp_path / "6"))
-    with pytest.warns(UserWarning, match="step 6 .* cannot be read; trying the one before"):
+    with pytest.warns(UserWarning, match="step 6 .* is damaged; trying the one before"):
         state, step = restore(tmp_path)
     assert (step, int(state.step)) == (4, 4)
     assert names(tmp_path) == ["4", "6.damaged"]
@@ -257,12 +258,28 @@ def test_one_that_was_not_finished_is_passed_over(tmp_path):
     assert restore(tmp_path)[1] == 4
 
 
+@pytest.mark.parametrize("error", [PermissionError("not yours"), TimeoutError("slow"), MemoryError()])
+def test_a_checkpoint_is_not_blamed_for_what_may_pass(tmp_path, monkeypatch, error):
+    fill(tmp_path)
+    before = names(tmp_path)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(OSError, match=r"step 6 could not be read, which need not be its fault .* try again"):
+            restore(tmp_path)
+    assert names(tmp_path) == before
+    assert restore(tmp_path)[1] == 6
+
+
 def test_all_of_them_damaged(tmp_path):
     fill(tmp_path)
     before = names(tmp_path)
     for step in "46":
         truncate(largest_file(tmp_path / step))
-    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match=r"None of the .* \[6, 4\]"):
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match=r"All checkpoints .* \[6, 4\]"):
         restore(tmp_path)
     assert names(tmp_path) == before
 
@@ -341,7 +358,7 @@ def make_config(tmp_path, **changes):
 
 def logged(config):
     lines = [json.loads(line) for line in config.log.read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    return [{name: v for name, v in line.items() if name != "tokens_per_second"} for line in lines if "loss" in line]
 
 
 @pytest.mark.parametrize(
@@ -349,10 +366,13 @@ def logged(config):
     [
         ({"data": 3}, "there are 8"),
         ({"expert": 8}, "4 experts cannot be split evenly over an expert axis of 8"),
-        ({"batch_size": 12}, "A batch of 12 cannot be split"),
+        ({"batch_size": 12}, r"A batch of 12 \(--batch-size over --micro-batches\) cannot be split"),
         ({"micro_batches": 3}, "--batch-size 8 is not a multiple of --micro-batches 3"),
         ({"fsdp": 0}, "--fsdp must be at least 1"),
-        ({"coordinator": "here:1"}, "--coordinator needs --processes and --process"),
+        ({"coordinator": "here:1"}, "--coordinator, --processes and --process go together"),
+        ({"processes": 2, "process": 1}, "--coordinator, --processes and --process go together"),
+        ({"coordinator": "here:1", "processes": 2, "process": 2}, "--process is a number from 0 to 1; got 2"),
+        ({"coordinator": "here:1", "processes": 2, "process": 1, "cluster": True}, "leave --coordinator out"),
         ({"coordinator": "here", "processes": 2, "process": 1}, "--coordinator is HOST:PORT; got 'here'"),
         ({"parallel": "pmap", "fsdp": 2}, "--fsdp and --expert must be 1"),
         ({"files_by_process": True}, "needs one folder as --text"),
@@ -362,6 +382,22 @@ def test_errors_of_the_program(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train.main(make_config(tmp_path, **changes))
     assert not list(tmp_path.iterdir())
+
+
+def test_no_cluster(tmp_path, monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"--cluster found no other processes .*Start them by srun"):
+        train.main(make_config(tmp_path, cluster=True))
+
+
+def test_experts_that_are_named_otherwise():
+    params = {"specialists": jnp.zeros((4, 8))}
+    init = lambda: parallel.TrainState(params, (), jnp.zeros([], jnp.int32))
+    with pytest.raises(ValueError, match="No parameter lies along the mesh's axis of experts: name the node"):
+        parallel.Jit(lambda state, batch: (state, batch), init, parallel.make_mesh(expert=4))
 
 
 def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
@@ -382,6 +418,19 @@ def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     assert logged(parts) == logged(whole)
+    lines = [json.loads(line) for line in parts.log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "config" in line] == [0, 4]
+    assert all(line["tokens_per_second"] > 0 for line in lines if "max_over_mean_load" in line)
+
+
+def test_the_log_lies_beside_the_checkpoints(tmp_path, capsys):
+    config = make_config(tmp_path, log=None, checkpoints=str(tmp_path / "saved"), steps=2)
+    train.main(config)
+    assert (tmp_path / "saved" / "log.jsonl").is_file()
+    train.main(config)
+    assert "going on from step 2, the last: nothing is left to do" in capsys.readouterr().out
+    assert train.with_log(dataclasses.replace(config, checkpoints="gs://bucket/run")).log is None
+    assert train.with_log(dataclasses.replace(config, log=tmp_path / "a")).log == tmp_path / "a"
 
 
 def test_a_run_does_not_go_on_from_that_of_another(tmp_path):

@@ -52,7 +52,8 @@ def finish(*jobs, timeout=240):
 def logged(folder):
     path = folder / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}") and '"loss"' in line]
+    found = [json.loads(line) for line in lines if line.endswith("}") and '"loss"' in line]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in found]
 
 
 def wait_for_step(folder, step, job):

@@ -19,6 +19,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 ITEMS = ("state", "config")
+# What stops the reading of a checkpoint that may be sound.
+NOT_ITS_FAULT = (PermissionError, TimeoutError, ConnectionError, MemoryError, jax.errors.JaxRuntimeError)
 
 
 class Checkpoints:
@@ -55,6 +57,7 @@ class Checkpoints:
 
         Raises:
           ValueError: if the newest was made with another config, or if there are checkpoints, and none can be read.
+          OSError: if reading was stopped by what need not be the checkpoint's fault, such as a lost connection.
         """
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
@@ -71,17 +74,18 @@ class Checkpoints:
                 if config is not None:
                     self._check(config, step)
                     state = _read(reader, step, state=ocp.args.StandardRestore(target))
-                    if state is not None and checksum(state) == config["checksum"]:
-                        self._set_aside(damaged)
-                        return state, step
+                    if state is not None:
+                        if checksum(state) == config["checksum"]:
+                            self._set_aside(damaged)
+                            return state, step
+                        print(f"checkpoint of step {step}: its numbers are not those that were saved", flush=True)
                 warnings.warn(
-                    f"The checkpoint of step {step} in {self.folder} cannot be read; trying the one before.",
-                    stacklevel=2,
+                    f"The checkpoint of step {step} in {self.folder} is damaged; trying the one before.", stacklevel=2
                 )
                 damaged.append(step)
         if damaged:
             raise ValueError(
-                f"None of the checkpoints in {self.folder} can be read, of steps {damaged}. Nothing was changed there."
+                f"All checkpoints in {self.folder} are damaged, of steps {damaged}. Nothing was changed there."
             )
         return None
 
@@ -133,7 +137,7 @@ class Checkpoints:
             print(f"from here on with other flags ({'; '.join(changed.values())})", flush=True)
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames checkpoints that cannot be read, so that their steps can be saved again."""
+        """Renames damaged checkpoints, so that their steps can be saved again."""
         if not steps:
             return
         error = None
@@ -142,7 +146,9 @@ class Checkpoints:
                 for step in steps:
                     names = (f"{step}.damaged" + "-again" * times for times in itertools.count())
                     path = self.folder / str(step)
-                    path.rename(next(path.with_name(name) for name in names if not path.with_name(name).exists()))
+                    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+                    path.rename(kept)
+                    print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
             except OSError as caught:
                 error = caught
         if not _of_process_0(error is None):
@@ -156,14 +162,20 @@ def _of_process_0(value: int) -> int:
 
 
 def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:
-    """One item of a checkpoint; None if any process cannot read it."""
+    """One item of a checkpoint; None if it is damaged, as any process sees it."""
+    value, state, cause = None, 0, None
     try:
         value = next(iter(reader.restore(step, args=ocp.args.Composite(**item)).values()))
     except Exception as error:  # whatever a damaged file brings about
         print(f"checkpoint of step {step}: {error!r:.300}", flush=True)
-        value = None
-    everywhere = multihost_utils.process_allgather(np.array(value is not None))
-    return value if np.all(everywhere) else None
+        state, cause = 2 if isinstance(error, NOT_ITS_FAULT) else 1, error
+    worst = np.max(multihost_utils.process_allgather(np.array(state)))
+    if worst == 2:
+        raise OSError(
+            f"The checkpoint of step {step} could not be read, which need not be its fault "
+            f"({cause or 'see the other processes'!s:.300}). Nothing was changed: try again."
+        ) from cause
+    return value if worst == 0 else None
 
 
 @jax.jit

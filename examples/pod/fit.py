@@ -4,11 +4,13 @@
     python -m examples.pod.fit --topology v5p:8x8x8 --expert 8 --fsdp 8 --num-experts 64 --batch-size 4096
 
 Prints memory for each chip, FLOPs, and the collectives with their bytes, of the vanilla and of the excited step, both
-with the loss as all that they log. Needs the TPU compiler, `pip install 'jax[tpu]'`, on any Linux machine.
+with the loss as all that they log. Needs the TPU compiler, on any Linux machine: uv sync --locked --extra examples
+--extra tpu, or pip install 'jax[tpu]'.
 """
 
 import collections
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -171,10 +173,12 @@ def devices(topology: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that must be kept from other processes
     jax.config.update("jax_platforms", "cpu")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("There is no TPU compiler here: uv sync --locked --extra examples --extra tpu")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise ValueError(f"No TPU slice {topology!r}, such as v5e:4x4, or no TPU compiler: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{topology!r} is no TPU slice, as v5e:4x4 is: {error}") from error
 
 
 def compare(config: Config) -> tuple[jax.sharding.Mesh, Program, Program]:

@@ -50,7 +50,7 @@ def make_mesh(
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise ValueError(
             f"A mesh of data {data} x fsdp {fsdp} x expert {expert} has {math.prod(sizes)} devices; there are "
-            f"{len(devices)}. Leave --data out, and let --fsdp times --expert divide their number."
+            f"{len(devices)}. --fsdp times --expert must divide their number; --data, if given, is the quotient."
         )
     try:
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -62,9 +62,12 @@ def make_mesh(
 
 
 def check_sizes(mesh: Mesh, batch_size: int, num_experts: int) -> None:
-    """Raises ValueError if a batch or the experts cannot be split evenly."""
+    """Raises ValueError if a batch, or micro-batch, or the experts cannot be split evenly."""
     if batch_size % mesh.size:
-        raise ValueError(f"A batch of {batch_size} cannot be split evenly over {mesh.size} devices.")
+        raise ValueError(
+            f"A batch of {batch_size} (--batch-size over --micro-batches) cannot be split evenly over {mesh.size} "
+            "devices."
+        )
     if num_experts % mesh.shape["expert"]:
         raise ValueError(f"{num_experts} experts cannot be split evenly over an expert axis of {mesh.shape['expert']}.")
 
@@ -76,6 +79,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """Experts along `expert`; then the largest axis that can be, along `fsdp`.
+
+    Experts are the parameters under a node named `experts`, their first axis; under one named `stack`, whose layers are
+    scanned over, the second.
 
     The optimizer's moments have paths that end as those of their parameters do, and so lie where these lie.
     """
@@ -163,6 +169,8 @@ class Jit:
         with jax.set_mesh(mesh):
             self.like = jax.eval_shape(init)
         self.shardings = shardings(self.like, mesh)
+        if mesh.shape["expert"] > 1 and not any("expert" in s.spec for s in jax.tree.leaves(self.shardings)):
+            raise ValueError("No parameter lies along the mesh's axis of experts: name the node of theirs `experts`.")
         self._init = jax.jit(init, out_shardings=self.shardings)
         self._step = jax.jit(
             step,
@@ -196,11 +204,11 @@ class Jit:
         parts: Any = batch_sharding(self.mesh).addressable_devices_indices_map((batch_size,)).values()
         return sorted(row for (part,) in parts for row in range(batch_size)[part])
 
-    def save(self, state: TrainState) -> TrainState:
-        """The state as a checkpoint holds it."""
+    def to_checkpoint(self, state: Any) -> Any:
+        """The state, or a part of it, as a checkpoint holds it."""
         return state
 
-    def load(self, state: TrainState) -> TrainState:
+    def from_checkpoint(self, state: TrainState) -> TrainState:
         """The state as `step` takes it."""
         return state
 
@@ -214,7 +222,8 @@ class Pmap(Jit):
     def __init__(self, step: Callable, init: Callable[[], TrainState], mesh: Mesh):
         if mesh.shape["data"] != mesh.size:
             raise ValueError(
-                f"--parallel pmap repeats the model on every device: --fsdp and --expert must be 1; got {mesh.shape}."
+                "--parallel pmap repeats the model on every device: --fsdp and --expert must be 1; got "
+                f"{dict(mesh.shape)}."
             )
         super().__init__(step, init, mesh)
         self._replicas = jax.pmap(functools.partial(step, axis_name="data"), axis_name="data", donate_argnums=0)
@@ -237,15 +246,15 @@ class Pmap(Jit):
 
     def init(self) -> TrainState:
         """Replicas of the state at the start."""
-        return self.load(super().init())
+        return self.from_checkpoint(super().init())
 
-    def save(self, state: TrainState) -> TrainState:
+    def to_checkpoint(self, state: Any) -> Any:
         """One replica, as a global array that every device has."""
         whole = NamedSharding(self.mesh, PartitionSpec())
         one = jax.tree.map(lambda a: a.addressable_data(0)[0], state)
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(whole, jax.device_get(a)), one)
 
-    def load(self, state: TrainState) -> TrainState:
+    def from_checkpoint(self, state: TrainState) -> TrainState:
         """A replica for every device of this process."""
         one = jax.tree.map(lambda a: jax.device_get(a.addressable_data(0)), state)
         return self._repeat(jnp.arange(jax.local_device_count()), one)

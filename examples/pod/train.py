@@ -1,16 +1,18 @@
 """Trains a GPT-MoE on many devices and many hosts, and goes on after whatever stopped it.
 
-    python -m examples.pod.train                                         # all devices of this machine, data-parallel
-    python -m examples.pod.train --expert 4 --fsdp 2                     # experts and parameters split
-    python -m examples.pod.train --checkpoints DIR                       # saved as it goes; run again to go on
-    python -m examples.pod.train --coordinator HOST:PORT --processes 2 --process 0   # one of two hosts
+    python -m examples.pod.train --strategy positive_sum                 # all devices of this machine, data-parallel
+    python -m examples.pod.train --strategy positive_sum --expert 4 --fsdp 2     # experts and parameters split
+    python -m examples.pod.train --strategy positive_sum --checkpoints DIR       # saved as it goes; run again to go on
+    python -m examples.pod.train --strategy positive_sum --coordinator HOST:PORT --processes 2 --process 0   # of two
 
+Without --strategy it trains vanilla, to compare with.
 README.md beside this file has what to type on GPU nodes and TPU slices.
 """
 
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import socket
 import sys
 import time
@@ -28,7 +30,7 @@ from examples.pod import checkpoints, data, parallel
 from models import gpt_moe
 
 NOT_IN_CHECKPOINTS = {"log", "log_every", "eval_every", "remat"}  # flags that change nothing
-MAY_CHANGE = {"learning_rate", "clip"}  # as they must, to go on with a run that diverged
+MAY_CHANGE = {"learning_rate", "clip", "parallel"}  # the first two must, to go on with a run that diverged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,13 @@ class Config(train_gpt_moe.RunConfig):
         """Errors before anything is loaded or trained."""
         super().__post_init__()
         training.check_positive(self, "fsdp", "expert", "micro_batches", "save_every", "keep", "max_skips", "timeout")
-        if self.coordinator is not None and (self.processes is None or self.process is None):
-            raise ValueError("--coordinator needs --processes and --process, of every process its own.")
+        meeting = (self.coordinator, self.processes, self.process)
+        if None in meeting and meeting != (None, None, None):
+            raise ValueError("--coordinator, --processes and --process go together, the last of every process its own.")
+        if self.processes is not None and self.process not in range(self.processes):
+            raise ValueError(f"--process is a number from 0 to {self.processes - 1}; got {self.process}.")
+        if self.cluster and self.coordinator is not None:
+            raise ValueError("--cluster finds the coordinator by itself: leave --coordinator out, or --cluster.")
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
             raise ValueError(f"--coordinator is HOST:PORT; got {self.coordinator!r}.")
         if self.batch_size % self.micro_batches:
@@ -93,7 +100,7 @@ class Config(train_gpt_moe.RunConfig):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and a run that goes on from it must have in common."""
         of_the_run = {field.name for field in dataclasses.fields(train_gpt_moe.RunConfig)} - NOT_IN_CHECKPOINTS
-        of_the_run |= {"micro_batches", "files_by_process"}
+        of_the_run |= {"micro_batches", "files_by_process", "parallel"}
         identity = {name: getattr(self, name) for name in sorted(of_the_run)}
         return identity | {"text": list(map(str, self.text))}
 
@@ -168,9 +175,10 @@ def main(config: Config) -> parallel.TrainState:
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(checkpoints.Preemption())
         saved = stack.enter_context(open_checkpoints(config, config.checkpoints)) if config.checkpoints else None
-        state, first = start(trainer, saved)
-        log = training.Log(config, "pod", config.steps, first, silent=jax.process_index() > 0)
+        state, first = start(trainer, saved, config.steps)
+        log = training.Log(with_log(config), "pod", config.steps, first, silent=jax.process_index() > 0)
         stack.callback(log.close)
+        log.skip(first * config.batch_size * config.context)
         logged = None
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             before, (state, logged) = logged, trainer.step(state, batch)
@@ -179,30 +187,31 @@ def main(config: Config) -> parallel.TrainState:
             if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))
             if text and (last or number % config.eval_every == 0):
-                params = trainer.save(state).params
+                params = trainer.to_checkpoint(state.params)
                 with jax.set_mesh(mesh):
                     loss = train_gpt_moe.evaluate(
                         total_loss, params, text.evaluation, config.context, config.batch_size
                     )
                 log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
+                log.skip(number * config.batch_size * config.context)
             log.advance()
             preempted = preemption.reached(number)
-            # What was saved last stays what it is while steps are skipped: the step before may be to blame.
+            # While steps are skipped, those that were saved before stay: the step before may be to blame.
             if saved and (preempted or last or (saved.due(number) and not int(logged["skipped_in_a_row"]))):
-                saved.save(number, trainer.save(state))
+                saved.save(number, trainer.to_checkpoint(state))
             if preempted and not last:
                 end(config, saved, number)
     return state
 
 
-def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None) -> tuple[parallel.TrainState, int]:
+def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None, steps: int) -> tuple[parallel.TrainState, int]:
     """The state to go on from, and the number of steps that it has seen."""
     restored = saved.restore(trainer.like, trainer.shardings) if saved else None
     if restored is None:
         return trainer.init(), 0
     state, step = restored
-    print(f"going on from step {step}", flush=True)
-    return trainer.load(state), step
+    print(f"going on from step {step}" + (", the last: nothing is left to do" if step == steps else ""), flush=True)
+    return trainer.from_checkpoint(state), step
 
 
 def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> None:
@@ -213,6 +222,13 @@ def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> Non
         saved.wait()
         print(f"preempted: saved step {step} of {config.steps}; run again to go on", flush=True)
     raise SystemExit(config.preemption_exit_code)
+
+
+def with_log(config: Config) -> Config:
+    """By default, the log lies beside the checkpoints that it is about, if these are on a disk."""
+    if config.log is not None or config.checkpoints is None or "://" in config.checkpoints:
+        return config
+    return dataclasses.replace(config, log=pathlib.Path(config.checkpoints) / "log.jsonl")
 
 
 def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
@@ -227,7 +243,8 @@ def report(config: Config, log: training.Log, step: int, logged: dict[str, Any])
     Raises:
       ValueError: after too many skipped steps in a row, on every process.
     """
-    log.write(step, logged, f"loss {logged['loss']:.3f}")
+    speed = log.rate(step * config.batch_size * config.context)
+    log.write(step, logged | {"tokens_per_second": speed}, f"loss {logged['loss']:.3f}")
     if logged["dead_experts_worst_layer"] > config.max_dead:
         log.warn(
             f"step {step}: in one layer {logged['dead_experts_worst_layer']:.0%} of the experts got no token; over all "
@@ -262,7 +279,13 @@ def start_distributed(config: Config) -> None:
             **bounds,
         )
     elif config.cluster:
-        jax.distributed.initialize(**bounds)
+        try:
+            jax.distributed.initialize(**bounds)
+        except ValueError as error:
+            raise ValueError(
+                f"--cluster found no other processes ({error}). Start them by srun, by mpirun or on a TPU slice, or "
+                "give --coordinator, --processes and --process."
+            ) from error
 
 
 def _wait_for(coordinator: str, timeout: float) -> None:

@@ -4,7 +4,7 @@ RUN := $(UV) run --locked --extra examples
 # The newest Python from 3.12 on, for test-latest: in PATH, or in pyenv's folder.
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
-.PHONY: help demo test test-latest test-slow test-torch lint format types docs docs-test wheel-test bench clean
+.PHONY: help demo test test-latest test-slow test-pod test-torch test-tpu lint format types docs docs-test wheel-test bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -20,11 +20,17 @@ test-latest: $(UV)  ## the tests, with the newest Python at hand and the newest 
 	set -x; UV_PROJECT_ENVIRONMENT=.venv-latest $(RUN) --python "$(LATEST)" pytest -n 2; fi
 
 test-slow: $(UV)  ## the tests that take longer
-	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) pytest -n 2 -m slow
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) pytest -n 2 -m slow --ignore-glob='tests/test_pod*'
+
+test-pod: $(UV)  ## the training program of examples/pod on any mesh, through every failure; a quarter of an hour
+	$(RUN) pytest -n 2 -m slow tests/test_pod*.py
 
 test-torch: $(UV)  ## the MoE layer against Hugging Face's transformers, and by tokamax; PyTorch only on Python 3.11
 	UV_PROJECT_ENVIRONMENT=.venv-torch $(UV) run --locked --extra flax --extra torch --extra tokamax \
 		pytest -n 2 -m "not slow" tests/test_transformers.py tests/test_dispatch.py
+
+test-tpu: $(UV)  ## what the training step sends, compiled for TPUs that are not there
+	UV_PROJECT_ENVIRONMENT=.venv-tpu $(RUN) --extra tpu pytest -n 2 -m tpu tests/test_pod_fit.py
 
 lint: $(UV)  ## ruff
 	$(RUN) ruff check
@@ -54,10 +60,11 @@ bench: $(UV)  ## speed, as ratios measured side by side
 	$(RUN) python -m benchmarks.overhead --rows mlp-2048-2 --no-write
 	$(RUN) python -m benchmarks.moe_layer
 	$(RUN) python -m benchmarks.gpt_step
+	$(RUN) python -m benchmarks.accumulation
 	$(RUN) python -m benchmarks.sweep
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-latest .venv-torch .uv build dist out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-latest .venv-torch .venv-tpu .uv build dist out .pytest_cache .ruff_cache .hypothesis
 
 $(CURDIR)/.uv/bin/uv:
 	python3 -m venv .uv

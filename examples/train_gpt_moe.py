@@ -4,7 +4,7 @@
     python -m examples.train_gpt_moe --strategy positive_sum          # the same, excited
     python -m examples.train_gpt_moe --text DIR --tokenizer gpt2      # WikiText's splits, as GPT-2's 50,257 tokens
 
-`train_step` is all there is to it: loss, gradient, update.
+`loss_fn` and `train_step` are all there is to it: loss, gradient, update.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from models import gpt_moe, moe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.TrainingConfig):
-    """Train a GPT-MoE on the documentation that comes with Python, or on texts of yours."""
+class RunConfig(training.TrainingConfig):
+    """What every program that trains a GPT-MoE is told."""
 
     text: tuple[pathlib.Path, ...] = ()
     """Text files, of which the last tenth is evaluated; or a folder with files named *train*, *valid*, *test*."""
@@ -50,25 +50,13 @@ class Config(training.TrainingConfig):
     """Steps between evaluations; there is one at the end in any case."""
     learning_rate: float = 3e-3
     """At its peak."""
-    prompt: str = "The "
-    """What the sample begins with."""
-    temperature: float = 0.8
-    """Of the sample."""
-    top_p: float = 0.95
-    """Of the sample."""
 
     def __post_init__(self):
         """Errors before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
         training.check_positive(self, "steps", "batch_size", "eval_every")
-        if not self.prompt:
-            raise ValueError("--prompt must not be empty.")
         if self.context < 2:
             raise ValueError(f"--context must be at least 2, for a prompt and what follows; got {self.context}.")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"--temperature must not be negative; got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p is in (0, 1]; got {self.top_p}.")
         self.model(1)
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
@@ -87,17 +75,41 @@ class Config(training.TrainingConfig):
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Train a GPT-MoE on the documentation that comes with Python, or on texts of yours."""
+
+    prompt: str = "The "
+    """What the sample begins with."""
+    temperature: float = 0.8
+    """Of the sample."""
+    top_p: float = 0.95
+    """Of the sample."""
+
+    def __post_init__(self):
+        """Errors before anything is loaded or trained."""
+        super().__post_init__()
+        if not self.prompt:
+            raise ValueError("--prompt must not be empty.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature must not be negative; got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p is in (0, 1]; got {self.top_p}.")
+
+
+def loss_fn(config, graphdef, params, tokens):
+    """What is minimized on tokens `[B, S + 1]`; and the loss in nats, the routing, and the routers' losses."""
+    model = nnx.merge(graphdef, params)
+    logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(tokens[:, :-1])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    losses = moe.auxiliary_losses(sown)
+    return training.add_auxiliary(config, loss, losses), (loss, utilization, losses)
+
+
 def train_step(config, graphdef, tx, params, opt_state, step, tokens):
     """One step on tokens `[B, S + 1]`: loss, gradient, update. Returns what is to be logged too."""
-
-    def loss_fn(params):
-        model = nnx.merge(graphdef, params)
-        logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(tokens[:, :-1])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-        losses = moe.auxiliary_losses(sown)
-        return training.add_auxiliary(config, loss, losses), (loss, utilization, losses)
-
-    grads, (loss, utilization, losses) = jax.grad(loss_fn, has_aux=True)(params)
+    gradient = jax.grad(functools.partial(loss_fn, config, graphdef), has_aux=True)
+    grads, (loss, utilization, losses) = gradient(params, tokens)
     updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
     params = optax.apply_updates(params, updates)
     return params, opt_state, {"loss": loss} | training.routing_metrics(config, utilization, losses, step)
@@ -129,6 +141,16 @@ def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float
     return total / (len(tokens) - 1)
 
 
+def evaluation_metrics(loss: float, text: texts.Text) -> dict[str, float]:
+    """Of the mean loss in nats per token of a text: what is logged."""
+    bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
+    return {
+        "evaluation_loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+    }
+
+
 def main(config: Config) -> float:
     """Loads the text, trains, writes the log, prints a sample, and returns the loss in nats per token."""
     text = texts.load(config.text, config.tokenizer)
@@ -151,7 +173,6 @@ def main(config: Config) -> float:
     step = jax.jit(functools.partial(train_step, config, graphdef, tx), donate_argnums=(0, 1))
 
     total_loss = make_total_loss(graphdef)
-    bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
     log = training.Log(config, "train_gpt_moe", config.steps)
     rng = np.random.default_rng(config.seed)
     evaluation = {}
@@ -166,11 +187,7 @@ def main(config: Config) -> float:
             log.write(number, logged, f"loss {logged['loss']:.3f}")
         if number % config.eval_every == 0 or number == config.steps:
             loss = evaluate(total_loss, params, text.evaluation, config.context, config.batch_size)
-            evaluation = {
-                "evaluation_loss": loss,
-                "perplexity": math.exp(min(loss, 700)),
-                "bits_per_byte": loss / math.log(2) / bytes_per_token,
-            }
+            evaluation = evaluation_metrics(loss, text)
             log.write(number, evaluation, f"evaluation loss {loss:.3f}")
             log.skip(number * config.batch_size * config.context)
     log.close()

@@ -6,7 +6,9 @@ Axis letters: E experts, L layers.
 import dataclasses
 import json
 import math
+import os
 import pathlib
+import sys
 import time
 from typing import Any, Literal
 
@@ -111,7 +113,10 @@ def add_auxiliary(config: TrainingConfig, loss: jax.Array, losses: moe.Auxiliary
 def routing_metrics(
     config: TrainingConfig, utilization: Any, losses: moe.AuxiliaryLosses, step: jax.Array
 ) -> dict[str, jax.Array]:
-    """What is logged about routing, as scalars: means over the layers, and the extremes of the excitation."""
+    """What is logged about routing, as scalars: means over the layers, and the extremes of the excitation.
+
+    `step` counts the updates that were made before, as `scale_by_excitation` does for the key of a random strategy.
+    """
     layers = jax.tree.leaves(utilization, is_leaf=lambda leaf: isinstance(leaf, excitation_optax.RoutingCounts))
     mean = lambda f: jnp.mean(jnp.stack([jnp.mean(f(layer)) for layer in layers]))
     logged = {
@@ -120,10 +125,11 @@ def routing_metrics(
         "routing_entropy": losses.entropy,
         "max_over_mean_load": mean(metrics.max_over_mean_load),
         "dead_experts": mean(metrics.dead_experts),
+        "dead_experts_worst_layer": jnp.max(jnp.stack([jnp.max(metrics.dead_experts(layer)) for layer in layers])),
     }
     if config.strategy != "none":
         strategy = getattr(excitation_optax, config.strategy)
-        key = jax.random.fold_in(jax.random.key(config.seed), step)  # the one that scale_by_excitation takes
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
         phi = jax.tree.leaves(excitation_optax.excitation(utilization, strategy, config.gamma, key=key))
         logged["excitation_min"] = jnp.min(jnp.stack([jnp.min(p) for p in phi]))
         logged["excitation_max"] = jnp.max(jnp.stack([jnp.max(p) for p in phi]))
@@ -133,13 +139,23 @@ def routing_metrics(
 class Log:
     """JSON lines in a file, and a progress bar with what a reader wants to see move."""
 
-    def __init__(self, config: TrainingConfig, program: str, steps: int):
+    def __init__(self, config: TrainingConfig, program: str, steps: int, done: int = 0, silent: bool = False):
+        """A new file; or, if some steps are done already, the one that is there, without what came after them.
+
+        Silent, it writes and shows nothing, as of all processes but one.
+        """
         self.path = config.log or pathlib.Path("out") / f"{program}-{config.strategy}-{config.seed}.jsonl"
+        self.path = pathlib.Path(os.devnull) if silent else self.path
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("w", encoding="utf-8")
-        self._bar = tqdm.tqdm(total=steps, unit="step", mininterval=0.5, desc=config.strategy)
+        kept = _length_until(self.path, done) if done else 0
+        self._file = self.path.open("a", encoding="utf-8")
+        if self.path.is_file():
+            self._file.truncate(kept)  # and nothing is written again that could get lost
+        self._bar = tqdm.tqdm(
+            total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy, disable=silent
+        )
         self._last_write = (time.perf_counter(), 0)
-        self.write(0, {"config": dataclasses.asdict(config)})
+        self.write(done, {"config": dataclasses.asdict(config)})
 
     def write(self, step: int, values: dict[str, Any], shown: str = "") -> None:
         """A line `{"step": ..., ...}`; arrays become numbers, NaN and infinities null."""
@@ -147,6 +163,11 @@ class Log:
         self._file.flush()
         if shown:
             self._bar.set_postfix_str(shown, refresh=False)
+
+    def warn(self, text: str) -> None:
+        """A line above the bar."""
+        if not self._bar.disable:
+            self._bar.write(text, file=sys.stderr)
 
     def advance(self) -> None:
         """One more step on the bar."""
@@ -166,6 +187,16 @@ class Log:
         """Ends the bar and the file."""
         self._bar.close()
         self._file.close()
+
+
+def _length_until(path: pathlib.Path, step: int) -> int:
+    """The bytes of a log, if there is one, before the first line that is of a later step, or is no whole line."""
+    length = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        length += len(line)
+    return length
 
 
 def _to_json(value):

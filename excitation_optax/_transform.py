@@ -153,7 +153,8 @@ def excitation(
 
 def _excite(path: _experts.Path, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
-    u = _strategies.float32_or_wider(leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf)
+    u = leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf
+    u = _replicated(_strategies.float32_or_wider(u))
     phi = strategy(u, gamma) if key is None else strategy(u, gamma, key=key)
     if np.shape(phi) != u.shape:
         raise ValueError(
@@ -161,7 +162,16 @@ def _excite(path: _experts.Path, leaf: Any, strategy: _strategies.Strategy, gamm
             f"{list(u.shape)} into {_experts.show_value(phi)}. It must return the excitation of every expert, "
             f"{list(u.shape)}."
         )
-    return _strategies.float32_or_wider(phi)
+    return _replicated(_strategies.float32_or_wider(phi))
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """Kept whole on a mesh: left to itself, XLA splits it as the experts are, and sums over them cross devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return x
+    whole = jax.sharding.PartitionSpec()
+    return jax.reshard(x, whole) if mesh.explicit_axes else jax.lax.with_sharding_constraint(x, whole)
 
 
 def _scale(update: jax.Array, phi: jax.Array, match: _experts.Match) -> jax.Array:

@@ -34,7 +34,15 @@ _SUM: dict[str, Any] = {"reduce_fn": operator.add, "init_fn": int}
 # Whether a call of capture_routing is under way.
 _capturing = contextvars.ContextVar("capturing", default=False)
 
-__all__ = ["Routing", "TrainState", "capture_routing", "pop_routing", "routing_from_intermediates", "sow_routing"]
+__all__ = [
+    "Routing",
+    "TrainState",
+    "capture_routing",
+    "pop_routing",
+    "routing_from_intermediates",
+    "routing_like",
+    "sow_routing",
+]
 
 
 class Routing(nnx.Intermediate):
@@ -145,6 +153,49 @@ def capture_routing(
         return output, _by_module(nnx.as_pure(routing), "The call of the model sowed no routing."), *others
 
     return with_routing
+
+
+def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    """The shapes of the routing that a call of an NNX model would sow; nothing is computed.
+
+    What `excitation_optax.accumulate_utilization` takes as `like`, since an optimizer's state is made before the first
+    batch is seen. (Of any other model, `jax.eval_shape` of a function that returns its routing does the same.)
+
+    Args:
+      model: a module, which may be abstract, as from `nnx.eval_shape`.
+      *args: of its call: arrays, `jax.ShapeDtypeStruct`s, or what else it takes.
+      **kwargs: of its call.
+
+    Returns:
+      A nested dict of `RoutingCounts` of `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      ValueError: if no layer sows any routing.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import excitation_optax
+      >>> from excitation_optax import flax as excitation_flax
+      >>> class Neurons(nnx.Linear):
+      ...     def __call__(self, x):
+      ...         h = nnx.relu(super().__call__(x))
+      ...         excitation_flax.sow_routing(self, excitation_optax.count_active(h > 0))
+      ...         return h
+      >>> model = nnx.Sequential(Neurons(2, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1)))
+      >>> excitation_flax.routing_like(model, jnp.ones((2, 2)))["layers"][0].counts
+      ShapeDtypeStruct(shape=(8,), dtype=float32)
+    """
+    plain = lambda value: isinstance(value, bool | int | float | str | None)  # a model may branch on these
+    values = [*args, *kwargs.values()]
+
+    def call(model, arrays):
+        arrays = iter(arrays)
+        given = [value if plain(value) else next(arrays) for value in values]
+        named = dict(zip(kwargs, given[len(args) :], strict=True))
+        return capture_routing(model)(*given[: len(args)], **named)[1]
+
+    return nnx.eval_shape(call, model, [value for value in values if not plain(value)])
 
 
 def pop_routing(model: nnx.Module) -> Any:

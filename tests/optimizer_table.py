@@ -140,7 +140,7 @@ INSIDE = [
         "optax.apply_if_finite",
         "inside",
         lambda tx: optax.apply_if_finite(tx, 3),
-        "it looks at gradients only: a NaN in the utilization passes",
+        "it looks at gradients only: a NaN in the utilization passes; `apply_if_all_finite` stops it",
     ),
     Row(
         "optax.conditionally_transform", "inside", lambda tx: optax.conditionally_transform(tx, lambda step: step >= 0)
@@ -156,8 +156,8 @@ INSIDE = [
         "optax.MultiSteps",
         "inside",
         lambda tx: optax.MultiSteps(tx, every_k_schedule=2),
-        "it hands on the utilization of the last micro-batch only: better sum gradients and `RoutingCounts` in a "
-        "`lax.scan`, then update once",
+        "it hands on the utilization of the last micro-batch only: wrap it in `accumulate_utilization`, or sum "
+        "gradients and `RoutingCounts` in a `lax.scan`, then update once",
     ),
     Row(
         "optax.contrib.mechanize",

@@ -58,7 +58,8 @@ FUNCTIONS = [
     for name in importlib.import_module(module).__all__
     if callable(getattr(importlib.import_module(module), name))
 ]
-RECORDS = {"DescribedParameter", "Description", "ScaleByExcitationState", "Routing", "Strategy"}  # shown by others
+STATES = {"AccumulateUtilizationState", "ApplyIfAllFiniteState", "ScaleByExcitationState"}
+RECORDS = {"DescribedParameter", "Description", "Routing", "Strategy"} | STATES  # shown by others
 
 
 @pytest.mark.parametrize(("module", "name"), FUNCTIONS)

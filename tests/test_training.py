@@ -221,6 +221,7 @@ COMMON = {
     "routing_entropy": 0.25,
     "max_over_mean_load": 1.5,  # 1 / (1/2) in layer 0, 1 in layer 1
     "dead_experts": 0.125,  # one of four, and none
+    "dead_experts_worst_layer": 0.25,
 }
 
 

@@ -1,6 +1,7 @@
 """scale_by_excitation by itself, and under every transformation of JAX."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -197,6 +198,33 @@ def test_jit_with_a_sharded_batch(kind):
         replicated = jax.device_put(params, jax.NamedSharding(mesh, P()))
         stepped, _ = jax.jit(step)(replicated, sgd().init(params), x, y)
     chex.assert_trees_all_close(stepped, expected, rtol=1e-5, atol=1e-6)
+
+
+STRATEGIES = ["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
+
+
+@pytest.mark.parametrize("where", [P("expert"), P()], ids=["split", "whole"])
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=["auto", "explicit"])
+def test_experts_that_are_split_send_nothing(kind, where):
+    """The updates of each device's experts are scaled where they lie; utilization alone is sent, if it is split."""
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(kind,))
+    updates = {"kernel": jax.random.normal(jax.random.key(0), (2, 16, 3, 5)), "bias": jnp.ones((2, 16, 5))}
+    utilization = jax.random.uniform(jax.random.key(1), (2, 16)).at[0, 3].set(0)
+    for name in STRATEGIES:
+        tx = excitation_optax.scale_by_excitation(getattr(excitation_optax, name), 2.0)
+        expected, _ = tx.update(updates, tx.init(updates), utilization=utilization)
+        with jax.set_mesh(mesh):
+            place = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
+            split = place(updates, P(None, "expert"))
+            u = place(utilization, P(None, *where))
+            compiled = jax.jit(tx.update).lower(split, tx.init(updates), utilization=u).compile()
+            got, _ = compiled(split, tx.init(updates), utilization=u)
+        chex.assert_trees_all_close(got, expected, rtol=1e-6)
+        assert got["kernel"].sharding.spec[1] == "expert"
+        sent = re.findall(
+            r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", compiled.as_text()
+        )
+        assert sent == (["all-gather"] if where else []), name
 
 
 def data_parallel_step(params, x, y, sum_counts=True):

@@ -1,0 +1,248 @@
+"""Checkpoints by Orbax: saved while training goes on, and restored onto whatever mesh there is.
+
+A checkpoint holds parameters, optimizer state and step, and the config that they were made with. All noise and the
+order of the data are functions of seed and step, so that a run that was stopped goes on as if it had not been.
+"""
+
+import itertools
+import pathlib
+import signal
+import threading
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+ITEMS = ("state", "config")
+# What stops the reading of a checkpoint that may be sound.
+NOT_ITS_FAULT = (PermissionError, TimeoutError, ConnectionError, MemoryError, jax.errors.JaxRuntimeError)
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder that all processes see.
+
+    Args:
+      folder: where they are, and go: a path, or `gs://BUCKET/PATH` where the package gcsfs is installed.
+      config: what must be the same for a run to go on, as JSON: architecture, optimizer, strategy, data.
+      save_every: steps between checkpoints.
+      keep: how many of the newest are kept.
+      may_change: names in `config` that may differ when a run goes on; that they do is printed.
+
+    Raises:
+      OSError: if the folder cannot be made.
+    """
+
+    def __init__(
+        self, folder: str | pathlib.Path, config: dict[str, Any], save_every: int, keep: int, may_change: Any = ()
+    ):
+        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
+        self.config, self.may_change = config, set(may_change)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=save_every, max_to_keep=keep, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+
+    def restore(self, like: Any, shardings: Any) -> tuple[Any, int] | None:
+        """The newest state that can be read, and its step; None if there is none at all.
+
+        Args:
+          like: the shapes of the state.
+          shardings: where its arrays are to lie, which need not be where they lay when they were saved.
+
+        Raises:
+          ValueError: if the newest was made with another config, or if there are checkpoints, and none can be read.
+          OSError: if reading was stopped by what need not be the checkpoint's fault, such as a lost connection.
+        """
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
+        )
+        me = jax.process_index()
+        # Every process reads by itself: in Orbax's collective restore, one that cannot read leaves the others waiting.
+        alone = ocp.options.MultiprocessingOptions(me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+        damaged: list[int] = []
+        with ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS) as reader:
+            steps = sorted(reader.all_steps())
+            while (step := _of_process_0(max(set(steps) - set(damaged), default=-1))) >= 0:
+                config = _read(reader, step, config=ocp.args.JsonRestore())
+                if config is not None:
+                    self._check(config, step)
+                    state = _read(reader, step, state=ocp.args.StandardRestore(target))
+                    if state is not None:
+                        if checksum(state) == config["checksum"]:
+                            self._set_aside(damaged)
+                            return state, step
+                        print(f"checkpoint of step {step}: its numbers are not those that were saved", flush=True)
+                warnings.warn(
+                    f"The checkpoint of step {step} in {self.folder} is damaged; trying the one before.", stacklevel=2
+                )
+                damaged.append(step)
+        if damaged:
+            raise ValueError(
+                f"All checkpoints in {self.folder} are damaged, of steps {damaged}. Nothing was changed there."
+            )
+        return None
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to save."""
+        return self._manager.should_save(step)
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to save, unless this step is there. What is on disk counts when `wait` returns.
+
+        Raises:
+          OSError, ValueError: if this save, or the one before, went wrong, as on a full disk; those before it remain.
+        """
+        if self._manager.latest_step() == step:
+            return
+        config = self.config | {"checksum": checksum(state)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+        self._manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _check(self, config: dict[str, Any], step: int) -> None:
+        """Raises ValueError if a checkpoint is of another run."""
+        names = sorted((config.keys() | self.config.keys()) - {"checksum"})
+        changed = {
+            name: f"{name}: {config.get(name)!r} there, {self.config.get(name)!r} here"
+            for name in names
+            if config.get(name) != self.config.get(name)
+        }
+        other = [text for name, text in changed.items() if name not in self.may_change]
+        if other:
+            raise ValueError(
+                f"The checkpoint of step {step} in {self.folder} is of another run ({'; '.join(other)}). Nothing was "
+                "changed there: give the same flags, or another folder."
+            )
+        if changed:
+            print(f"from here on with other flags ({'; '.join(changed.values())})", flush=True)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames damaged checkpoints, so that their steps can be saved again."""
+        if not steps:
+            return
+        error = None
+        if jax.process_index() == 0:
+            try:
+                for step in steps:
+                    names = (f"{step}.damaged" + "-again" * times for times in itertools.count())
+                    path = self.folder / str(step)
+                    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+                    path.rename(kept)
+                    print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
+            except OSError as caught:
+                error = caught
+        if not _of_process_0(error is None):
+            raise error or OSError(f"Process 0 could not rename the damaged checkpoints in {self.folder}.")
+        self._manager.reload()
+
+
+def _of_process_0(value: int) -> int:
+    """The value that process 0 has, on all of them, which may see a shared folder at different times."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:
+    """One item of a checkpoint; None if it is damaged, as any process sees it."""
+    value, state, cause = None, 0, None
+    try:
+        value = next(iter(reader.restore(step, args=ocp.args.Composite(**item)).values()))
+    except Exception as error:  # whatever a damaged file brings about
+        print(f"checkpoint of step {step}: {error!r:.300}", flush=True)
+        state, cause = 2 if isinstance(error, NOT_ITS_FAULT) else 1, error
+    worst = np.max(multihost_utils.process_allgather(np.array(state)))
+    if worst == 2:
+        raise OSError(
+            f"The checkpoint of step {step} could not be read, which need not be its fault "
+            f"({cause or 'see the other processes'!s:.300}). Nothing was changed: try again."
+        ) from cause
+    return value if worst == 0 else None
+
+
+@jax.jit
+def _checksum(state: Any) -> jax.Array:
+    """The sum of all numbers' bits, mixed with their place in array and tree, modulo 2^32."""
+    total = jnp.zeros([], jnp.uint32)
+    for leaf in jax.tree.leaves(state):
+        place = jnp.zeros([], jnp.uint32)
+        bits = _as_uint32(leaf)
+        for axis, size in enumerate(bits.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        total = _mix(total) + jnp.sum(_mix(bits ^ _mix(place)), dtype=jnp.uint32)
+    return total
+
+
+def _as_uint32(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4:
+        return jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    if leaf.dtype.itemsize < 4:  # small integers, and booleans
+        return leaf.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finalizer of MurmurHash3, one-to-one on 32 bits (https://github.com/aappleby/smhasher, public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def checksum(state: Any) -> int:
+    """32 bits that change if any bit of a state does, or two change places, whatever mesh it lies on.
+
+    Storage does not check all that it reads. One bit, or any bits of one number of up to 32, never go unseen; of other
+    damage, one in 2^32 does.
+    """
+    return int(_checksum(state))
+
+
+class Preemption:
+    """SIGTERM, as a machine that is about to be taken away gets it.
+
+    Of a single process, the second one ends the program at once.
+    """
+
+    def __init__(self):
+        self._told = threading.Event()
+        self._distributed = jax.process_count() > 1  # JAX's own service listens then, and agrees on a step
+        if not self._distributed:
+            self._before = signal.signal(signal.SIGTERM, self._tell)
+
+    def _tell(self, *_: Any) -> None:
+        self._told.set()
+        signal.signal(signal.SIGTERM, self._before)
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and end after this step."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._distributed else self._told.is_set()
+
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Gives the signal back."""
+        if not self._distributed:
+            signal.signal(signal.SIGTERM, self._before)

@@ -63,7 +63,7 @@ def mlp(optimizer: str, kind: str, mesh, auxiliary: bool):
     model = lambda: topk_mlp.TopKMLP(topk_mlp.TopKMLPConfig(12, width=32, depth=2, num_classes=4), rngs=nnx.Rngs(0))
     graphdef = nnx.graphdef(nnx.eval_shape(model))
     excite = excitation_optax.scale_by_excitation(excitation_optax.zero_sum, expert_axis=-1)
-    tx = optax.chain({"sgd": optax.sgd(0.1), "adamw": optax.adamw(1e-3)}[optimizer], excite)
+    tx = optax.chain({"sgd": optax.sgd(0.1), "adamw": optax.adamw(1e-2)}[optimizer], excite)
 
     def loss_fn(params, rows):
         logits, utilization = excitation_flax.capture_routing(nnx.merge(graphdef, params))(rows[:, :-1])

@@ -393,13 +393,6 @@ def test_no_cluster(tmp_path, monkeypatch):
         train.main(make_config(tmp_path, cluster=True))
 
 
-def test_experts_that_are_named_otherwise():
-    params = {"specialists": jnp.zeros((4, 8))}
-    init = lambda: parallel.TrainState(params, (), jnp.zeros([], jnp.int32))
-    with pytest.raises(ValueError, match="No parameter lies along the mesh's axis of experts: name the node"):
-        parallel.Jit(lambda state, batch: (state, batch), init, parallel.make_mesh(expert=4))
-
-
 def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     """Ended after 4 of 6 steps: what follows is as if it had not been."""
     whole = make_config(tmp_path, log=tmp_path / "whole.jsonl")

@@ -169,8 +169,6 @@ class Jit:
         with jax.set_mesh(mesh):
             self.like = jax.eval_shape(init)
         self.shardings = shardings(self.like, mesh)
-        if mesh.shape["expert"] > 1 and not any("expert" in s.spec for s in jax.tree.leaves(self.shardings)):
-            raise ValueError("No parameter lies along the mesh's axis of experts: name the node of theirs `experts`.")
         self._init = jax.jit(init, out_shardings=self.shardings)
         self._step = jax.jit(
             step,

@@ -130,6 +130,7 @@ def train_step(model, tx):
     return step, params, tx.init(params)
 
 
+@pytest.mark.slow
 def test_remat_and_scan_change_no_update():
     """Nor do they count tokens twice."""
     tx = optax.chain(optax.sgd(0.1), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
@@ -238,6 +239,7 @@ def test_after_eval_a_compiled_function_may_close_over_the_model():
     assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(nnx.state(make()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
 def test_experts_on_several_devices(axis_type):
     """Logits and generated text are those of one device, though a token at a time cannot be split evenly."""

@@ -123,6 +123,7 @@ TFDS = pathlib.Path(os.environ.get("TFDS_DATA_DIR", pathlib.Path.home() / "tenso
 
 
 @pytest.mark.data
+@pytest.mark.slow
 @pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 in TFDS_DATA_DIR")
 def test_cifar10_real(tmp_path):
     data = datasets.load_tfds("cifar10")

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {"num_experts": 4, "d_ff": 16, "d_model": 16, "num_layers": 2, "num_heads": 2, "context": 16}
 FLAGS = SIZES | {"batch_size": 8, "steps": 30, "eval_every": 20, "log_every": 5, "learning_rate": 0.02, "prompt": "ab"}
 ROUTING = {"load_balancing_loss", "router_z_loss", "routing_entropy", "max_over_mean_load", "dead_experts"}
+ROUTING |= {"dead_experts_worst_layer"}
 LOGGED = {"step", "loss", "tokens_per_second"} | ROUTING
 
 

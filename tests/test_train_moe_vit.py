@@ -19,6 +19,7 @@ SIZES = {"num_experts": 4, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads"
 # Ten steps an epoch: of the 1437 training images, seven are left over.
 FLAGS = SIZES | {"batch_size": 143, "epochs": 2, "learning_rate": 0.03, "log_every": 4}
 ROUTING = {"load_balancing_loss", "router_z_loss", "routing_entropy", "max_over_mean_load", "dead_experts"}
+ROUTING |= {"dead_experts_worst_layer"}
 LOGGED = {"step", "loss", "accuracy", "images_per_second"} | ROUTING
 
 
@@ -249,6 +250,7 @@ TFDS = pathlib.Path(os.environ.get("TFDS_DATA_DIR", pathlib.Path.home() / "tenso
 
 
 @pytest.mark.data
+@pytest.mark.slow
 @pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 in TFDS_DATA_DIR")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets", "ignore::ResourceWarning")
 def test_two_steps_on_cifar10(tmp_path, capsys):

@@ -32,8 +32,6 @@ class Config:
     """Of those in MESHES."""
     excited: fit.Excited = "positive_sum"
     """The strategy of the excited step."""
-    load_balancing: float = 0.01
-    """The weight of the load-balancing loss, which sums the routing counts itself."""
 
     def __post_init__(self):
         """Errors before anything is compiled."""
@@ -48,7 +46,6 @@ def row(config: Config, topology: str) -> str:
     step = fit.Config(
         topology=topology,
         excited=config.excited,
-        load_balancing=config.load_balancing,
         fsdp=fsdp,
         expert=expert,
         num_experts=EXPERTS,

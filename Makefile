@@ -4,7 +4,7 @@ RUN := $(UV) run --locked --extra examples
 # The newest Python from 3.12 on, for test-latest: in PATH, or in pyenv's folder.
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
-.PHONY: help demo test test-latest test-slow test-pod test-torch test-tpu lint format types docs docs-test wheel-test bench clean
+.PHONY: help demo test test-latest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel lint format types docs docs-test wheel-test bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-torch: $(UV)  ## the MoE layer against Hugging Face's transformers, and by 
 
 test-tpu: $(UV)  ## what the training step sends, compiled for TPUs that are not there
 	UV_PROJECT_ENVIRONMENT=.venv-tpu $(RUN) --extra tpu pytest -n 2 -m tpu tests/test_pod_fit.py
+
+test-tunix test-levanter test-easydel: test-%: $(UV)  ## other projects' models, excited, each in an environment of its own
+	UV=$(UV) sh tests/integrations/run.sh $*
 
 lint: $(UV)  ## ruff
 	$(RUN) ruff check
@@ -64,7 +67,7 @@ bench: $(UV)  ## speed, as ratios measured side by side
 	$(RUN) python -m benchmarks.sweep
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-latest .venv-torch .venv-tpu .uv build dist out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .uv build dist out .pytest_cache .ruff_cache .hypothesis
 
 $(CURDIR)/.uv/bin/uv:
 	python3 -m venv .uv

@@ -213,8 +213,8 @@ def _check_paths(what: str, paths: Iterable[Path], leaves: dict[Path, Any]) -> N
     for path in paths:
         if path and (above := _covering(path[:-1], paths)) is not None:
             raise ValueError(
-                f"The {what} path {show(path)} is below another, {show(above)}: every parameter must be covered once. (A "
-                "slash in a name separates two names.)"
+                f"The {what} path {show(path)} is below another, {show(above)}: every parameter must be covered once. "
+                "(A slash in a name separates two names.)"
             )
         if path not in known and _covering(path, masked) is None:
             raise ValueError(

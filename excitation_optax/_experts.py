@@ -258,9 +258,9 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
 def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path, Any]) -> dict[str, int]:
     """Numbers the children of a path that match a pattern, in natural order."""
     names = {path[len(parent)] for path in leaves if path[: len(parent)] == parent and len(path) > len(parent)}
-    experts = sorted((name for name in names if fnmatch.fnmatchcase(name, pattern)), key=_natural_order)
+    experts = sorted((name for name in names if fnmatch.fnmatchcase(name, pattern)), key=natural_order)
     if len(experts) != shape[-1]:
-        found = ", ".join(sorted(names, key=_natural_order)) or "(none)"
+        found = ", ".join(sorted(names, key=natural_order)) or "(none)"
         raise ValueError(
             f"children({pattern!r}) finds {len(experts)} experts at {show(parent)}, whose children are {found}; its "
             f"utilization {list(shape)} has E = {shape[-1]}. Mend the pattern, or the path of the utilization."
@@ -268,7 +268,7 @@ def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path
     return {name: number for number, name in enumerate(experts)}
 
 
-def _natural_order(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 

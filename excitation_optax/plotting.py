@@ -87,9 +87,10 @@ def load_heat_map(load: Any, *, ax: matplotlib.axes.Axes | None = None) -> matpl
       array([[ 0.,  1.,  0., -3.],
              [ 0.,  0.,  0.,  0.]])
     """
-    load = np.ma.atleast_2d(_masked(load))
-    if load.ndim != 2:
+    load = _masked(load)
+    if load.ndim not in (1, 2):
         raise ValueError(f"load_heat_map: load must be [L, E] or [E]; got {list(load.shape)}.")
+    load = load.reshape(-1, load.shape[-1])
     cells, experts = _ranked(load, MAX_CELLS)
     ax = _axes(ax)
     _draw_cells(ax, _edges(experts), _edges(np.arange(len(cells))), cells)
@@ -225,7 +226,8 @@ def excitation_histogram(
     ax.hist(finite, bins=bins, color=COLOURS[0])
     ax.axvline(1, color="black", linewidth=0.8, linestyle="--")
     ax.set(xlabel=r"excitation $\Phi$ (factor of the learning rate)", ylabel="experts")
-    ax.set_yscale("log")  # a few experts with a large factor are what one looks for
+    if len(finite):
+        ax.set_yscale("log")  # a few experts with a large factor are what one looks for
     if len(finite) < len(phi):
         ax.set_title(f"{len(phi) - len(finite):,} of {len(phi):,} not finite", color=COLOURS[1])
     return ax

@@ -232,6 +232,7 @@ class RoutingLog:
         if history < 2 or history % 2:
             raise ValueError(f"RoutingLog: history must be an even number of entries, 2 or more; got {history}.")
         self.names: list[str] = []
+        self._leaves: list[str] = []
         self._tensorboard = tensorboard
         self._wandb_run = wandb_run
         self._image_every = None if tensorboard is None and wandb_run is None else image_every
@@ -270,9 +271,11 @@ class RoutingLog:
           ValueError: if there is no utilization, or it has other layers than at the call before, or it is spread over
             the devices of several processes.
         """
-        names = layer_names(utilization)
-        if self.names and names != self.names:
-            missing, new = sorted(set(self.names) - set(names)), sorted(set(names) - set(self.names))
+        by_path = _by_path(utilization)
+        leaves = [f"{_experts.show(path)} {list(_experts.utilization_shape(u))}" for path, u in by_path.items()]
+        if self._leaves and leaves != self._leaves:
+            missing = [leaf for leaf in self._leaves if leaf not in leaves]
+            new = [leaf for leaf in leaves if leaf not in self._leaves]
             raise ValueError(
                 f"RoutingLog: the layers at step {step} are not those of the calls before. Missing: "
                 f"{', '.join(missing) or 'none'}. New: {', '.join(new) or 'none'}. A log follows one model: give each "
@@ -280,7 +283,7 @@ class RoutingLog:
             )
         packed = _pack(*jax.tree.map(_local, (utilization, excitation)), self._max_layers, self._prefix)
         scalars, u, phi = packed.unpack()
-        self.names = names
+        self._leaves, self.names = leaves, layer_names(utilization)
         load = _stack(u)
         self._absent = np.ma.getmaskarray(load)
         self._history.add(step, load.data)

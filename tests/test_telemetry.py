@@ -5,25 +5,21 @@ Axis letters: E experts, L layers, T entries of the history.
 
 import glob
 import io
-import json
 import math
 import pathlib
 import socket
-import struct
 import subprocess
 import sys
-import tempfile
 import textwrap
 
+import dashboards
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 import tensorboardX
-import tensorboardX.proto.event_pb2
 import wandb
-import wandb.proto.wandb_internal_pb2
 
 import excitation_optax
 from excitation_optax import RoutingCounts, telemetry
@@ -297,18 +293,6 @@ def test_pictures_without_matplotlib_are_an_error_at_once(monkeypatch, tmp_path)
 # What was written, read back.
 
 
-def events_of(folder):
-    """The values in TensorBoard's files, as (step, name, value), in the order in which they were written."""
-    (path,) = glob.glob(f"{folder}/events.out.tfevents.*")
-    data, values = pathlib.Path(path).read_bytes(), []
-    while data:
-        (length,) = struct.unpack("<Q", data[:8])
-        event = tensorboardX.proto.event_pb2.Event.FromString(data[12 : 12 + length])
-        data = data[16 + length :]  # length, its checksum, the event, its checksum
-        values += [(event.step, value.tag, value) for value in event.summary.value]
-    return values
-
-
 def read_image(data):
     return np.asarray(PIL.Image.open(io.BytesIO(data)))
 
@@ -327,7 +311,7 @@ def write_six(log):
 def test_tensorboard(tmp_path):
     with tensorboardX.SummaryWriter(str(tmp_path)) as writer:
         returned = write_six(telemetry.RoutingLog(writer, image_every=3))
-    events = events_of(tmp_path)
+    events = dashboards.events_of(tmp_path)
     for number, expected in enumerate(returned, 1):
         at_step = {name: value for step, name, value in events if step == 10 * number}
         written = {name: v.simple_value for name, v in at_step.items() if v.WhichOneof("value") == "simple_value"}
@@ -362,51 +346,12 @@ def test_a_picture_is_of_the_calls_since_the_one_before(tmp_path, monkeypatch):
     np.testing.assert_array_equal(drawn[3][2], loads)
 
 
-@pytest.fixture
-def wandb_offline(tmp_path, monkeypatch):
-    """W&B with all that it writes in `tmp_path`, nothing printed, and its helper process ended at the end."""
-    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "DISABLE_GIT": "true"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    yield tmp_path
-    wandb.teardown()
-
-
-def rows_of(folder):
-    """What W&B logged, by step. Its files are LevelDB's logs: blocks of 32 KiB, of records that go on in the next."""
-    (path,) = glob.glob(f"{folder}/wandb/offline-run-*/*.wandb")
-    data, position, record, rows = pathlib.Path(path).read_bytes(), 7, b"", {}
-    while position < len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            message = wandb.proto.wandb_internal_pb2.Record.FromString(record)
-            if message.WhichOneof("record_type") == "history":
-                values = {}
-                for item in message.history.item:
-                    *outer, name = item.nested_key or [item.key]
-                    node = values
-                    for key in outer:
-                        node = node.setdefault(key, {})
-                    node[name] = json.loads(item.value_json)
-                rows[values["_step"]] = values
-            record = b""
-    return rows
-
-
 def test_wandb(wandb_offline):
     with wandb.init(project="routing") as run:
         returned = write_six(telemetry.RoutingLog(wandb_run=run, image_every=3))
         run.log({"loss": 2.5}, step=60)  # yours goes into the same row
         assert run.summary["routing/dead_experts/worst"] == 0.75
-    rows = rows_of(wandb_offline)
+    rows = dashboards.rows_of(wandb_offline)
     assert sorted(rows) == [10, 20, 30, 40, 50, 60]
     for number, expected in enumerate(returned, 1):
         row = rows[10 * number]
@@ -428,7 +373,7 @@ def test_where_nothing_is_finite_there_is_no_histogram(tmp_path):
         log = telemetry.RoutingLog(writer, image_every=1)
         log.write(1, {"a": EVEN * NAN}, {"a": EVEN * NAN})
         log.write(2, {"a": EVEN})
-    names = {name for _, name, _ in events_of(tmp_path)}
+    names = {name for _, name, _ in dashboards.events_of(tmp_path)}
     assert "routing/excitation" not in names
     assert {"routing/load", "routing/excitation/max"} < names
 

@@ -272,7 +272,7 @@ def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path
     patterns = pattern.split("/")
     above, below = len(parent), len(parent) + len(patterns)
     children = {path[:below] for path in leaves if path[:above] == parent and len(path) >= below}
-    in_order = sorted(children, key=lambda path: [_natural_order(name) for name in path])
+    in_order = sorted(children, key=lambda path: [natural_order(name) for name in path])
     experts = [path for path in in_order if all(map(fnmatch.fnmatchcase, path[above:], patterns))]
     if len(experts) != shape[-1]:
         found = ", ".join(show(path[above:]) for path in in_order) or "(none)"
@@ -283,7 +283,7 @@ def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path
     return {path: number for number, path in enumerate(experts)}
 
 
-def _natural_order(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 

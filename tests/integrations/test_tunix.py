@@ -7,6 +7,7 @@ from what the model's own `top_k` chose in a forward pass without any of this.
 Axis letters: B batch, S sequence, L layers, K experts per token, E experts.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -48,7 +49,7 @@ def make_qwen3(remat="NONE"):
         hidden_dim=16,
         num_heads=2,
         head_dim=16,
-        num_kv_heads=1,
+        num_kv_heads=2,
         rope_theta=10_000,
         norm_eps=1e-6,
         num_experts=EXPERTS,
@@ -223,9 +224,17 @@ class ExcitedTrainer(peft_trainer.PeftTrainer):
         return loss, utilization, optax.global_norm(grads)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_tunix_trainer(micro_batches):
-    """Tunix's trainer takes the counts on; over micro-batches they add up."""
+def shard(model, mesh):
+    """Puts the parameters on the mesh as tunix's sharding config says."""
+    state = nnx.state(model)
+    place = lambda leaf, spec: jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+    nnx.update(model, jax.tree.map(place, state, nnx.get_partition_spec(state)))
+    assert not model.layers[0].mlp.gate_proj[...].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(("micro_batches", "devices"), [(1, 1), (2, 1), (1, 4)])
+def test_tunix_trainer(micro_batches, devices):
+    """Tunix's trainer takes the counts on; over micro-batches they add up, and over devices."""
     seen, masks = [], []
 
     class Watched(ExcitedTrainer):
@@ -235,8 +244,7 @@ def test_tunix_trainer(micro_batches):
             return data
 
         def _post_process_train_step(self, utilization):
-            (tokens,) = {float(u.tokens) for u in jax.tree.leaves(utilization, is_leaf=lambda u: hasattr(u, "tokens"))}
-            assert tokens == np.sum(masks[-1])
+            assert utilization["layers"]["0"]["mlp"]["up_proj"].tokens == np.sum(masks[-1])
             if len(masks) % micro_batches == 0:
                 state = nnx.as_pure(self.optimizer.opt_state)
                 record = (state.multi_steps.inner_opt_state if micro_batches > 1 else state)[1]
@@ -252,11 +260,14 @@ def test_tunix_trainer(micro_batches):
         like = jax.eval_shape(lambda: forward_qwen3(make_qwen3(), data[0].input_tokens, data[0].input_mask)[1])
         tx = excitation_optax.accumulate_utilization(optax.MultiSteps(tx, micro_batches), like)
     config = peft_trainer.TrainingConfig(eval_every_n_steps=100, max_steps=len(data))
-    trainer = Watched(model, tx, config).with_loss_fn(
-        lambda model, tokens, mask: loss_fn(QWEN3, model, tokens, mask), has_aux=True
-    )
-    trainer = trainer.with_gen_model_input_fn(lambda data: {"tokens": data.input_tokens, "mask": data.input_mask})
-    trainer.train(data)
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with mesh if devices > 1 else contextlib.nullcontext():
+        if devices > 1:
+            shard(model, mesh)
+        trainer = Watched(model, tx, config)
+        trainer = trainer.with_loss_fn(lambda model, **batch: loss_fn(QWEN3, model, **batch), has_aux=True)
+        trainer = trainer.with_gen_model_input_fn(lambda data: {"tokens": data.input_tokens, "mask": data.input_mask})
+        trainer.train(data)
     losses = trainer.metrics_logger.get_metric_history("", "loss", "train")
     assert len(updates) == STEPS
     assert np.isfinite(losses).all()

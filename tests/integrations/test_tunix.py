@@ -265,7 +265,8 @@ def test_tunix_trainer(micro_batches, devices):
         if devices > 1:
             shard(model, mesh)
         trainer = Watched(model, tx, config)
-        trainer = trainer.with_loss_fn(lambda model, **batch: loss_fn(QWEN3, model, **batch), has_aux=True)
+        qwen3_loss = lambda model, tokens, mask: loss_fn(QWEN3, model, tokens, mask)
+        trainer = trainer.with_loss_fn(qwen3_loss, has_aux=True)
         trainer = trainer.with_gen_model_input_fn(lambda data: {"tokens": data.input_tokens, "mask": data.input_mask})
         trainer.train(data)
     losses = trainer.metrics_logger.get_metric_history("", "loss", "train")

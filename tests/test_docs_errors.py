@@ -1,10 +1,13 @@
 """docs/errors.md: the code of the page provokes every error of the library and the models, and its text names each."""
 
 import ast
+import contextlib
 import importlib.util
+import io
 import pathlib
 import re
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,13 +39,8 @@ MESSAGES = list(messages())
 @pytest.fixture(scope="module")
 def printed():
     """What the page's code prints, with JAX as users have it."""
-    import io
-    from contextlib import redirect_stdout
-
-    import jax
-
     output, names = io.StringIO(), {}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), redirect_stdout(output):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(output):
         for continued, code in BLOCK.findall(PAGE):
             names = names if continued else {}
             exec(compile(code, "docs/errors.md", "exec"), names)

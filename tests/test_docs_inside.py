@@ -12,9 +12,16 @@ PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "inside.md").read_text()
 BLOCK = re.compile(r"^```python( continuation)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.usefixtures("as_users_have_it")
+@pytest.fixture
+def print_options():
+    """The page sets them for itself."""
+    with np.printoptions():
+        yield
+
+
+@pytest.mark.usefixtures("as_users_have_it", "print_options")
 def test_what_it_prints_stands_beside_it():
-    names, seen, options = {}, 0, np.get_printoptions()
+    names, seen = {}, 0
     for continued, code in BLOCK.findall(PAGE):
         names, output = names if continued else {}, io.StringIO()
         with contextlib.redirect_stdout(output):
@@ -23,5 +30,4 @@ def test_what_it_prints_stands_beside_it():
         for line in output.getvalue().splitlines():
             assert any(comment.startswith(line) for comment in comments), (line, comments)
             seen += 1
-    np.set_printoptions(**options)
     assert seen > 15

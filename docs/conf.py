@@ -88,7 +88,8 @@ def on_include_read(app, path, parent, content):
 def to_mathml(latex: str, display: str) -> str:
     """MathML, which browsers show without a script and offline.
 
-    Of mathvariant they know "normal" only, so other alphabets become the letters that Unicode has for them.
+    Of mathvariant they know "normal" only, so other alphabets become the letters that Unicode has for them. As in
+    LaTeX, capital Greek letters stand upright.
     """
 
     def letter(match: re.Match) -> str:
@@ -103,7 +104,13 @@ def to_mathml(latex: str, display: str) -> str:
         raise ValueError(f"No letter {name} for {latex!r}")
 
     variant = r'<(?P<tag>m[in]) mathvariant="(?P<alphabet>script|double-struck)">(?P<character>.)</(?P=tag)>'
-    return re.sub(variant, letter, latex2mathml.converter.convert(latex, display=display))
+    mathml = re.sub(variant, letter, latex2mathml.converter.convert(latex, display=display))
+    return re.sub(r"<mi>(&#x003(?:9[1-9A-F]|A[0-9]);</mi>)", r'<mi mathvariant="normal">\1', mathml)
+
+
+def on_signature(app, what, name, obj, options, signature, annotation):
+    """A default that is a function stands under its name."""
+    return (re.sub(r"<function (\w+)>", r"\1", signature), annotation) if signature else None
 
 
 def visit_math(self, node):
@@ -122,6 +129,7 @@ def setup(app):
     """What this file adds to Sphinx."""
     app.connect("source-read", on_source_read)
     app.connect("include-read", on_include_read)
+    app.connect("autodoc-process-signature", on_signature)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
 
 

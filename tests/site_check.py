@@ -1,7 +1,7 @@
 """Every link within the built site leads somewhere: python tests/site_check.py out/site
 
-Sphinx checks what is a reference to it; this reads the HTML, whatever it was made of: pages, anchors, pictures, scripts.
-Links to other sites are not followed.
+Sphinx checks what is a reference to it; this reads the HTML, whatever it was made of: pages, anchors,
+pictures, scripts. Links to other sites are not followed.
 """
 
 import html.parser

@@ -102,10 +102,9 @@ class Run:
         if "table8" in self.names:  # benchmarks may import examples, but not the other way round
             command = [sys.executable, "-m", "benchmarks.overhead", "--results", str(self.results)]
             subprocess.run(command, cwd=ROOT, check=True)
-        of_tables = {run for name in self.names for run in type(self)((name,)).runs(name)}
-        for run in runs:
-            if run not in of_tables:
-                print(describe(run, results[run]))
+        in_tables = {run for name in self.names for run in Run((name,)).runs(name)}  # those without flags
+        for run in (run for run in runs if run not in in_tables):
+            print(describe(run, results[run]))
 
     def runs(self, name: str) -> list[configs.Run]:
         """Of a table or figure, with what the flags change."""

@@ -5,6 +5,7 @@ from excitation_optax._accumulate import AccumulateUtilizationState, accumulate_
 from excitation_optax._describe import DescribedParameter, Description, describe
 from excitation_optax._experts import children
 from excitation_optax._guard import ApplyIfAllFiniteState, apply_if_all_finite
+from excitation_optax._patterns import by_pattern
 from excitation_optax._routing import RoutingCounts, count_active, count_logits, count_routing
 from excitation_optax._strategies import (
     Strategy,
@@ -30,6 +31,7 @@ __all__ = [
     "Strategy",
     "accumulate_utilization",
     "apply_if_all_finite",
+    "by_pattern",
     "children",
     "clipped",
     "count_active",

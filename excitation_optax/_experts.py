@@ -206,14 +206,14 @@ def _check_paths_exist(what: str, paths: Iterable[Path], leaves: dict[Path, Any]
     for path in paths:
         if path not in known and _covering(path, masked) is None:
             raise ValueError(
-                f"The {what} path {show(path)} matches no parameter. Nearest: {_nearest(path, known)}. At the top "
+                f"The {what} path {show(path)} matches no parameter. Nearest: {nearest(path, known)}. At the top "
                 f"level are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at the root "
                 "of the tree that is given to tx.update; describe() shows how they match. (A list is a node of a tree: "
                 "axes go in a tuple.)"
             )
 
 
-def _nearest(path: Path, known: Iterable[Path]) -> str:
+def nearest(path: Path, known: Iterable[Path]) -> str:
     """Paths that end as this one does, or with which it ends; then those of similar spelling."""
 
     def same_end(other):
@@ -221,7 +221,8 @@ def _nearest(path: Path, known: Iterable[Path]) -> str:
         return shorter > 0 and path[-shorter:] == other[-shorter:]
 
     similar = difflib.get_close_matches(show(path), map(show, sorted(known)), n=3, cutoff=0.3)
-    return ", ".join(list(dict.fromkeys([*map(show, filter(same_end, sorted(known))), *similar]))[:3]) or "none"
+    same = sorted(filter(same_end, known), key=lambda other: (len(other), other))
+    return ", ".join(list(dict.fromkeys([*map(show, same), *similar]))[:3]) or "none"
 
 
 def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ A checkpoint holds parameters, optimizer state and step, and the config that the
 order of the data are functions of seed and step, so that a run that was stopped goes on as if it had not been.
 """
 
+import enum
 import itertools
 import pathlib
 import signal
@@ -161,21 +162,30 @@ def _of_process_0(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+class _Outcome(enum.IntEnum):
+    """Of reading, the worse the higher: the worst of all processes' counts."""
+
+    READ = 0
+    DAMAGED = 1
+    NOT_ITS_FAULT = 2
+
+
 def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:
     """One item of a checkpoint; None if it is damaged, as any process sees it."""
-    value, state, cause = None, 0, None
+    value, outcome, cause = None, _Outcome.READ, None
     try:
         value = next(iter(reader.restore(step, args=ocp.args.Composite(**item)).values()))
     except Exception as error:  # whatever a damaged file brings about
         print(f"checkpoint of step {step}: {error!r:.300}", flush=True)
-        state, cause = 2 if isinstance(error, NOT_ITS_FAULT) else 1, error
-    worst = np.max(multihost_utils.process_allgather(np.array(state)))
-    if worst == 2:
+        outcome = _Outcome.NOT_ITS_FAULT if isinstance(error, NOT_ITS_FAULT) else _Outcome.DAMAGED
+        cause = error
+    worst = np.max(multihost_utils.process_allgather(np.array(outcome)))
+    if worst == _Outcome.NOT_ITS_FAULT:
         raise OSError(
             f"The checkpoint of step {step} could not be read, which need not be its fault "
-            f"({cause or 'see the other processes'!s:.300}). Nothing was changed: try again."
+            f"({repr(cause)[:300] if cause else 'see the other processes'}). Nothing was changed: try again."
         ) from cause
-    return value if worst == 0 else None
+    return value if worst == _Outcome.READ else None
 
 
 @jax.jit

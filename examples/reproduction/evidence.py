@@ -82,7 +82,14 @@ def verdict(contrast: Contrast, sign: int) -> str:
 
 def verdicts(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any]) -> list[str]:
     """Of all claims of a table or figure."""
-    return [verdict(contrast(results, experiment, claim), claim["sign"]) for claim in view["claims"]]
+    return [verdict(ours, claim["sign"]) for claim, ours in judge(results, experiment, view)]
+
+
+def judge(
+    results: store.Results, experiment: experiments.Experiment, view: dict[str, Any]
+) -> list[tuple[dict[str, Any], Contrast]]:
+    """The claims of a table or figure, each with what came out here."""
+    return [(claim, contrast(results, experiment, claim)) for claim in view["claims"]]
 
 
 def count(verdicts: list[str]) -> list[int]:

@@ -115,22 +115,24 @@ def _view(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str,
         section = f"{_title(name, view)}\n\n{view['where_in_paper']}. Not run: {_how(experiment)}"
         return section, (*_linked(name, view), "not run", 0, 0, 0, len(view["claims"]))
     total = len(experiments.runs(experiment))
-    ours = [evidence.contrast(results, experiment, claim) for claim in view["claims"]]
-    verdicts = evidence.verdicts(results, experiment, view)
+    judged = [
+        (claim, ours, evidence.verdict(ours, claim["sign"]))
+        for claim, ours in evidence.judge(results, experiment, view)
+    ]
     parts = [_title(name, view), f"{view['where_in_paper']}. Here: {_settings(experiment)}."]
     parts += [view["note"]] if "note" in view else []
     parts += [_picture(name, view)] if name in pictures.DRAW else []
     rows = [_row(results, experiment, view, row) for row in view["rows"]]
     parts.append(_table(("", "", "paper", "ours", "residual"), rows, numbers=3))
-    if view["claims"]:
+    if judged:
         rows = [
-            (claim["text"], claim["source"], *_deltas(view, claim, c), v + _size(view, claim, c))
-            for claim, c, v in zip(view["claims"], ours, verdicts, strict=True)
+            (claim["text"], claim["source"], *_deltas(view, claim, ours), verdict + _size(view, claim, ours))
+            for claim, ours, verdict in judged
         ]
         parts.append(_table(("claim", "where", "paper's Δ", "our Δ", "verdict"), rows, numbers=2))
     parts.append(_provenance(results, name, found, total))
-    line = (*_linked(name, view), f"{len(found)} of {total}", *evidence.count(verdicts))
-    return _with_remark(name, parts), line
+    counts = evidence.count([verdict for _, _, verdict in judged])
+    return _with_remark(name, parts), (*_linked(name, view), f"{len(found)} of {total}", *counts)
 
 
 def _how(experiment: experiments.Experiment) -> str:

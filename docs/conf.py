@@ -1,5 +1,6 @@
 """The documentation site: `make site` builds it into out/site. Its name, version and address are those of pyproject."""
 
+import inspect
 import os
 import pathlib
 import re
@@ -109,8 +110,12 @@ def to_mathml(latex: str, display: str) -> str:
 
 
 def on_signature(app, what, name, obj, options, signature, annotation):
-    """A default that is a function stands under its name."""
-    return (re.sub(r"<function (\w+)>", r"\1", signature), annotation) if signature else None
+    """A function as a default stands under its name, and NNX's metaclass does not hide what a module takes."""
+    if signature == "(*args, **kwargs)" and what == "class":
+        _, *parameters = inspect.signature(obj.__init__).parameters.values()
+        signature = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
+    signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature or "")
+    return re.sub(r"<[^<>]* object[^<>]*>", "...", signature), annotation
 
 
 def visit_math(self, node):

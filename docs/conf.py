@@ -114,8 +114,14 @@ def on_signature(app, what, name, obj, options, signature, annotation):
     if signature == "(*args, **kwargs)" and what == "class":
         _, *parameters = inspect.signature(obj.__init__).parameters.values()
         signature = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
-    signature = re.sub(r"<function (\w+)[^>]*>", r"\1", signature or "")
+    signature = re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+)[^>]*>", r"\1", signature or "")
     return re.sub(r"<[^<>]* object[^<>]*>", "...", signature), annotation
+
+
+def on_skip_member(app, what, name, obj, skip, options):
+    """Fields of a class stand in its signature and its docstring; what is listed are methods and properties."""
+    field = what == "class" and not (inspect.isroutine(obj) or isinstance(obj, property))
+    return True if field else None
 
 
 def visit_math(self, node):
@@ -135,6 +141,7 @@ def setup(app):
     app.connect("source-read", on_source_read)
     app.connect("include-read", on_include_read)
     app.connect("autodoc-process-signature", on_signature)
+    app.connect("autodoc-skip-member", on_skip_member)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
 
 

@@ -16,9 +16,10 @@ ROOT = DOCS.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY = PYPROJECT["urls"]["Repository"]
 
-# The docstrings, and the kernels that run the notebooks, are those of this checkout.
+# The docstrings, and what the notebooks import, are those of this checkout; a progress bar is not for reading.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["TQDM_DISABLE"] = "1"
 
 project = PYPROJECT["name"]
 author = PYPROJECT["authors"][0]["name"]

@@ -173,11 +173,11 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 
     Args:
       model: a module, which may be abstract, as from `nnx.eval_shape`.
-      *args: of its call: arrays, `jax.ShapeDtypeStruct`s, or what else it takes.
+      *args: of its call: arrays, their `jax.ShapeDtypeStruct`, or what else it takes.
       **kwargs: of its call.
 
     Returns:
-      A nested dict of `RoutingCounts` of `jax.ShapeDtypeStruct`s.
+      A nested dict of `RoutingCounts` of `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: if no layer sows any routing.

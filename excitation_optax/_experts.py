@@ -169,7 +169,8 @@ def match_experts(params: Any, entries: dict[Path, Any], expert_axis: Any) -> di
 
     @functools.cache
     def number_children(parent: Path, pattern: str, shape: Shape) -> dict[Path, int]:
-        return _number_children(parent, pattern, shape, leaves)
+        frozen_too = leaves_by_path(params, lambda x: x is None or is_masked(x))  # which keep their numbers
+        return _number_children(parent, pattern, shape, frozen_too)
 
     def match(path: Path, leaf: Any) -> Match | None:
         entry = _covering(path, entries)
@@ -267,7 +268,7 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
     return axes
 
 
-def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path, Any]) -> dict[Path, int]:
+def _number_children(parent: Path, pattern: str, shape: Shape, leaves: Iterable[Path]) -> dict[Path, int]:
     """Numbers the paths below a path that match a pattern, name by name, in natural order."""
     patterns = pattern.split("/")
     above, below = len(parent), len(parent) + len(patterns)

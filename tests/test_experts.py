@@ -547,6 +547,13 @@ def _children_of_haiku_modules():
 
 
 @case
+def _children_some_of_which_are_frozen():  # as eqx.partition leaves them: None, all of an expert or some of it
+    updates = {"moe": [{"w": None, "b": None}, {"w": fill(D), "b": None}, {"w": fill(D), "b": fill(1)}]}
+    factors = {"moe/1/w": np.full(D, 1.0), "moe/2/w": np.full(D, 1.5), "moe/2/b": np.full(1, 1.5)}
+    return Case(updates, {"moe": U}, factors, children("*"))
+
+
+@case
 def _children_in_one_layer_and_an_array_in_another():
     updates = {
         "a": {"router": fill(D, E), "expert_0": fill(D), "expert_1": fill(D), "expert_2": fill(D)},

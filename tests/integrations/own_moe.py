@@ -1,6 +1,6 @@
 """What the tests of users' own MoEs share: sizes, a task that they learn in a few steps, and what is asserted of them.
 
-A step is a function of a batch. It returns the loss; the routers' scores `[..., E]`, a list by layer; the updates of the
+A step is a function of a batch, and returns the loss; the router scores `[..., E]`, a list by layer; the updates of the
 optimizer alone; and those with Excitation. From the scores, NumPy says what must have been scaled, and by how much.
 
 Axis letters: B batch, S sequence, D model width, F expert width, E experts, K experts per token, L layers.

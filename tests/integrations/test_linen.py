@@ -77,7 +77,7 @@ class Scanned(nn.Module):
 
 def make_step(model, expert_axis):
     x, _, where = own_moe.batch(0)
-    params = model.init(jax.random.key(1), x, where)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), x, where)["params"]
     adamw, tx = own_moe.optimizers(expert_axis)
     state = excitation_flax.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
@@ -99,7 +99,7 @@ def make_step(model, expert_axis):
         nonlocal state
         before = state.params
         state, seen = step(state, *batch)
-        expected = jax.tree.map(lambda param, update: param + update, before, seen[-1])
+        expected = jax.tree.map(lambda param, update: np.asarray(param) + np.asarray(update), before, seen[-1])
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), state.params, expected)
         return seen
 
@@ -118,48 +118,42 @@ def test_separate_experts():
     own_moe.check_training(make_step(Unrolled("separate"), excitation_optax.children("expert_*")), factors)
 
 
-@pytest.mark.parametrize(
-    ("layer_axis", "expert_axis", "axes"),
-    [(0, None, (0, 1)), (1, (1, 0), (1, 0))],
-    ids=["layers first", "experts first"],
-)
-def test_scanned_layers_of_vmapped_experts(layer_axis, expert_axis, axes):
-    def factors(phis):
-        return {f"layers/experts/{name}": own_moe.along(phis, ndim + 2, *axes) for name, ndim in WEIGHTS}
+def test_scanned_layers_of_vmapped_experts():
+    def factors(phis):  # parameters [E, L, ...]
+        return {f"layers/experts/{name}": own_moe.along(phis, ndim + 2, 1, 0) for name, ndim in WEIGHTS}
 
-    own_moe.check_training(make_step(Scanned("vmapped", layer_axis), expert_axis), factors, padding=True)
+    own_moe.check_training(make_step(Scanned("vmapped", layer_axis=1), expert_axis=(1, 0)), factors, padding=True)
 
 
-@pytest.mark.parametrize("layer_axis", [-1, 0])
-def test_experts_that_are_parameters_beside_the_router(layer_axis):
-    """No submodule holds experts only: `sow_routing` names the parameters."""
-    model = Scanned("parameters", layer_axis)
+def shapes(model):
+    """Of the parameters and the routing."""
     x, _, where = own_moe.batch(0)
 
     def trees(key):
-        params = model.init(key, x, where)["params"]
-        _, sown = model.apply({"params": params}, x, where, mutable=["intermediates"])
-        return params, excitation_flax.routing_from_intermediates(sown["intermediates"])
+        _, variables = model.init_with_output(key, x, where, mutable=["params", "intermediates"])
+        routing = excitation_flax.routing_from_intermediates(variables.get("intermediates", {}))
+        return variables["params"], routing
 
-    described = excitation_optax.describe(*jax.eval_shape(trees, jax.random.key(1)), (layer_axis, 0 - ~layer_axis))
+    return jax.eval_shape(trees, jax.random.key(1))
+
+
+@pytest.mark.parametrize(
+    ("layer_axis", "expert_axis", "axes"), [(0, None, (0, 1)), (1, (1, 0), (1, 0)), (-1, (-1, 0), (3, 0))]
+)
+def test_experts_that_are_parameters_beside_the_router(layer_axis, expert_axis, axes):
+    """No submodule holds experts only: `sow_routing` names the parameters."""
+    described = excitation_optax.describe(*shapes(Scanned("parameters", layer_axis)), expert_axis)
     scaled = {p.path: p.axes for p in described.parameters if p.scaled_by}
-    expected = (0, 1) if layer_axis == 0 else (3, 0)
-    assert scaled == {"layers/w_up": expected, "layers/w_down": expected}
+    assert scaled == {"layers/w_up": axes, "layers/w_down": axes}
+
+
+class Forgetful(nn.Module):
+    @nn.compact
+    def __call__(self, x, where):
+        lifted = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
+        return nn.scan(MoE, length=L, **lifted)("vmapped", name="layers")(x, where)[0]
 
 
 def test_a_scan_that_does_not_hand_on_what_was_sown_is_an_error():
-    class Forgetful(nn.Module):
-        @nn.compact
-        def __call__(self, x, where):
-            lifted = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
-            return nn.scan(MoE, length=L, **lifted)("vmapped", name="layers")(x, where)[0]
-
-    x, _, where = own_moe.batch(0)
     with pytest.raises(ValueError, match="hold no RoutingCounts"):
-        jax.eval_shape(
-            lambda: excitation_flax.routing_from_intermediates(
-                Forgetful()
-                .init_with_output(jax.random.key(0), x, where, mutable=["params", "intermediates"])[1]
-                .get("intermediates", {})
-            )
-        )
+        shapes(Forgetful())

@@ -95,7 +95,7 @@ def loss_fn(model, x, y, where):
 
 
 def test_separate_experts_and_nnx_optimizer_under_nnx_jit():
-    model = Listed(nnx.Rngs(1))
+    model = nnx.jit(lambda: Listed(nnx.Rngs(1)))()
     graphdef = nnx.graphdef(model)
     adamw, tx = own_moe.optimizers(SEPARATE)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -119,7 +119,7 @@ def test_separate_experts_and_nnx_optimizer_under_nnx_jit():
 
 def test_scanned_layers_of_stacked_experts_under_nnx_split_and_jax_jit():
     adamw, tx = own_moe.optimizers()
-    graphdef, params, rest = nnx.split(Scanned(nnx.Rngs(1)), nnx.Param, ...)
+    graphdef, params, rest = nnx.split(nnx.jit(lambda: Scanned(nnx.Rngs(1)))(), nnx.Param, ...)
     params = nnx.as_pure(params)
     opt_state = tx.init(params)
 
@@ -154,7 +154,7 @@ def test_pop_routing_gives_what_capture_routing_gives():
         return captured, excitation_flax.pop_routing(model)
 
     with pytest.warns(DeprecationWarning, match="sow"):  # of the tests' own scores
-        captured, popped = both(Scanned(nnx.Rngs(1)))
+        captured, popped = both(nnx.jit(lambda: Scanned(nnx.Rngs(1)))())
     jax.tree.map(np.testing.assert_array_equal, captured, popped)
     np.testing.assert_array_equal(captured["layers"]["experts"].tokens, [np.sum(where)] * L)
 

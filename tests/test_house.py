@@ -110,6 +110,7 @@ def test_versions_agree():
         "README.md",
         "docs/reference.md",
         "docs/models.md",
+        "docs/telemetry.md",
         "docs/compatibility.md",
         "docs/reproduction.md",
         "CHANGELOG.md",

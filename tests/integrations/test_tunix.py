@@ -216,6 +216,22 @@ def test_trains(family, remat):
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]), losses
 
 
+def test_recording_takes_no_memory():
+    """Of what nnx.capture records in a model that recomputes its layers, only the counts outlive the layer."""
+    graph, state = nnx.split(make_qwen3("DECODER"))
+    tokens, mask = jnp.ones((32, 64), jnp.int32), jnp.ones((32, 64), jnp.bool_)
+
+    def memory(forward):
+        def loss_fn(state):
+            logits, aux = forward(nnx.merge(graph, state), tokens, mask)
+            return jnp.mean(logits**2), aux
+
+        return jax.jit(jax.grad(loss_fn, has_aux=True)).lower(state).compile().memory_analysis().temp_size_in_bytes
+
+    plain = memory(lambda model, tokens, mask: model(*inputs(tokens, mask)))
+    assert memory(forward_qwen3) < 1.01 * plain
+
+
 class ExcitedTrainer(peft_trainer.PeftTrainer):
     def _train_step(self, model, optimizer, inputs):
         grad_fn = nnx.value_and_grad(self.loss_fn, has_aux=True)

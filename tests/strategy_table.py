@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from excitation_optax import _strategies, exp_diff, global_exp, inverted, positive_sum, random_boost, zero_sum
+import excitation_optax
 
 
 class Row(NamedTuple):
@@ -30,7 +30,7 @@ class Row(NamedTuple):
       at_zero: whether the equation holds where u = 0 too; if not, it is its limit.
     """
 
-    strategy: _strategies.Strategy
+    strategy: excitation_optax.Strategy
     by_hand: list[tuple[list[float], float, list[float]]]
     equation: Callable[[np.ndarray, float], Any] | None
     highest: Callable[[int, float], float] = lambda num_experts, gamma: num_experts
@@ -48,7 +48,7 @@ def mean(x):
 
 ROWS = [
     Row(
-        zero_sum,
+        excitation_optax.zero_sum,
         [
             ([0.1, 0.2, 0.3], 1.0, [0.5, 1.0, 1.5]),  # mean 0.2
             ([0.1, 0.2, 0.3], 2.0, [3 / 14, 12 / 14, 27 / 14]),  # squares 1, 4, 9 hundredths, mean 14/3
@@ -64,7 +64,7 @@ ROWS = [
         scale_free=True,
     ),
     Row(
-        positive_sum,
+        excitation_optax.positive_sum,
         [
             ([0.1, 0.2, 0.3], 1.0, [1.0, 1.0, 1.5]),  # zero-sum 0.5, 1, 1.5
             ([0.1, 0.2, 0.3], 2.0, [1.0, 1.0, 27 / 14]),  # zero-sum 3/14, 12/14, 27/14
@@ -76,7 +76,7 @@ ROWS = [
         scale_free=True,
     ),
     Row(
-        exp_diff,
+        excitation_optax.exp_diff,
         [
             ([0.0, 1.0], 1.0, [2 / (1 + math.e), 2 * math.e / (1 + math.e)]),  # exp 1, e, mean (1 + e)/2
             ([0.0, 0.5, 0.5], 2 * math.log(2), [0.6, 1.2, 1.2]),  # exp 1, 2, 2, mean 5/3
@@ -88,7 +88,7 @@ ROWS = [
         shift_free=True,
     ),
     Row(
-        global_exp,
+        excitation_optax.global_exp,
         [
             ([0.0, 1.0], 2 * math.log(3), [2.0, 2.0]),  # above the mean: 0, 1/2; exp 1, 3; mean 2
             ([0.1, 0.2, 0.3], 10.0, 3 * [(2 + math.e) / 3]),  # above the mean: 0, 0, 0.1; exp 1, 1, e
@@ -101,7 +101,7 @@ ROWS = [
         shift_free=True,
     ),
     Row(
-        random_boost,
+        excitation_optax.random_boost,
         [
             ([0.3, 0.1, 0.2], 1.0, [0.5, 1.0, 1.5]),  # zero-sum, in ascending order
             ([1.0, 0.25], 0.5, [2 / 3, 4 / 3]),
@@ -111,7 +111,7 @@ ROWS = [
         mean_one=True,
     ),
     Row(
-        inverted,
+        excitation_optax.inverted,
         [
             ([0.1, 0.3], 1.0, [1.5, 0.5]),  # 1/u: 10, 10/3, mean 20/3
             ([0.5, 1.0], 2.0, [1.6, 0.4]),  # 4, 1, mean 5/2

@@ -112,6 +112,9 @@ def test_versions_agree():
         "docs/models.md",
         "docs/telemetry.md",
         "docs/compatibility.md",
+        "docs/errors.md",
+        "docs/inside.md",
+        "CONTRIBUTING.md",
         "docs/reproduction.md",
         "CHANGELOG.md",
     ],
@@ -120,3 +123,17 @@ def test_links_to_files_hold(page):
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_contributing_knows_the_house():
+    """Every target of the Makefile is in CONTRIBUTING.md, and every path that it names is there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    targets = re.findall(r"^([a-z -]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in targets:
+        assert any(f"`make {name}`" in text for name in target.split()) or target in ("help", "clean"), target
+    for path in re.findall(r"`((?:tests|docs|examples|excitation_optax|results|\.ci|\.github)/[\w./]*)`", text):
+        assert "NAME" in path or (ROOT / path).exists(), path
+    for path in (ROOT / "excitation_optax").glob("[!_]*.py"):
+        assert path.name in text, path
+    for path in (ROOT / "excitation_optax").glob("_[!_]*.py"):
+        assert f"  {path.name} " in text, path

@@ -1,4 +1,4 @@
-"""Every optimizer and wrapper that Optax 0.2.8 exports, and where Excitation goes with each.
+"""Every optimizer and wrapper that Optax 0.2.8 exports, and where Excitation goes with each; and Flax's loops.
 
 `test_contract.py` holds each row to what it says; `python tests/optimizer_table.py` prints the table of
 docs/compatibility.md.
@@ -6,10 +6,17 @@ docs/compatibility.md.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
+from flax import nnx
+from flax.training import train_state
 from optax import contrib
+
+import excitation_optax
+from excitation_optax import flax as excitation_flax
 
 Tx = optax.GradientTransformation
 
@@ -40,6 +47,7 @@ class Row:
 
 OWN_PARAMETERS = "it keeps parameters of its own: with Excitation outside, these and the model's drift apart"
 DECAY = "decoupled weight decay is scaled too; the README has the recipe that leaves it alone"
+LINE_SEARCH = "`value_fn` must take (and may ignore) `utilization=`; the search vouches for the unscaled step"
 
 AFTER = [
     Row("optax.adabelief", "after", lambda: optax.adabelief(0.03)),
@@ -64,8 +72,7 @@ AFTER = [
         "optax.lbfgs",
         "after",
         lambda: optax.lbfgs(),
-        "its `value_fn` must take (and may ignore) `utilization=`; the guarantees of its line search are for the "
-        "unscaled step",
+        LINE_SEARCH,
     ),
     Row("optax.lion", "after", lambda: optax.lion(0.01, weight_decay=0.1), DECAY),
     Row("optax.nadam", "after", lambda: optax.nadam(0.03)),
@@ -111,6 +118,12 @@ AFTER = [
         "after",
         lambda: optax.chain(optax.sgd(0.1), contrib.reduce_on_plateau(patience=3)),
     ),
+    Row(
+        "optax.scale_by_backtracking_linesearch",
+        "after",
+        lambda: optax.chain(optax.sgd(0.1), optax.scale_by_backtracking_linesearch(3)),
+        LINE_SEARCH,
+    ),
     Row("optax.flatten", "after", lambda: optax.flatten(optax.adam(0.03)), "not inside: it hides the paths"),
     Row(
         "optax.contrib.split_real_and_imaginary",
@@ -151,6 +164,12 @@ INSIDE = [
         "inside",
         lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(1.0),
         'of `scale_by_excitation` itself: `static_args=("strategy", "expert_axis")`',
+    ),
+    Row(
+        "optax.apply_every",
+        "inside",
+        lambda tx: optax.chain(tx, optax.apply_every(2)),
+        "as `chain(optimizer, scale_by_excitation(...), apply_every(k))`: each step is scaled by its own utilization",
     ),
     Row(
         "optax.MultiSteps",
@@ -214,29 +233,169 @@ NO = [
 ]
 
 
-def markdown() -> str:
-    """The table for docs/compatibility.md."""
-    places = {
-        "after": "`chain(optimizer, scale_by_excitation(...))`",
-        "inside": "`wrapper(chain(optimizer, scale_by_excitation(...)))`",
-        "no": "not supported",
+@dataclasses.dataclass(frozen=True)
+class FlaxRow:
+    """One way to update parameters with Flax.
+
+    Attributes:
+      name: as it is written in code; `tx` ends with Excitation.
+      make: a function of `tx` and the parameters: what holds both, and is updated by `update`.
+      update: a function of what `make` made, gradients and utilization; returns the same, and the new parameters.
+      inner: the wrapper around `tx` in what `make` makes, to compare with.
+      works: whether it does.
+      note: what a user should know.
+    """
+
+    name: str
+    make: Callable[[Tx, Any], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+    inner: Callable[[Tx], Any] = lambda tx: tx
+    works: bool = True
+    note: str = ""
+
+
+class _Model(nnx.Module):
+    """Parameters as an NNX module has them: `router`, `experts/kernel`, `experts/bias`."""
+
+    def __init__(self, params):
+        self.router = nnx.Param(params["router"])
+        self.experts = nnx.Dict({name: nnx.Param(value) for name, value in params["experts"].items()})
+
+
+def _like(model: _Model, grads: Any) -> nnx.State:
+    """Gradients as `nnx.grad` gives them."""
+    return jax.tree.unflatten(jax.tree.structure(nnx.state(model, nnx.Param)), jax.tree.leaves(grads))
+
+
+def _nnx(wrap: Callable[[Tx], Any] = lambda tx: tx) -> dict[str, Any]:
+    def make(tx, params):
+        model = _Model(params)
+        return model, nnx.Optimizer(model, wrap(tx), wrt=nnx.Param)
+
+    def update(loop, grads, utilization):
+        model, optimizer = loop
+        optimizer.update(model, _like(model, grads), utilization=utilization)
+        return loop, nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    return {"make": make, "update": update, "inner": wrap}
+
+
+def _model_and_optimizer_update(optimizer, grads, utilization):
+    optimizer.update(_like(optimizer.model, grads), utilization=utilization)
+    return optimizer, nnx.to_pure_dict(nnx.state(optimizer.model, nnx.Param))
+
+
+def _linen(state: Any, wrap: Callable[[Tx], Any] = lambda tx: tx) -> dict[str, Any]:
+    def update(loop, grads, utilization):
+        loop = loop.apply_gradients(grads=grads, utilization=utilization)
+        return loop, loop.params
+
+    return {
+        "make": lambda tx, params: state.create(apply_fn=None, params=params, tx=wrap(tx)),
+        "update": update,
+        "inner": wrap,
     }
-    rows = [f"| `{row.name}` | {row.where} | {row.note} |" for row in AFTER + INSIDE + NO]
-    return "\n".join(
-        [
-            "# Optimizers and wrappers",
-            "",
-            "Where Excitation goes with each optimizer and wrapper that Optax 0.2.8 exports. `tests/test_contract.py`",
-            "runs every row; this page is what `python tests/optimizer_table.py` prints.",
-            "",
-            *[f"* **{where}**: {meaning}" for where, meaning in places.items()],
-            "",
-            "| Optimizer or wrapper | Excitation goes | Note |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+
+
+def _accumulate_two(tx: Tx) -> Tx:
+    like = {"experts": excitation_optax.RoutingCounts(jnp.zeros(4), jnp.zeros(()))}
+    return excitation_optax.accumulate_utilization(optax.MultiSteps(tx, 2), like)
+
+
+MULTI_STEPS = "as with Optax: the utilization of the last micro-batch only"
+FLAX = [
+    FlaxRow("nnx.Optimizer(model, tx, wrt=nnx.Param)", **_nnx()),
+    FlaxRow(
+        "nnx.Optimizer(model, optax.MultiSteps(tx, k), ...)",
+        **_nnx(lambda tx: optax.MultiSteps(tx, 2)),
+        note=MULTI_STEPS,
+    ),
+    FlaxRow(
+        "nnx.Optimizer(model, accumulate_utilization(optax.MultiSteps(tx, k), like), ...)",
+        **_nnx(_accumulate_two),
+        note="the utilization of all micro-batches; `RoutingCounts` are asked for",
+    ),
+    FlaxRow("nnx.Optimizer(model, apply_if_all_finite(tx), ...)", **_nnx(excitation_optax.apply_if_all_finite)),
+    FlaxRow(
+        "nnx.Optimizer(model, optax.contrib.schedule_free(tx, ...), ...)",
+        **_nnx(lambda tx: contrib.schedule_free(tx, 0.1)),
+    ),
+    FlaxRow(
+        "nnx.ModelAndOptimizer(model, tx)",
+        lambda tx, params: nnx.ModelAndOptimizer(_Model(params), tx),
+        _model_and_optimizer_update,
+        note="Flax calls it deprecated",
+    ),
+    FlaxRow("excitation_optax.flax.TrainState", **_linen(excitation_flax.TrainState), note="for Linen"),
+    FlaxRow(
+        "excitation_optax.flax.TrainState, with optax.MultiSteps(tx, k)",
+        **_linen(excitation_flax.TrainState, lambda tx: optax.MultiSteps(tx, 2)),
+        note=MULTI_STEPS,
+    ),
+    FlaxRow(
+        "flax.training.train_state.TrainState",
+        **_linen(train_state.TrainState),
+        works=False,
+        note="it hands `tx.update` no extra argument; ours is the same but for that",
+    ),
+]
+
+
+def markdown() -> str:
+    """The page docs/compatibility.md."""
+    plain = ", ".join(f"`{row.name}`" for row in AFTER if not row.note)
+    return f"""\
+# Optimizers and wrappers
+
+Where Excitation goes with each optimizer and wrapper that Optax 0.2.8 exports, and with Flax's training loops. This
+page is what `python tests/optimizer_table.py` prints; `tests/test_contract.py` holds every name on it to what it says
+here, by training a small MoE beside one that is scaled by hand.
+
+The parts that optimizers are made of (`scale_by_adam`, `clip_by_global_norm`, `add_decayed_weights`, ...) go into an
+`optax.chain` in any order: what stands before Excitation is scaled by it, and what stands after it is not. It has to
+stand after whatever normalizes gradients.
+
+## After it: `chain(optimizer, scale_by_excitation(...))`
+
+With nothing to watch: {plain}.
+
+And with something:
+
+| optimizer | what to know |
+|---|---|
+{_grouped(AFTER)}
+
+## Inside it: `wrapper(chain(optimizer, scale_by_excitation(...)))`
+
+| wrapper | what to know |
+|---|---|
+{_grouped(INSIDE)}
+
+## Not supported
+
+Each of these raises an error at the first update: they never train without Excitation in silence.
+
+| optimizer or wrapper | why |
+|---|---|
+{_grouped(NO)}
+
+## Flax
+
+`tx` ends with `scale_by_excitation(...)`; `update` and `apply_gradients` are given `utilization=`.
+
+| loop | works | what to know |
+|---|---|---|
+{chr(10).join(f"| `{row.name}` | {'yes' if row.works else 'no'} | {row.note} |" for row in FLAX)}
+"""
+
+
+def _grouped(rows: list[Row]) -> str:
+    """Table rows, those with the same note as one, in the order in which notes come up."""
+    by_note: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note or row.where != "after":
+            by_note.setdefault(row.note, []).append(f"`{row.name}`")
+    return "\n".join(f"| {', '.join(names)} | {note} |" for note, names in by_note.items())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import strategy_table
 from flax import nnx
 
 import excitation_optax
@@ -19,7 +20,6 @@ from models import moe, topk_mlp
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
 B, D, CLASSES = 840, 12, 5  # 840 is divisible by 1 to 8
-STRATEGIES = ["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 COUNTS = excitation_optax.RoutingCounts
 
 
@@ -103,7 +103,7 @@ def test_micro_batches_equal_the_batch(name, k):
         np.testing.assert_array_equal(a, b)
     mean = jax.tree.map(lambda leaf: leaf.mean(0), parts[0])
     like = excitation_flax.routing_like(model, jax.ShapeDtypeStruct((B // k, D), jnp.float32))
-    for strategy in STRATEGIES:
+    for strategy in strategy_table.NAMES:
         tx = sgd(strategy, model)
         expected, _ = tx.update(grads, tx.init(params), params, utilization=counts)
         scanned, _ = tx.update(mean, tx.init(params), params, utilization=added)

@@ -124,7 +124,47 @@ def test_no(row):
         tx.update(params, state, params, utilization={"experts": jnp.ones(4) / 4})
 
 
-def test_the_table_lists_every_optimizer_of_optax():
+def by_hand_sgd():
+    """SGD whose update is scaled by hand, of a tree of utilization or of counts."""
+
+    def update(updates, state, params=None, *, utilization, **extra_args):
+        u = utilization["experts"]
+        u = u.counts / u.tokens if isinstance(u, excitation_optax.RoutingCounts) else u
+        return by_hand(jax.tree.map(lambda g: -0.1 * g, updates), u), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("row", [row for row in optimizer_table.FLAX if row.works], ids=lambda row: row.name)
+def test_flax(row):
+    """Flax's loop against an Optax loop around an update that is scaled by hand."""
+    params = small_moe.init(0)
+    loop = row.make(optax.chain(optax.sgd(0.1), excite()), params)
+    plain = row.inner(by_hand_sgd())
+    state = plain.init(params)
+    expected, trained = params, params
+    xs, ys = small_moe.batches()
+    for x, y in zip(xs[:6], ys[:6], strict=True):
+        _, u, grads = gradients(expected, x, y)
+        utilization = {"experts": excitation_optax.RoutingCounts(u * small_moe.B, jnp.asarray(float(small_moe.B)))}
+        updates, state = plain.update(grads, state, expected, utilization=utilization)
+        expected = optax.apply_updates(expected, updates)
+        _, _, grads = gradients(trained, x, y)
+        loop, trained = row.update(loop, grads, utilization)
+        chex.assert_trees_all_close(trained, expected, rtol=1e-5, atol=1e-7)
+    assert not np.allclose(expected["experts"]["kernel"], params["experts"]["kernel"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("row", [row for row in optimizer_table.FLAX if not row.works], ids=lambda row: row.name)
+def test_flax_no(row):
+    params = small_moe.init(0)
+    loop = row.make(optax.chain(optax.sgd(0.1), excite()), params)
+    with pytest.raises((TypeError, ValueError), match="utilization"):
+        row.update(loop, params, {"experts": jnp.ones(4) / 4})
+
+
+def test_the_table_lists_every_optimizer_and_wrapper_of_optax():
     listed = {row.name.split(" ")[0] for row in optimizer_table.AFTER + optimizer_table.INSIDE + optimizer_table.NO}
     exported = {
         f"optax.{name}" for name, f in vars(optax).items() if getattr(f, "__module__", "") == "optax._src.alias"
@@ -134,9 +174,19 @@ def test_the_table_lists_every_optimizer_of_optax():
         for name, f in vars(optax.contrib).items()
         if inspect.isfunction(f) and not name.startswith(("scale_by", "hutchinson", "normalize", "schedule_free_eval"))
     }
-    parts = {"optax.contrib.differentially_private_aggregate"}  # of dpsgd
-    exported = {name for name in exported if name != "optax.MaskOrFn"} - parts
+    exported |= {f"optax.{name}" for name, f in vars(optax).items() if takes_an_optimizer(f)}
+    parts = {"optax.contrib.differentially_private_aggregate", "optax.monitor"}  # of dpsgd; of a chain, to record
+    old_names = {"optax.multi_transform", "optax.inject_stateful_hyperparams"}
+    exported = {name for name in exported if name != "optax.MaskOrFn"} - parts - old_names
     assert exported - listed == set()
+
+
+def takes_an_optimizer(f):
+    try:
+        parameters = inspect.signature(f).parameters.values()
+    except (TypeError, ValueError):  # no callable, or one without a signature
+        return False
+    return any("GradientTransformation" in str(parameter.annotation) for parameter in parameters)
 
 
 def test_the_page_of_the_table_is_up_to_date():

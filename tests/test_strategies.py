@@ -4,6 +4,7 @@ Axis letters: E experts, L layers.
 """
 
 import functools
+import inspect
 import math
 
 import hypothesis
@@ -11,25 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import strategy_table
 from hypothesis import strategies as st
 
 import excitation_optax
 from excitation_optax import _strategies, exp_diff, global_exp, inverted, positive_sum, random_boost, zero_sum
 
 E = 5  # one width for all generated layers, so that each strategy compiles once
-DETERMINISTIC = (zero_sum, positive_sum, exp_diff, global_exp, inverted)
-ALL = (*DETERMINISTIC, random_boost)
-# `[..., E]` of u and a scalar g in float64, word for word as the paper prints them.
-EQUATIONS = {
-    zero_sum: lambda u, g: u**g / np.mean(u**g, axis=-1, keepdims=True),
-    positive_sum: lambda u, g: np.maximum(1.0, u**g / np.mean(u**g, axis=-1, keepdims=True)),
-    exp_diff: lambda u, g: np.exp(g * u) / np.mean(np.exp(g * u), axis=-1, keepdims=True),
-    global_exp: lambda u, g: (
-        np.mean(np.exp(g * np.maximum(u - np.mean(u, axis=-1, keepdims=True), 0.0)), axis=-1, keepdims=True)
-        * np.ones_like(u)
-    ),
-    inverted: lambda u, g: u**-g / np.mean(u**-g, axis=-1, keepdims=True),
-}
+
+
+def each(holds=lambda row: True):
+    """The rows of the table for which this holds."""
+    rows = [row for row in strategy_table.ROWS if holds(row)]
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.strategy.__name__)
+
+
+def is_random(row):
+    return row.equation is None
+
+
+each_strategy = each()
+each_deterministic = each(lambda row: not is_random(row))
+each_mean_one = each(lambda row: row.mean_one)
 
 
 @functools.cache
@@ -39,7 +43,7 @@ def compiled(strategy):
 
 def phi(strategy, u, gamma, seed=0):
     """The excitation as NumPy float32, compiled; a random strategy gets the key of `seed`."""
-    key = {"key": jax.random.key(seed)} if strategy is random_boost else {}
+    key = {"key": jax.random.key(seed)} if _strategies.is_random(strategy) else {}
     return np.asarray(compiled(strategy)(np.asarray(u, np.float32), np.float32(gamma), **key))
 
 
@@ -61,96 +65,44 @@ POSITIVE_FRACTIONS = layers_of(st.floats(2**-20, 1, width=32))
 ANYTHING = layers_of(st.sampled_from([0.0, 1.0, 1e-45, 1e-40, 2**-126]) | st.floats(0, 1, width=32))
 GAMMAS = st.sampled_from([0.0, 0.5, 1.0, 2.0, 10.0]) | st.floats(0, 10, width=32)
 
-each_strategy = pytest.mark.parametrize("strategy", ALL, ids=lambda s: s.__name__)
-each_deterministic = pytest.mark.parametrize("strategy", DETERMINISTIC, ids=lambda s: s.__name__)
-each_mean_one = pytest.mark.parametrize(
-    "strategy", [zero_sum, exp_diff, inverted, random_boost], ids=lambda s: s.__name__
-)
+
+# The table.
+
+
+def test_every_strategy_that_is_exported_has_a_row():
+    """A strategy is a public function of the file of strategies that begins with (utilization, gamma)."""
+    public = [getattr(excitation_optax, name) for name in excitation_optax.__all__]
+    functions = [f for f in public if inspect.isfunction(f) and f.__module__ == _strategies.__name__]
+    exported = {f.__name__ for f in functions if list(inspect.signature(f).parameters)[:2] == ["utilization", "gamma"]}
+    assert exported == set(strategy_table.NAMES)
+    defined = {name for name, f in vars(_strategies).items() if inspect.isfunction(f) and "Phi" in (f.__doc__ or "")}
+    assert defined - {"clipped"} == exported, "a strategy is not exported by excitation_optax/__init__.py"
+
+
+@each_strategy
+def test_a_row_is_random_if_its_strategy_is(row):
+    assert is_random(row) == _strategies.is_random(row.strategy)
 
 
 # Numbers worked by hand.
 
 
 @pytest.mark.parametrize(
-    ("u", "gamma", "expected"),
-    [
-        ([0.1, 0.2, 0.3], 1.0, [0.5, 1.0, 1.5]),  # mean 0.2
-        ([0.1, 0.2, 0.3], 2.0, [3 / 14, 12 / 14, 27 / 14]),  # squares 1, 4, 9 hundredths, mean 14/3
-        ([0.25, 1.0], 0.5, [2 / 3, 4 / 3]),  # roots 1/2, 1, mean 3/4
-        ([0.5, 1.0], 3.0, [2 / 9, 16 / 9]),  # cubes 1/8, 8/8, mean 9/16
-        ([0.5, 1.0], 10.0, [2 / 1025, 2048 / 1025]),  # 1/1024, 1, mean 1025/2048
-        ([0.0, 0.5, 0.5, 1.0], 1.0, [0.0, 1.0, 1.0, 2.0]),  # mean 1/2
-        ([0.0, 0.0, 0.0, 1.0], 2.0, [0.0, 0.0, 0.0, 4.0]),  # mean 1/4
-        ([0.7], 3.0, [1.0]),  # one expert is its own mean
-    ],
+    ("row", "u", "gamma", "expected"),
+    [(row, *numbers) for row in strategy_table.ROWS for numbers in row.by_hand],
+    ids=lambda value: value.strategy.__name__ if isinstance(value, strategy_table.Row) else None,
 )
-def test_zero_sum_by_hand(u, gamma, expected):
-    assert_close(zero_sum(jnp.array(u), gamma), expected)
+def test_by_hand(row, u, gamma, expected):
+    if is_random(row):
+        assert_close(np.sort(row.strategy(jnp.array(u), gamma, key=jax.random.key(0))), expected)
+    else:
+        assert_close(row.strategy(jnp.array(u), gamma), expected)
 
 
-@pytest.mark.parametrize(
-    ("u", "gamma", "expected"),
-    [
-        ([0.1, 0.2, 0.3], 1.0, [1.0, 1.0, 1.5]),  # zero-sum 0.5, 1, 1.5
-        ([0.1, 0.2, 0.3], 2.0, [1.0, 1.0, 27 / 14]),  # zero-sum 3/14, 12/14, 27/14
-        ([0.25, 1.0], 0.5, [1.0, 4 / 3]),  # zero-sum 2/3, 4/3
-        ([0.0, 0.0, 0.0, 1.0], 5.0, [1.0, 1.0, 1.0, 4.0]),  # zero-sum 0, 0, 0, 4
-    ],
-)
-def test_positive_sum_by_hand(u, gamma, expected):
-    assert_close(positive_sum(jnp.array(u), gamma), expected)
-
-
-@pytest.mark.parametrize(
-    ("u", "gamma", "expected"),
-    [
-        ([0.0, 1.0], 1.0, [2 / (1 + math.e), 2 * math.e / (1 + math.e)]),  # exp 1, e, mean (1 + e)/2
-        ([0.0, 0.5, 0.5], 2 * math.log(2), [0.6, 1.2, 1.2]),  # exp 1, 2, 2, mean 5/3
-        ([0.5, 1.0], 2 * math.log(3), [0.5, 1.5]),  # exp 3, 9, mean 6
-        ([0.2, 0.2, 0.2], 10.0, [1.0, 1.0, 1.0]),  # all alike
-    ],
-)
-def test_exp_diff_by_hand(u, gamma, expected):
-    assert_close(exp_diff(jnp.array(u), gamma), expected)
-
-
-@pytest.mark.parametrize(
-    ("u", "gamma", "expected"),
-    [
-        ([0.0, 1.0], 2 * math.log(3), 2.0),  # above the mean: 0, 1/2; exp 1, 3; mean 2
-        ([0.1, 0.2, 0.3], 10.0, (2 + math.e) / 3),  # above the mean: 0, 0, 0.1; exp 1, 1, e
-        ([0.2, 0.2, 0.2, 1.0], math.log(5) / 0.6, 2.0),  # above the mean 0.4: 0, 0, 0, 0.6; exp 1, 1, 1, 5
-        ([0.3, 0.3], 7.0, 1.0),  # nobody is above the mean
-    ],
-)
-def test_global_exp_by_hand(u, gamma, expected):
-    assert_close(global_exp(jnp.array(u), gamma), [expected] * len(u))
-
-
-@pytest.mark.parametrize(
-    ("u", "gamma", "expected"),
-    [
-        ([0.1, 0.3], 1.0, [1.5, 0.5]),  # 1/u: 10, 10/3, mean 20/3
-        ([0.5, 1.0], 2.0, [1.6, 0.4]),  # 4, 1, mean 5/2
-        ([0.25, 1.0], 0.5, [4 / 3, 2 / 3]),  # 2, 1, mean 3/2
-        ([0.2, 0.4, 0.4], 1.0, [1.5, 0.75, 0.75]),  # 5, 5/2, 5/2, mean 10/3
-        ([0.0, 0.5, 0.5], 1.0, [3.0, 0.0, 0.0]),  # the idle one takes all
-        ([0.0, 0.0, 0.4, 0.6], 2.0, [2.0, 2.0, 0.0, 0.0]),  # the idle two share all
-    ],
-)
-def test_inverted_by_hand(u, gamma, expected):
-    assert_close(inverted(jnp.array(u), gamma), expected)
-
-
-@pytest.mark.parametrize(
-    ("u", "gamma", "shuffled"),
-    [
-        ([0.3, 0.1, 0.2], 1.0, [0.5, 1.0, 1.5]),  # zero-sum, in ascending order
-        ([1.0, 0.25], 0.5, [2 / 3, 4 / 3]),
-    ],
-)
-def test_random_boost_by_hand(u, gamma, shuffled):
-    assert_close(np.sort(random_boost(jnp.array(u), gamma, key=jax.random.key(0))), shuffled)
+@each_strategy
+def test_every_row_has_numbers_by_hand(row):
+    assert any(gamma != 1 for _, gamma, _ in row.by_hand)
+    assert any(expected != len(u) * [1.0] for u, _, expected in row.by_hand)
 
 
 # The paper's equations.
@@ -159,22 +111,23 @@ def test_random_boost_by_hand(u, gamma, shuffled):
 @each_deterministic
 @generated(100)
 @hypothesis.given(u=POSITIVE_FRACTIONS, gamma=GAMMAS)
-def test_the_papers_equation(strategy, u, gamma):
-    assert_close(phi(strategy, u, gamma), EQUATIONS[strategy](np.array(u), gamma), rtol=3e-5)
+def test_the_papers_equation(row, u, gamma):
+    assert_close(phi(row.strategy, u, gamma), row.equation(np.array(u), gamma), rtol=3e-5)
 
 
-@pytest.mark.parametrize("strategy", DETERMINISTIC[:4], ids=lambda s: s.__name__)
+@each(lambda row: not is_random(row) and row.at_zero)
 @generated()
 @hypothesis.given(u=FRACTIONS.filter(any), gamma=GAMMAS)
-def test_the_papers_equation_with_idle_experts(strategy, u, gamma):
-    assert_close(phi(strategy, u, gamma), EQUATIONS[strategy](np.array(u), gamma), rtol=3e-5)
+def test_the_papers_equation_with_idle_experts(row, u, gamma):
+    assert_close(phi(row.strategy, u, gamma), row.equation(np.array(u), gamma), rtol=3e-5)
 
 
 @generated()
 @hypothesis.given(u=FRACTIONS, gamma=st.floats(0.25, 2.5, width=32))
 def test_inverted_is_the_equations_limit_at_zero(u, gamma):
     # 1e-100 ** -2.5 = 1e250, which float64 holds; (1e-100 / 2**-20) ** 0.25 = 1e-24 is what is left to the others.
-    limit = EQUATIONS[inverted](np.maximum(np.array(u), 1e-100), gamma)
+    equation = next(row.equation for row in strategy_table.ROWS if row.strategy is inverted)
+    limit = equation(np.maximum(np.array(u), 1e-100), gamma)
     assert_close(phi(inverted, u, gamma), limit, rtol=3e-5)
 
 
@@ -184,8 +137,8 @@ def test_inverted_is_the_equations_limit_at_zero(u, gamma):
 @each_mean_one
 @generated()
 @hypothesis.given(u=ANYTHING, gamma=GAMMAS)
-def test_mean_is_one(strategy, u, gamma):
-    assert_close(phi(strategy, u, gamma).mean(), 1.0)
+def test_mean_is_one(row, u, gamma):
+    assert_close(phi(row.strategy, u, gamma).mean(), 1.0)
 
 
 @generated()
@@ -197,54 +150,55 @@ def test_positive_sum_is_zero_sum_but_never_below_one(u, gamma):
 @each_strategy
 @generated(100)
 @hypothesis.given(u=ANYTHING, gamma=GAMMAS)
-def test_finite_and_within_its_bounds(strategy, u, gamma):
-    lowest = 1.0 if strategy in (positive_sum, global_exp) else 0.0
-    highest = math.exp(gamma) if strategy is global_exp else E
-    excitation = phi(strategy, u, gamma)
+def test_finite_and_within_its_bounds(row, u, gamma):
+    excitation = phi(row.strategy, u, gamma)
     assert np.isfinite(excitation).all()
-    assert (excitation >= lowest * (1 - 1e-5)).all()
-    assert (excitation <= highest * (1 + 1e-5)).all()
+    assert (excitation >= row.lowest * (1 - 1e-5)).all()
+    assert (excitation <= row.highest(E, gamma) * (1 + 1e-5)).all()
 
 
 @each_strategy
 @generated(25)
 @hypothesis.given(u=ANYTHING)
-def test_gamma_zero_is_the_identity(strategy, u):
-    np.testing.assert_array_equal(phi(strategy, u, 0.0), np.ones(E))
+def test_gamma_zero_is_the_identity(row, u):
+    np.testing.assert_array_equal(phi(row.strategy, u, 0.0), np.ones(E))
 
 
 @each_strategy
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 10.0])
-def test_a_layer_that_is_zero_everywhere_is_excited_by_one(strategy, gamma):
-    np.testing.assert_array_equal(phi(strategy, np.zeros(E), gamma), np.ones(E))
+def test_a_layer_that_is_zero_everywhere_is_excited_by_one(row, gamma):
+    np.testing.assert_array_equal(phi(row.strategy, np.zeros(E), gamma), np.ones(E))
 
 
 @each_mean_one
 @pytest.mark.parametrize("gamma", [0.5, 10.0])
 @pytest.mark.parametrize("u", [1e-45, 1e-40, 2**-126, 0.2, 1.0])
-def test_a_layer_that_is_the_same_everywhere_is_excited_by_one(strategy, gamma, u):
-    assert_close(phi(strategy, np.full(E, u), gamma), np.ones(E))
+def test_a_layer_that_is_the_same_everywhere_is_excited_by_one(row, gamma, u):
+    assert_close(phi(row.strategy, np.full(E, u), gamma), np.ones(E))
 
 
 @each_deterministic
 @generated(25)
 @hypothesis.given(u=ANYTHING, gamma=GAMMAS, order=st.permutations(range(E)))
-def test_permuting_the_experts_permutes_the_excitation(strategy, u, gamma, order):
+def test_permuting_the_experts_permutes_the_excitation(row, u, gamma, order):
     u, order = np.array(u, np.float32), np.array(order)
-    assert_close(phi(strategy, u[order], gamma), phi(strategy, u, gamma)[order])
+    assert_close(phi(row.strategy, u[order], gamma), phi(row.strategy, u, gamma)[order])
 
 
-@pytest.mark.parametrize("strategy", [zero_sum, positive_sum, inverted], ids=lambda s: s.__name__)
+@each(lambda row: row.scale_free)
 @generated(25)
 @hypothesis.given(u=FRACTIONS, gamma=GAMMAS, factor=st.floats(2**-20, 1, width=32))
-def test_power_laws_do_not_change_with_the_scale(strategy, u, gamma, factor):
-    assert_close(phi(strategy, np.float32(factor) * np.array(u, np.float32), gamma), phi(strategy, u, gamma), rtol=3e-5)
+def test_what_goes_by_ratios_does_not_change_with_the_scale(row, u, gamma, factor):
+    u = np.array(u, np.float32)
+    assert_close(phi(row.strategy, np.float32(factor) * u, gamma), phi(row.strategy, u, gamma), rtol=3e-5)
 
 
+@each(lambda row: row.shift_free)
 @generated(25)
 @hypothesis.given(u=layers_of(st.floats(0, 0.5, width=32)), gamma=GAMMAS, shift=st.floats(0, 0.5, width=32))
-def test_exp_diff_does_not_change_with_a_shift(u, gamma, shift):
-    assert_close(phi(exp_diff, np.float32(shift) + np.array(u, np.float32), gamma), phi(exp_diff, u, gamma), rtol=3e-5)
+def test_what_goes_by_differences_does_not_change_with_a_shift(row, u, gamma, shift):
+    u = np.array(u, np.float32)
+    assert_close(phi(row.strategy, np.float32(shift) + u, gamma), phi(row.strategy, u, gamma), rtol=3e-5)
 
 
 def test_exp_diff_changes_with_the_scale():
@@ -253,16 +207,12 @@ def test_exp_diff_changes_with_the_scale():
     assert_close(exp_diff(jnp.array([0.0, 1.0]), 2.0)[1], 2 * math.e**2 / (1 + math.e**2))
 
 
-@pytest.mark.parametrize(
-    ("strategy", "sign"),
-    [(zero_sum, 1), (positive_sum, 1), (exp_diff, 1), (inverted, -1)],
-    ids=["zero_sum", "positive_sum", "exp_diff", "inverted"],
-)
+@each(lambda row: row.order)
 @generated(25)
 @hypothesis.given(u=ANYTHING, gamma=GAMMAS)
-def test_busier_experts_get_no_less_and_from_inverted_no_more(strategy, sign, u, gamma):
+def test_busier_experts_get_no_less_or_no_more(row, u, gamma):
     u = np.sort(np.array(u, np.float32))
-    assert (sign * np.diff(phi(strategy, u, gamma)) >= -1e-5).all()
+    assert (row.order * np.diff(phi(row.strategy, u, gamma)) >= -1e-5).all()
 
 
 @generated(25)
@@ -284,9 +234,9 @@ def test_inverted_gives_nothing_to_the_only_busy_expert(gamma):
 
 
 @each_deterministic
-def test_larger_gamma_spreads_the_excitation_further(strategy):
+def test_larger_gamma_spreads_the_excitation_further(row):
     u = [0.1, 0.2, 0.4, 0.6, 0.7]
-    highest = [phi(strategy, u, gamma).max() for gamma in (0.0, 0.5, 1.0, 2.0, 10.0)]
+    highest = [phi(row.strategy, u, gamma).max() for gamma in (0.0, 0.5, 1.0, 2.0, 10.0)]
     assert (np.diff(highest) > 0).all()
 
 
@@ -296,16 +246,16 @@ def test_larger_gamma_spreads_the_excitation_further(strategy):
 @each_strategy
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 @pytest.mark.parametrize("rest", [[0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.0, 0.0]], ids=["busy", "idle"])
-def test_nan_stays_in_its_layer(strategy, gamma, rest):
+def test_nan_stays_in_its_layer(row, gamma, rest):
     stack = np.array([[0.1, 0.2, 0.3, 0.4, 0.5], [*rest, math.nan], [0.0, 0.9, 0.0, 0.1, 0.5]])
-    excitation = phi(strategy, stack, gamma)
+    excitation = phi(row.strategy, stack, gamma)
     assert np.isnan(excitation[1]).all()
-    np.testing.assert_array_equal(excitation[[0, 2]], phi(strategy, np.nan_to_num(stack), gamma)[[0, 2]])
+    np.testing.assert_array_equal(excitation[[0, 2]], phi(row.strategy, np.nan_to_num(stack), gamma)[[0, 2]])
 
 
 @each_strategy
-def test_nan_gamma_is_nan(strategy):
-    assert np.isnan(phi(strategy, [0.1, 0.2, 0.3, 0.4, 0.5], math.nan)).all()
+def test_nan_gamma_is_nan(row):
+    assert np.isnan(phi(row.strategy, [0.1, 0.2, 0.3, 0.4, 0.5], math.nan)).all()
 
 
 # Random boost.
@@ -345,52 +295,52 @@ STACK = np.array([[0.1, 0.2, 0.3, 0.4, 0.5], [0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.
 
 @each_deterministic
 @pytest.mark.parametrize("shape", [(3, E), (1, 3, E), (3, 1, E)])
-def test_stacked_layers_equal_one_layer_at_a_time(strategy, shape):
-    one_by_one = np.stack([phi(strategy, layer, 2.0) for layer in STACK])
-    np.testing.assert_allclose(phi(strategy, STACK.reshape(shape), 2.0), one_by_one.reshape(shape), rtol=1e-6)
+def test_stacked_layers_equal_one_layer_at_a_time(row, shape):
+    one_by_one = np.stack([phi(row.strategy, layer, 2.0) for layer in STACK])
+    np.testing.assert_allclose(phi(row.strategy, STACK.reshape(shape), 2.0), one_by_one.reshape(shape), rtol=1e-6)
 
 
 @each_deterministic
-def test_vmap_over_layers_with_a_gamma_each(strategy):
+def test_vmap_over_layers_with_a_gamma_each(row):
     gammas = np.array([0.5, 1.0, 2.0], np.float32)
-    one_by_one = [phi(strategy, layer, gamma) for layer, gamma in zip(STACK, gammas, strict=True)]
-    np.testing.assert_allclose(jax.jit(jax.vmap(strategy))(STACK, gammas), one_by_one, rtol=1e-6)
+    one_by_one = [phi(row.strategy, layer, gamma) for layer, gamma in zip(STACK, gammas, strict=True)]
+    np.testing.assert_allclose(jax.jit(jax.vmap(row.strategy))(STACK, gammas), one_by_one, rtol=1e-6)
 
 
 @each_deterministic
 @pytest.mark.parametrize(
     "gamma", [2, np.float64(2), np.array(2), jnp.array(2), jnp.bfloat16(2)], ids=lambda g: type(g).__name__
 )
-def test_gamma_of_any_type_gives_the_same_float32(strategy, gamma):
-    excitation = strategy(STACK, gamma)
+def test_gamma_of_any_type_gives_the_same_float32(row, gamma):
+    excitation = row.strategy(STACK, gamma)
     assert excitation.dtype == jnp.float32
-    np.testing.assert_array_equal(excitation, strategy(STACK, 2.0))
+    np.testing.assert_array_equal(excitation, row.strategy(STACK, 2.0))
 
 
 @each_strategy
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_narrow_utilization_is_computed_in_float32(strategy, dtype):
-    key = {"key": jax.random.key(0)} if strategy is random_boost else {}
+def test_narrow_utilization_is_computed_in_float32(row, dtype):
+    key = {"key": jax.random.key(0)} if is_random(row) else {}
     narrow = jnp.asarray(STACK, dtype)
-    excitation = compiled(strategy)(narrow, 1.5, **key)
+    excitation = compiled(row.strategy)(narrow, 1.5, **key)
     assert excitation.dtype == jnp.float32
-    np.testing.assert_array_equal(excitation, compiled(strategy)(narrow.astype(jnp.float32), 1.5, **key))
+    np.testing.assert_array_equal(excitation, compiled(row.strategy)(narrow.astype(jnp.float32), 1.5, **key))
 
 
 @each_strategy
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_under_x64_float64_is_kept_and_nothing_else_widened(strategy, dtype):
+def test_under_x64_float64_is_kept_and_nothing_else_widened(row, dtype):
     with jax.enable_x64(True):
-        key = {"key": jax.random.key(0)} if strategy is random_boost else {}
-        excitation = jax.eval_shape(strategy, jnp.asarray(STACK, dtype), jnp.float32(1.5), **key)
+        key = {"key": jax.random.key(0)} if is_random(row) else {}
+        excitation = jax.eval_shape(row.strategy, jnp.asarray(STACK, dtype), jnp.float32(1.5), **key)
         assert excitation.dtype == ("float64" if dtype == "float64" else "float32")
 
 
 @each_deterministic
-def test_float64_is_exact_to_float64(strategy):
+def test_float64_is_exact_to_float64(row):
     u = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
     with jax.enable_x64(True):
-        np.testing.assert_allclose(strategy(jnp.asarray(u), 1.7), EQUATIONS[strategy](u, 1.7), rtol=1e-13)
+        np.testing.assert_allclose(row.strategy(jnp.asarray(u), 1.7), row.equation(u, 1.7), rtol=1e-13)
 
 
 # clipped.
@@ -452,7 +402,6 @@ def test_clipped_rejects_what_is_no_bound(maximum):
 @pytest.mark.parametrize(
     ("strategy", "random"),
     [
-        *((strategy, strategy is random_boost) for strategy in ALL),
         (excitation_optax.clipped(zero_sum, 2.0), False),
         (lambda u, gamma, *, key: u, True),
         (jax.jit(zero_sum), False),

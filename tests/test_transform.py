@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import small_moe
+import strategy_table
 from jax.sharding import PartitionSpec as P
 
 import excitation_optax
@@ -200,9 +201,6 @@ def test_jit_with_a_sharded_batch(kind):
     chex.assert_trees_all_close(stepped, expected, rtol=1e-5, atol=1e-6)
 
 
-STRATEGIES = ["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
-
-
 @pytest.mark.parametrize("where", [P("expert"), P()], ids=["split", "whole"])
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit], ids=["auto", "explicit"])
 def test_experts_that_are_split_send_nothing(kind, where):
@@ -210,7 +208,7 @@ def test_experts_that_are_split_send_nothing(kind, where):
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(kind,))
     updates = {"kernel": jax.random.normal(jax.random.key(0), (2, 16, 3, 5)), "bias": jnp.ones((2, 16, 5))}
     utilization = jax.random.uniform(jax.random.key(1), (2, 16)).at[0, 3].set(0)
-    for name in STRATEGIES:
+    for name in strategy_table.NAMES:
         tx = excitation_optax.scale_by_excitation(getattr(excitation_optax, name), 2.0)
         expected, _ = tx.update(updates, tx.init(updates), utilization=utilization)
         with jax.set_mesh(mesh):

@@ -1,0 +1,193 @@
+"""What a release needs: versions that agree, distributions with what belongs there, workflows and forms that parse."""
+
+import io
+import pathlib
+import re
+import shutil
+import tarfile
+import tomllib
+import zipfile
+
+import pytest
+import release_check
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
+CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+
+
+# The tag.
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A checkout in which everything is ready for a release of this version."""
+    (tmp_path / "excitation_optax").mkdir()
+    for name in ("pyproject.toml", "excitation_optax/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    change(tmp_path / "CHANGELOG.md", rf"^## {re.escape(VERSION)} .*$", f"## {VERSION} (2026-12-01)")
+    without_date = re.sub(r"^date-released: .*\n", "", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
+    (tmp_path / "CITATION.cff").write_text(f"{without_date}date-released: 2026-12-01\n")
+    return tmp_path
+
+
+def change(path, pattern, replacement):
+    text, times = re.subn(pattern, replacement, path.read_text(), count=1, flags=re.MULTILINE)
+    assert times == 1
+    path.write_text(text)
+
+
+def test_the_right_tag(released):
+    assert release_check.wrong_with_tag(f"v{VERSION}", released) == []
+
+
+def test_another_tag_is_wrong_everywhere(released):
+    wrong = release_check.wrong_with_tag("v9.9.9", released)
+    assert len(wrong) == 4
+    for file in ("pyproject.toml", "excitation_optax/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+        assert any(line.startswith(file) and "9.9.9" in line for line in wrong), (file, wrong)
+
+
+@pytest.mark.parametrize("tag", [VERSION, f"v{VERSION}.0", "v1.2", "version-1.2.3", "v1.2.3-rc1", "main", ""])
+def test_what_is_no_tag_of_a_release(released, tag):
+    assert release_check.wrong_with_tag(tag, released) == [f"{tag} is no tag of a release: v1.2.3, or v1.2.3rc1"]
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "replacement", "message"),
+    [
+        ("pyproject.toml", r'^version = ".*"', 'version = "0.0.9"', "pyproject.toml says 0.0.9"),
+        ("excitation_optax/__init__.py", r'^__version__ = ".*"', '__version__ = "0.0.9"', "__init__.py says 0.0.9"),
+        ("CITATION.cff", r"^version: .*", "version: 0.0.9", "CITATION.cff says 0.0.9"),
+        ("CITATION.cff", r"^version: .*\n", "", "CITATION.cff says None"),
+        ("CHANGELOG.md", r"\(2026-12-01\)", "(unreleased)", "CHANGELOG.md has no section"),
+        ("CITATION.cff", r"^date-released: .*", "date-released: 2026-11-01", "date-released: 2026-11-01, CHANGELOG.md"),
+        ("CITATION.cff", r"^date-released: .*\n", "", "date-released: None, CHANGELOG.md"),
+    ],
+)
+def test_one_file_that_was_forgotten(released, file, pattern, replacement, message):
+    change(released / file, pattern, replacement)
+    (wrong,) = release_check.wrong_with_tag(f"v{VERSION}", released)
+    assert message in wrong
+
+
+# The distributions.
+
+
+def write_distributions(folder, sdist, wheel):
+    with tarfile.open(folder / "p-1.tar.gz", "w:gz") as archive:
+        for name in sdist:
+            archive.addfile(tarfile.TarInfo(f"p-1/{name}"), io.BytesIO())
+    with zipfile.ZipFile(folder / "p-1-py3-none-any.whl", "w") as archive:
+        for name in wheel:
+            archive.writestr(name, "")
+
+
+GOOD_WHEEL = ["excitation_optax/__init__.py", "p-1.dist-info/METADATA"]
+
+
+def test_good_distributions(tmp_path):
+    write_distributions(tmp_path, release_check.WANTED, GOOD_WHEEL)
+    assert release_check.wrong_with_built(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("sdist", "wheel", "message"),
+    [
+        (release_check.WANTED[1:], GOOD_WHEEL, "lacks README.md"),
+        ([*release_check.WANTED, "results/mlp.jsonl"], GOOD_WHEEL, "holds results/mlp.jsonl"),
+        (release_check.WANTED, [*GOOD_WHEEL, "models/moe.py"], "holds ['excitation_optax', 'models']"),
+    ],
+)
+def test_bad_distributions(tmp_path, sdist, wheel, message):
+    write_distributions(tmp_path, sdist, wheel)
+    (wrong,) = release_check.wrong_with_built(tmp_path)
+    assert message in wrong
+
+
+def test_nothing_was_built(tmp_path):
+    assert "must hold one .tar.gz and one .whl" in release_check.wrong_with_built(tmp_path)[0]
+
+
+def test_a_large_sdist(tmp_path, monkeypatch):
+    write_distributions(tmp_path, release_check.WANTED, GOOD_WHEEL)
+    monkeypatch.setattr(release_check, "MOST_BYTES", 10)
+    assert "of at most 10" in release_check.wrong_with_built(tmp_path)[0]
+
+
+# Workflows, forms, citation.
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.stem)
+def test_workflows(path):
+    """They parse, every job has a time limit, and what they run is there."""
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow[True]  # `on` is a boolean to YAML 1.1, and to GitHub a key
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 90
+        assert set(job.get("needs", "").split()) <= workflow["jobs"].keys()
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step)
+            command = step.get("run", "").split()
+            for word in command:
+                assert not word.startswith((".ci/", "tests/")) or (ROOT / word).exists(), word
+            if command[:1] == ["make"]:
+                assert set(command[1:]) <= set(targets), command
+
+
+def test_only_the_publishing_job_may_ask_for_an_identity():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    asking = [name for name, job in workflow["jobs"].items() if "id-token" in job.get("permissions", {})]
+    assert asking == ["publish"]
+    assert workflow["jobs"]["publish"]["needs"] == "build"
+    assert all("run" not in step for step in workflow["jobs"]["publish"]["steps"])
+
+
+FORMS = [path for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")) if path.stem != "config"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_issue_forms(path):
+    """What GitHub asks of a form."""
+    form = yaml.safe_load(path.read_text())
+    assert form["name"]
+    assert form["description"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert fields
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert len({field["attributes"]["label"] for field in fields}) == len(fields)
+    assert {field["type"] for field in fields} <= {"input", "textarea", "checkboxes", "dropdown"}
+
+
+def test_the_versions_that_a_bug_report_asks_for_can_be_had():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
+    (command,) = [field["attributes"]["value"] for field in form["body"] if field.get("id") == "versions"]
+    exec(re.fullmatch(r'python -c "(.*)"', command.strip())[1], {})
+
+
+def test_the_citation_is_of_this_project():
+    assert CITATION["cff-version"] == "1.2.0"
+    assert CITATION["title"] == PROJECT["name"]
+    assert CITATION["version"] == VERSION
+    assert CITATION["license"] == PROJECT["license"]
+    assert CITATION["abstract"] == PROJECT["description"]
+    assert CITATION["authors"] == PROJECT["authors"]
+    assert CITATION["repository-code"] == PROJECT["urls"]["Repository"]
+    (paper,) = CITATION["references"]
+    assert paper["url"] == PROJECT["urls"]["Paper"]
+    assert paper["identifiers"][0]["value"].removeprefix("arXiv:") == paper["url"].rsplit("/", 1)[1]
+
+
+def test_the_readme_cites_the_same():
+    readme = (ROOT / "README.md").read_text()
+    entries = re.findall(r"^@\w+\{.*?^\}", readme, re.MULTILINE | re.DOTALL)
+    software = [entry for entry in entries if CITATION["repository-code"] in entry]
+    assert len(software) == 1
+    assert f"{{{VERSION}}}" in software[0]
+    assert CITATION["authors"][0]["name"] in software[0]
+    (paper,) = CITATION["references"]
+    assert any(paper["title"] in entry and "2602.21798" in entry and "Shaier, Sagi" in entry for entry in entries)

@@ -22,10 +22,10 @@ import excitation_optax
 from tests.integrations import excited
 
 pytest.importorskip("tunix")
-from tunix.models.gemma4 import model as gemma4  # noqa: E402
-from tunix.models.gemma4 import moe as gemma4_moe  # noqa: E402
-from tunix.models.qwen3 import model as qwen3  # noqa: E402
-from tunix.sft import peft_trainer, utils  # noqa: E402
+from tunix.models.gemma4 import model as gemma4
+from tunix.models.gemma4 import moe as gemma4_moe
+from tunix.models.qwen3 import model as qwen3
+from tunix.sft import peft_trainer, utils
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("as_users_have_it")]
 

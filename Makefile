@@ -4,7 +4,7 @@ RUN := $(UV) run --locked --extra examples
 # The newest Python from 3.12 on, for test-latest: in PATH, or in pyenv's folder.
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
-.PHONY: help demo test test-latest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel lint format types docs docs-test wheel-test bench clean
+.PHONY: help demo site test test-latest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -50,9 +50,20 @@ docs: $(UV)  ## write docs/compatibility.md, docs/reproduction.md and its pictur
 	$(RUN) python tests/optimizer_table.py > docs/compatibility.md
 	$(RUN) python -m examples.reproduce report
 
+site: $(UV)  ## build the documentation into out/site, and check its links
+	$(RUN) sphinx-build -W --keep-going -q -b html -d out/doctrees docs out/site
+	$(RUN) python tests/site_check.py out/site
+
 docs-test: $(UV)  ## run every example of the docstrings, the README and docs/
 	$(RUN) pytest --doctest-modules excitation_optax models
-	$(RUN) pytest --markdown-docs README.md docs
+	$(RUN) pytest --markdown-docs README.md docs $(patsubst %,--ignore=docs/integrations/%.md,tunix levanter easydel)
+
+notebooks: $(UV)  ## write examples/notebooks/*.ipynb from docs/notebooks/*.md
+	$(RUN) python -m examples.notebooks.generate
+
+notebooks-test: $(UV)  ## run the notebooks, here and as Colab does, from an empty environment
+	$(RUN) pytest -m "slow or not slow" tests/test_notebooks.py
+	UV=$(UV) sh tests/colab.sh
 
 wheel-test: $(UV)  ## build the wheel and try it in an empty environment, outside of this folder
 	UV=$(UV) sh tests/wheel.sh

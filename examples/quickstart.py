@@ -215,7 +215,8 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
 
     history = []
     description = f"{len(runs)} x {config.seeds} models"
-    progress = tqdm.trange(1, epochs + 1, desc=description, unit="epoch", mininterval=0.5)
+    # disable=None: no bar where stderr is no terminal.
+    progress = tqdm.trange(1, epochs + 1, desc=description, unit="epoch", mininterval=0.5, disable=None)
     for number in progress:
         orders = np.stack([order(seed, number) for seed in range(config.seeds)])
         runs, evaluations = epoch(runs, orders, *arrays)

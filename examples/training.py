@@ -4,6 +4,7 @@ Axis letters: E experts, L layers.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import optax
 import tqdm
 
 import excitation_optax
-from excitation_optax import metrics
+from excitation_optax import metrics, telemetry
 from models import moe
 
 Strategy = Literal["none", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
@@ -54,6 +55,10 @@ class TrainingConfig:
     """Steps between lines of the log."""
     log: pathlib.Path | None = None
     """A file for the log, as JSON lines, which replaces an earlier one; by default out/PROGRAM-STRATEGY-SEED.jsonl."""
+    tensorboard: pathlib.Path | None = None
+    """A folder for TensorBoard: what is in the log, and of every layer and expert load and excitation."""
+    wandb: str | None = None
+    """A project of Weights & Biases, for the same."""
 
     def __post_init__(self):
         """Errors before anything is loaded or trained."""
@@ -66,6 +71,12 @@ class TrainingConfig:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
         check_positive(self, "log_every")
+        for flag, wanted, package in (
+            ("tensorboard", self.tensorboard, "tensorboardX"),
+            ("wandb", self.wandb, "wandb"),
+        ):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise ValueError(f"--{flag} needs {package}: pip install -e '.[telemetry]'")
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -112,14 +123,16 @@ def add_auxiliary(config: TrainingConfig, loss: jax.Array, losses: moe.Auxiliary
 
 def routing_metrics(
     config: TrainingConfig, utilization: Any, losses: moe.AuxiliaryLosses, step: jax.Array
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """What is logged about routing, as scalars: means over the layers, and the extremes of the excitation.
+
+    For TensorBoard and W&B, where the flags ask for them, there is the whole of it too, under the name `routing`.
 
     `step` counts the updates that were made before, as `scale_by_excitation` does for the key of a random strategy.
     """
     layers = jax.tree.leaves(utilization, is_leaf=lambda leaf: isinstance(leaf, excitation_optax.RoutingCounts))
     mean = lambda f: jnp.mean(jnp.stack([jnp.mean(f(layer)) for layer in layers]))
-    logged = {
+    logged: dict[str, Any] = {
         "load_balancing_loss": losses.load_balancing,
         "router_z_loss": losses.router_z,
         "routing_entropy": losses.entropy,
@@ -127,17 +140,21 @@ def routing_metrics(
         "dead_experts": mean(metrics.dead_experts),
         "dead_experts_worst_layer": jnp.max(jnp.stack([jnp.max(metrics.dead_experts(layer)) for layer in layers])),
     }
+    excitation = None
     if config.strategy != "none":
         strategy = getattr(excitation_optax, config.strategy)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        phi = jax.tree.leaves(excitation_optax.excitation(utilization, strategy, config.gamma, key=key))
+        excitation = excitation_optax.excitation(utilization, strategy, config.gamma, key=key)
+        phi = jax.tree.leaves(excitation)
         logged["excitation_min"] = jnp.min(jnp.stack([jnp.min(p) for p in phi]))
         logged["excitation_max"] = jnp.max(jnp.stack([jnp.max(p) for p in phi]))
+    if config.tensorboard or config.wandb:
+        logged["routing"] = (utilization, excitation)  # for Log.write
     return logged
 
 
 class Log:
-    """JSON lines in a file, and a progress bar with what a reader wants to see move."""
+    """JSON lines in a file, and a progress bar with what a reader wants to see move; TensorBoard and W&B by flags."""
 
     def __init__(self, config: TrainingConfig, program: str, steps: int, done: int = 0, silent: bool = False):
         """A new file; or, if some steps are done already, the one that is there, without what came after them.
@@ -155,10 +172,33 @@ class Log:
             total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy, disable=silent
         )
         self._last_write = (time.perf_counter(), 0)
+        self._tensorboard = self._wandb = None
+        if config.tensorboard and not silent:
+            import tensorboardX
+
+            self._tensorboard = tensorboardX.SummaryWriter(str(config.tensorboard), purge_step=done + 1)
+        if config.wandb and not silent:
+            import wandb
+
+            settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+            self._wandb = wandb.init(project=config.wandb, config=settings)
+        self._routing = telemetry.RoutingLog(self._tensorboard, self._wandb)
         self.write(done, {"config": dataclasses.asdict(config)})
 
     def write(self, step: int, values: dict[str, Any], shown: str = "") -> None:
-        """A line `{"step": ..., ...}`; arrays become numbers, NaN and infinities null."""
+        """A line `{"step": ..., ...}`; arrays become numbers, NaN and infinities null. `routing` goes elsewhere."""
+        values = dict(values)
+        routing = values.pop("routing", None)
+        numbers = {
+            name: value for name, value in values.items() if hasattr(value, "dtype") or type(value) in (int, float)
+        }
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if routing is not None and (self._tensorboard or self._wandb):
+            self._routing.write(step, *routing)
         self._file.write(json.dumps({"step": step} | jax.tree.map(_to_json, values)) + "\n")
         self._file.flush()
         if shown:
@@ -184,9 +224,13 @@ class Log:
         self._last_write = (time.perf_counter(), tokens)
 
     def close(self) -> None:
-        """Ends the bar and the file."""
+        """Ends the bar, the file, and what the flags asked for."""
         self._bar.close()
         self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _length_until(path: pathlib.Path, step: int) -> int:

@@ -32,7 +32,7 @@ def accumulate_utilization(multi_steps: optax.MultiSteps, like: Any) -> optax.Gr
     such a micro-batch out.
 
     Where you can write the loop over micro-batches yourself, as a `jax.lax.scan` that adds up gradients and
-    `RoutingCounts`, you need neither of the two: see the guide.
+    `RoutingCounts`, you need neither of the two: see the page on gradient accumulation.
 
     Args:
       multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation in it; not its

@@ -1,6 +1,7 @@
 """What Excitation will do to a parameter tree, said before it is done."""
 
 import dataclasses
+import html
 import math
 from typing import Any
 
@@ -28,9 +29,13 @@ class DescribedParameter:
     expert: int | None = None
 
 
+COLUMNS = ("parameter", "shape", "scaled by", "along")
+MAX_HTML_ROWS = 50  # of those that are scaled, and of those that are not
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Description:
-    """What `describe` returns: prints as a table.
+    """What `describe` returns: prints as a table; in a notebook, as one in HTML.
 
     Attributes:
       parameters: a `DescribedParameter` for each parameter leaf, in the order of `jax.tree.leaves`.
@@ -39,23 +44,46 @@ class Description:
     parameters: tuple[DescribedParameter, ...]
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "scaled by", "along")]
-        for p in self.parameters:
-            shape = "-" if p.shape is None else str(list(p.shape))
-            along = [f"axis {axis} ({p.shape[axis]})" for axis in p.axes] if p.shape else []
-            along += [] if p.expert is None else [f"all of it, as expert {p.expert}"]
-            rows.append((p.path, shape, p.scaled_by or "-", ", ".join(along)))
+        rows = [COLUMNS, *map(_row, self.parameters)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, self._summary()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """A table of what is scaled, and one of the rest to unfold; without colours, which are left to the theme."""
+        scaled = [p for p in self.parameters if p.scaled_by is not None]
+        left = [p for p in self.parameters if p.scaled_by is None]
+        parts = [f"<p>{html.escape(self._summary())}</p>", _html_table(scaled)]
+        if left:
+            parts.append(f"<details><summary>{len(left):,} left untouched</summary>{_html_table(left)}</details>")
+        return "".join(parts)
+
+    def _summary(self) -> str:
         scaled = [p for p in self.parameters if p.scaled_by is not None]
         size, total = (
             sum(math.prod(p.shape) for p in group if p.shape is not None) for group in (scaled, self.parameters)
         )
-        return "\n".join(
-            [*lines, f"{len(scaled)} of {len(rows) - 1} parameter leaves are scaled: {size:,} of {total:,} parameters."]
-        )
+        return f"{len(scaled)} of {len(self.parameters)} parameter leaves are scaled: {size:,} of {total:,} parameters."
 
-    __repr__ = __str__
+
+def _row(p: DescribedParameter) -> tuple[str, ...]:
+    shape = "-" if p.shape is None else str(list(p.shape))
+    along = [f"axis {axis} ({p.shape[axis]})" for axis in p.axes] if p.shape else []
+    along += [] if p.expert is None else [f"all of it, as expert {p.expert}"]
+    return p.path, shape, p.scaled_by or "-", ", ".join(along)
+
+
+def _html_table(parameters: list[DescribedParameter]) -> str:
+    def row(cells, tag):
+        left = ' style="text-align:left"'  # notebooks align to the right
+        return f"<tr>{''.join(f'<{tag}{left}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    rows = [row(_row(p), "td") for p in parameters[:MAX_HTML_ROWS]]
+    if (more := len(parameters) - MAX_HTML_ROWS) > 0:
+        rows.append(row([f"… and {more:,} more: print() shows all", "", "", ""], "td"))
+    return f"<table><thead>{row(COLUMNS, 'th')}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Description:

@@ -1,7 +1,8 @@
 """Which parameters are experts, and along which axis: utilization paths matched to parameter paths.
 
 A *path* is a tuple of plain names: dictionary keys, attribute names and list positions as strings, so that a nested
-dict addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module alike. Nothing is guessed from shapes.
+dict addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module alike. A slash in a name separates two
+names: Haiku's flat `{"moe/experts": ...}` is `{"moe": {"experts": ...}}`. Nothing is guessed from shapes.
 
 Axis letters: E experts, L layers.
 """
@@ -36,7 +37,8 @@ class children:  # noqa: N801  (it reads as a function where it is used)
     utilization each. With utilization `[L, E]`, the layers are the leading axes of every child's parameters.
 
     Attributes:
-      pattern: a shell-style pattern over the names of the children: `"expert_*"`, or `"*"` for a list of experts.
+      pattern: a shell-style pattern over the names of the children: `"expert_*"`, or `"*"` for a list of experts. With
+        slashes, over those of grandchildren: `"~/expert_*"`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,9 +72,12 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     """The leaves of a tree by their paths, in the order of `jax.tree.leaves`."""
     leaves: dict[Path, Any] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+        path = tuple(name for key in key_path for name in jax.tree_util.keystr((key,), simple=True).split("/"))
         if path in leaves:
-            raise ValueError(f"Two leaves have the same path {show(path)}: names must differ by more than their type.")
+            raise ValueError(
+                f"Two leaves have the same path {show(path)}: names must differ by more than their type, or where "
+                "slashes stand."
+            )
         leaves[path] = leaf
     return leaves
 
@@ -159,12 +164,13 @@ def match_experts(params: Any, entries: dict[Path, Any], expert_axis: Any) -> di
     """
     leaves = leaves_by_path(params, is_masked)
     specs = specs_by_path(expert_axis(params) if is_function(expert_axis) else expert_axis)
-    _check_paths_exist("utilization", entries, leaves)
-    _check_paths_exist("expert_axis", specs, leaves)
+    _check_paths("utilization", entries, leaves)
+    _check_paths("expert_axis", specs, leaves)
 
     @functools.cache
-    def number_children(parent: Path, pattern: str, shape: Shape) -> dict[str, int]:
-        return _number_children(parent, pattern, shape, leaves)
+    def number_children(parent: Path, pattern: str, shape: Shape) -> dict[Path, int]:
+        frozen_too = leaves_by_path(params, lambda x: x is None or is_masked(x))  # which keep their numbers
+        return _number_children(parent, pattern, shape, frozen_too)
 
     def match(path: Path, leaf: Any) -> Match | None:
         entry = _covering(path, entries)
@@ -176,7 +182,8 @@ def match_experts(params: Any, entries: dict[Path, Any], expert_axis: Any) -> di
         if not isinstance(spec, children):
             return Match(entry, _place(path, np.shape(leaf), entry, shape, spec))
         parent = entry if spec_path is None else max(entry, spec_path, key=len)
-        child = number_children(parent, spec.pattern, shape).get(path[len(parent)])
+        below = len(parent) + 1 + spec.pattern.count("/")
+        child = number_children(parent, spec.pattern, shape).get(path[:below])
         if child is None:
             return None
         layer_axes = tuple(range(len(shape) - 1))
@@ -196,14 +203,20 @@ def is_parameter(x: Any) -> bool:
 
 
 def _covering(path: Path, prefixes: Iterable[Path]) -> Path | None:
-    """The prefix of a path that is in `prefixes`; a tree has at most one."""
+    """The prefix of a path that is in `prefixes`, the shortest."""
     return next((path[:n] for n in range(len(path) + 1) if path[:n] in prefixes), None)
 
 
-def _check_paths_exist(what: str, paths: Iterable[Path], leaves: dict[Path, Any]) -> None:
+def _check_paths(what: str, paths: Iterable[Path], leaves: dict[Path, Any]) -> None:
+    """That each is the path of some parameters, and none below another, as can be where names have slashes."""
     known = {path[:n] for path in leaves for n in range(len(path) + 1)}
     masked = {path for path, leaf in leaves.items() if is_masked(leaf)}
     for path in paths:
+        if path and (above := _covering(path[:-1], paths)) is not None:
+            raise ValueError(
+                f"The {what} path {show(path)} is below another, {show(above)}: every parameter must be covered once. "
+                "(A slash in a name separates two names.)"
+            )
         if path not in known and _covering(path, masked) is None:
             raise ValueError(
                 f"The {what} path {show(path)} matches no parameter. Nearest: {nearest(path, known)}. At the top "
@@ -255,26 +268,28 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
     return axes
 
 
-def _number_children(parent: Path, pattern: str, shape: Shape, leaves: dict[Path, Any]) -> dict[str, int]:
-    """Numbers the children of a path that match a pattern, in natural order."""
-    names = {path[len(parent)] for path in leaves if path[: len(parent)] == parent and len(path) > len(parent)}
-    experts = sorted((name for name in names if fnmatch.fnmatchcase(name, pattern)), key=_natural_order)
+def _number_children(parent: Path, pattern: str, shape: Shape, leaves: Iterable[Path]) -> dict[Path, int]:
+    """Numbers the paths below a path that match a pattern, name by name, in natural order."""
+    patterns = pattern.split("/")
+    above, below = len(parent), len(parent) + len(patterns)
+    children = {path[:below] for path in leaves if path[:above] == parent and len(path) >= below}
+    in_order = sorted(children, key=lambda path: [natural_order(name) for name in path])
+    experts = [path for path in in_order if all(map(fnmatch.fnmatchcase, path[above:], patterns))]
     if len(experts) != shape[-1]:
-        found = ", ".join(sorted(names, key=_natural_order)) or "(none)"
+        found = ", ".join(show(path[above:]) for path in in_order) or "(none)"
         raise ValueError(
             f"children({pattern!r}) finds {len(experts)} experts at {show(parent)}, whose children are {found}; its "
             f"utilization {list(shape)} has E = {shape[-1]}. Mend the pattern, or the path of the utilization."
         )
-    return {name: number for number, name in enumerate(experts)}
+    return {path: number for number, path in enumerate(experts)}
 
 
-def _natural_order(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
 
 
 def show(path: Path) -> str:
-    """A path as text; a name that has a slash in it, as Haiku's have, in quotes."""
-    return "/".join(repr(name) if "/" in name else name for name in path) or "(root)"
+    return "/".join(path) or "(root)"
 
 
 def show_value(x: Any) -> str:

@@ -1,7 +1,8 @@
 """The bridge to Flax: routing out of NNX and Linen modules, in the form that `utilization=` takes.
 
-A layer hands over its routing by `sow_routing`, called on a submodule that holds **experts only**, so that the path
-where it was sown covers every expert and no router. Training code gets it back as a nested dict of `RoutingCounts`:
+A layer hands over its routing by `sow_routing`, called on a submodule that holds **experts only**, or with the names of
+those of its own parameters that are experts, so that every expert is covered and no router. Training code gets it back
+as a nested dict of `RoutingCounts`:
 
 * NNX: `capture_routing(model)(*inputs)`, which leaves nothing behind in the model; or `pop_routing(model)` where a loop
   calls the model itself. `nnx.Optimizer.update(model, grads, utilization=...)` hands it on.
@@ -31,6 +32,9 @@ from excitation_optax import _routing
 # How sowing again adds up: from int(), which is 0, by +.
 _SUM: dict[str, Any] = {"reduce_fn": operator.add, "init_fn": int}
 
+# What counts are sown under that belong to one of the module's parameters or submodules, whose name follows.
+_ROUTING_OF = "routing of "
+
 # Whether a call of capture_routing is under way.
 _capturing = contextvars.ContextVar("capturing", default=False)
 
@@ -49,7 +53,7 @@ class Routing(nnx.Intermediate):
     """The NNX variable type that holds the `RoutingCounts` a layer sowed. Several calls add up."""
 
 
-def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCounts) -> None:
+def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCounts, *names: str) -> None:
     """Hands over a layer's routing, from inside its call. Several calls in one forward pass add up.
 
     In NNX, outside of `capture_routing`, the counts stay on the module until `pop_routing` takes them. Not so if the
@@ -57,8 +61,10 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
     `jax.jit` and the like, which forbids it: then nothing is kept.
 
     Args:
-      module: the module whose parameters are the experts, all of them and nothing else.
+      module: the module whose parameters are the experts, all of them and nothing else; or the one that has `names`.
       counts: what the router decided, before any token was dropped.
+      *names: of the parameters and submodules of `module` that are experts, where others, such as the router, stand
+        beside them.
 
     Raises:
       ValueError: if `module` is no module or counts are not `RoutingCounts`.
@@ -81,13 +87,18 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
     """
     if not isinstance(counts, _routing.RoutingCounts):
         raise ValueError(f"sow_routing takes RoutingCounts, as from count_routing; got {type(counts).__name__}.")
-    if isinstance(module, linen.Module):
-        module.sow("intermediates", "routing", counts, **_SUM)
-        return
-    if not isinstance(module, nnx.Module):
+    if not isinstance(module, nnx.Module | linen.Module):
         raise ValueError(f"sow_routing takes the module that holds the experts; got {type(module).__name__}.")
+    for key in [_ROUTING_OF + name for name in names] or ["routing"]:
+        if isinstance(module, linen.Module):
+            module.sow("intermediates", key, counts, **_SUM)
+        else:
+            _sow(module, key, counts)
+
+
+def _sow(module: nnx.Module, key: str, counts: _routing.RoutingCounts) -> None:
     if _capturing.get():
-        if not module.sow(Routing, "routing", counts, **_SUM):
+        if not module.sow(Routing, key, counts, **_SUM):
             raise ValueError(
                 f"The routing of a {type(module).__name__} would be lost: an nnx.capture inside the model records only "
                 "other variable types. Name excitation_optax.flax.Routing there, or pass its types to capture_routing."
@@ -96,7 +107,7 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
         with warnings.catch_warnings(), contextlib.suppress(flax.errors.TraceContextError):
             # Outside nnx.capture Flax warns that this way is deprecated in general; here pop_routing is the way out.
             warnings.filterwarnings("ignore", "Using 'Module.sow", DeprecationWarning)
-            module.sow(Routing, "routing", counts, **_SUM)
+            module.sow(Routing, key, counts, **_SUM)
 
 
 def capture_routing(
@@ -163,11 +174,11 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 
     Args:
       model: a module, which may be abstract, as from `nnx.eval_shape`.
-      *args: of its call: arrays, `jax.ShapeDtypeStruct`s, or what else it takes.
+      *args: of its call: arrays, their `jax.ShapeDtypeStruct`, or what else it takes.
       **kwargs: of its call.
 
     Returns:
-      A nested dict of `RoutingCounts` of `jax.ShapeDtypeStruct`s.
+      A nested dict of `RoutingCounts` of `jax.ShapeDtypeStruct`.
 
     Raises:
       ValueError: if no layer sows any routing.
@@ -314,17 +325,19 @@ def _forget_capture(model: Any, args: tuple[Any, ...]) -> None:
 
 
 def _by_module(sown: Any, none_found: str) -> Any:
-    """The RoutingCounts in a tree of sown values, added up by the module that they were sown on."""
+    """The RoutingCounts in a tree of sown values, added up by the module, or its child, that they were sown on."""
     by_path: dict[tuple[Any, ...], _routing.RoutingCounts] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(sown, is_leaf=_routing.is_counts):
         if isinstance(leaf, _routing.RoutingCounts):
             # The last dictionary key is the name it was sown under; what follows it is a position in a tuple.
-            module = tuple(key.key for key in key_path if isinstance(key, jax.tree_util.DictKey))[:-1]
+            *path, sown_as = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]
+            below = sown_as.removeprefix(_ROUTING_OF)
+            module = (*path, *below.split("/")) if below != sown_as else tuple(path)
             by_path[module] = by_path[module] + leaf if module in by_path else leaf
     if not by_path:
         raise ValueError(
             f"{none_found} Layers hand it over by sow_routing(self.experts, count_routing(...)), called on a submodule "
-            "that holds experts only."
+            "that holds experts only, or by sow_routing(self, count_routing(...), 'names', 'of', 'experts')."
         )
     tree: dict[Any, Any] = {}
     for module, counts in by_path.items():

@@ -43,7 +43,7 @@ class TopKMLPConfig:
 
     @property
     def num_kept(self) -> int:
-        """K, the neurons of a hidden layer that a sample keeps: `round(width * (1 - sparsity))`, at least 1."""
+        """How many neurons of a hidden layer a sample keeps, K = `round(width * (1 - sparsity))`, at least 1."""
         return max(1, round(self.width * (1 - self.sparsity)))
 
 

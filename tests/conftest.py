@@ -1,6 +1,8 @@
 """Strict JAX for every test, eight CPU devices, and programs that compile fast, as tests run each but once or twice."""
 
 import os
+import sys
+import tempfile
 
 # What stands last counts, so XLA_FLAGS can ask for another level: make test-slow does, as it computes much.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
@@ -39,3 +41,17 @@ def as_users_have_it():
     yield
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def wandb_offline(tmp_path, monkeypatch):
+    """W&B with all that it writes in `tmp_path`, nothing printed, and its helper process ended at the end."""
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "DISABLE_GIT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    yield tmp_path
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()

@@ -4,6 +4,7 @@ Axis letters: E experts, L layers, D model width, F expert hidden width.
 """
 
 import dataclasses
+import html.parser
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +250,102 @@ def test_repr_is_the_table():
 def test_a_description_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         describe(*EXAMPLES["leading axis"]).parameters = ()
+
+
+# How it looks in a notebook.
+
+
+class Reader(html.parser.HTMLParser):
+    """The cells of each table, what stands outside of them, and whether tags are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.outside, self.attributes, self.unfolds, self._open = [], [], set(), [], []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attributes):
+        self._open.append(tag)
+        self.attributes |= set(attributes)
+        if tag == "table":
+            self.tables.append([])
+            self.unfolds.append("details" in self._open)
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        else:
+            self.outside.append(data)
+
+
+def html_of(description):
+    return Reader(description._repr_html_())
+
+
+HEADER = ["parameter", "shape", "scaled by", "along"]
+
+
+def test_html_has_what_is_scaled_first_and_the_rest_folded():
+    read = html_of(describe(*EXAMPLES["children of stacked layers"]))
+    assert read.tables == [
+        [
+            HEADER,
+            ["moe/expert_0", "[2, 3]", "moe", "axis 0 (2), all of it, as expert 0"],
+            ["moe/expert_1/b", "[2]", "moe", "axis 0 (2), all of it, as expert 1"],
+        ],
+        [HEADER, ["moe/gate", "[2, 3]", "-", ""]],
+    ]
+    assert read.unfolds == [False, True]
+    assert read.outside == ["2 of 3 parameter leaves are scaled: 8 of 14 parameters.", "1 left untouched"]
+
+
+@each_example
+def test_html_says_what_the_text_says(params, utilization, expert_axis):
+    description = describe(params, utilization, expert_axis)
+    read = html_of(description)
+    rows = [row for table in read.tables for row in table[1:]]
+    lines = [" ".join(" ".join(row).split()) for row in rows]
+    first, *text, summary = [" ".join(line.split()) for line in str(description).splitlines()]
+    assert first == " ".join(HEADER)
+    assert sorted(lines) == sorted(text)
+    assert read.outside[0] == summary
+    assert len(read.tables) == (2 if any(p.scaled_by is None for p in description.parameters) else 1)
+
+
+def test_html_is_escaped():
+    name = "<script>alert('&')</script>"
+    description = describe({name: ones(2), "b": {name: ones(3)}}, {name: fractions(2)})
+    assert name in str(description)
+    assert "<script" not in description._repr_html_()
+    # The reader undoes the escapes; a slash in a name puts it in quotes.
+    shown = f'"{name}"'
+    assert [row[0] for table in html_of(description).tables for row in table[1:]] == [shown, f"b/{shown}"]
+
+
+def test_html_leaves_colours_to_the_theme():
+    assert html_of(describe(*EXAMPLES["leading axis"])).attributes == {("style", "text-align:left")}
+
+
+def test_html_of_a_large_tree_is_bounded():
+    params = {f"layer_{n}": {"experts": ones(2), "norm": ones(1)} for n in range(1234)}
+    description = describe(params, {name: {"experts": fractions(2)} for name in params})
+    read = html_of(description)
+    assert [len(table) for table in read.tables] == [1 + 50 + 1, 1 + 50 + 1]
+    assert [table[-1][0] for table in read.tables] == ["… and 1,184 more: print() shows all"] * 2
+    assert len(description._repr_html_()) < 25_000
+    assert read.outside == [
+        "1234 of 2468 parameter leaves are scaled: 2,468 of 3,702 parameters.",
+        "1,234 left untouched",
+    ]
+    assert len(str(description).splitlines()) == 2468 + 2
 
 
 # Errors, the transform's own.

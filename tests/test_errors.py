@@ -84,6 +84,18 @@ ROWS = {
     "names that differ by type": Row(
         {"a": U}, ["the same path a/0"], updates={"a": collections.OrderedDict([(0, jnp.ones(E)), ("0", jnp.ones(E))])}
     ),
+    "names that differ by slashes": Row(
+        {"a": U}, ["the same path a/b/c", "where slashes stand"], updates={"a": {"b/c": U}, "a/b": {"c": U}}
+    ),
+    "utilization below utilization": Row(
+        {"moe": U, "moe/kernel": U}, ["utilization path moe/kernel is below another, moe:", "covered once"]
+    ),
+    "the same utilization twice": Row({"moe": {"kernel": U}, "moe/kernel": U}, ["the same path moe/kernel"]),
+    "axes below axes": Row(
+        {"moe": U},
+        ["expert_axis path moe/kernel is below another, moe:"],
+        {"expert_axis": {"moe": 0, "moe/kernel": 1}},
+    ),
     # Axes of parameters.
     "wrong E": Row({"moe": jnp.ones(4)}, ["moe/bias [3, 5]", "at moe,", "axes [4]", "[3] entries, not [4]", ENDS]),
     "router is covered": Row({"router": U}, ["router [4, 3]", "at router", "[4] entries, not [3]", "-1", ENDS]),
@@ -141,6 +153,11 @@ ROWS = {
     ),
     "pattern matches no child": Row(
         {"separate": U}, ["'Expert_*'", "finds 0 experts", "expert_0"], {"expert_axis": children("Expert_*")}
+    ),
+    "pattern of grandchildren": Row(
+        {"separate": U},
+        ["finds 0 experts at separate", "children are expert_0/w, expert_1/w, expert_2/w;", "E = 3"],
+        {"expert_axis": children("expert_*/b")},
     ),
     "leaf has no children": Row(
         {"moe": {"kernel": U}}, ["finds 0 experts at moe/kernel", "(none)", "path"], {"expert_axis": children("*")}

@@ -210,7 +210,52 @@ def _haiku_module():
     updates = jax.tree.map(lambda leaf: fill(*leaf.shape), shapes)
     assert set(updates) == {"block/moe", "block/moe/router", "block/head"}
     factors = {"block/moe/w": along(PHI_U, (E, D, F), 0), "block/moe/b": along(PHI_U, (E, F), 0)}
-    return Case(updates, {"block/moe": U}, factors)
+    return Case(updates, {"block/moe": {"w": U, "b": U}}, factors)  # of the router, block/moe/router, not a word
+
+
+def haiku_layers():
+    """Two layers of separate experts, each an MLP of two modules, beside a router and the layer's own scale."""
+    names = [f"{layer}/moe/~/expert_{k}/linear_{n}" for layer in ("a", "b") for k in range(E) for n in range(2)]
+    experts = {name: {"w": fill(D, F), "b": fill(F)} for name in names}
+    return experts | {f"{layer}/moe/router": {"w": fill(D, E)} for layer in "ab"} | {"a/moe": {"scale": fill(E)}}
+
+
+def haiku_factors(phi_of_layers):
+    return {
+        f"{layer}/moe/~/expert_{k}/linear_{n}/{name}": np.full((D, F) if name == "w" else F, phi[k])
+        for layer, phi in phi_of_layers.items()
+        for k in range(E)
+        for n in range(2)
+        for name in "wb"
+    }
+
+
+@case
+def _haiku_experts_in_two_layers():
+    utilization = {"a/moe/~": U, "b/moe/~": V}
+    return Case(haiku_layers(), utilization, haiku_factors({"a": PHI_U, "b": PHI_V}), children("expert_*"))
+
+
+@case
+def _haiku_experts_in_two_layers_by_a_nested_dict_and_grandchildren():
+    utilization = {"a": {"moe": U}, "b": {"moe/~": V}}
+    expert_axis = {"a": children("~/expert_*"), "b/moe": {"~": children("expert_*")}}
+    return Case(haiku_layers(), utilization, haiku_factors({"a": PHI_U, "b": PHI_V}), expert_axis)
+
+
+@case
+def _haiku_experts_of_one_module_and_those_below_it():
+    updates = {"moe/experts": {"scale": fill(E)}, "moe/experts/up": {"w": fill(E, D)}, "moe/router": {"w": fill(D, E)}}
+    factors = {"moe/experts/scale": PHI_U, "moe/experts/up/w": along(PHI_U, (E, D), 0)}
+    return Case(updates, {"moe/experts": U}, factors)
+
+
+@case
+def _slashes_address_any_tree():
+    updates = {"blocks": [{"moe": Moe(fill(D, E), {"w": fill(E, D)})}, {"moe": Moe(fill(D, E), {"w": fill(D, E)})}]}
+    factors = {"blocks/0/moe/experts/w": along(PHI_U, (E, D), 0), "blocks/1/moe/experts/w": along(PHI_V, (D, E), 1)}
+    utilization = {"blocks/0/moe/experts": U, "blocks": {1: {"moe/experts": V}}}
+    return Case(updates, utilization, factors, {"blocks/1": -1})
 
 
 # Prefixes of every length, names, absence.
@@ -487,10 +532,25 @@ def _children_of_a_path_below_the_utilization():
 
 
 @case
+def _grandchildren_in_natural_order():
+    updates = {f"group_{g}": {"router": fill(D), **{f"e{k}": fill(D) for k in (2, 10)}} for g in (2, 10)}
+    u = np.array([0.1, 0.2, 0.3, 0.4], np.float32)  # 2/e2, 2/e10, 10/e2, 10/e10; of mean 1/4
+    factors = {f"group_{g}/e{k}": np.full(D, 4 * u[2 * (g == 10) + (k == 10)]) for g in (2, 10) for k in (2, 10)}
+    return Case(updates, u, factors, children("group_*/e*"))
+
+
+@case
 def _children_of_haiku_modules():
     updates = {"moe/router": {"w": fill(D, E)}, **{f"moe/expert_{k}": {"w": fill(D, F)} for k in range(E)}}
     factors = {f"moe/expert_{k}/w": np.full((D, F), PHI_U[k]) for k in range(E)}
     return Case(updates, U, factors, children("moe/expert_*"))
+
+
+@case
+def _children_some_of_which_are_frozen():  # as eqx.partition leaves them: None, all of an expert or some of it
+    updates = {"moe": [{"w": None, "b": None}, {"w": fill(D), "b": None}, {"w": fill(D), "b": fill(1)}]}
+    factors = {"moe/1/w": np.full(D, 1.0), "moe/2/w": np.full(D, 1.5), "moe/2/b": np.full(1, 1.5)}
+    return Case(updates, {"moe": U}, factors, children("*"))
 
 
 @case
@@ -659,12 +719,12 @@ def test_describe_agrees_with_what_is_scaled(name):
     phis = {path or "(root)": phi for path, phi in leaves_by_path(excitation).items()}
     description = excitation_optax.describe(updates, utilization, expert_axis)
     for described, (path, leaf) in zip(description.parameters, leaves_by_path(updates).items(), strict=True):
-        assert described.path.replace("'", "") == (path or "(root)")  # names with a slash are quoted
+        assert described.path == (path or "(root)")
         assert described.shape == (None if isinstance(leaf, optax.MaskedNode) else leaf.shape)
         if path not in factors:
             assert (described.scaled_by, described.axes, described.expert) == (None, (), None)
             continue
-        phi = phis[described.scaled_by.replace("'", "")]
+        phi = phis[described.scaled_by]
         phi = phi if described.expert is None else phi[..., described.expert]
         np.testing.assert_allclose(along(phi, described.shape, *described.axes), factors[path], rtol=1e-6)
     assert f"{len(factors)} of {len(leaves_by_path(updates))} parameter leaves are scaled" in str(description)

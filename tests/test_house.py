@@ -39,19 +39,31 @@ def test_imports_run_one_way(package):
         assert not any(name.startswith("optax._src") for name in imported(path)), path
 
 
+# Beside jax, optax and numpy; of telemetry, only where it is handed a run of W&B's.
+MAY_NEED = {"flax.py": {"flax"}, "plotting.py": {"matplotlib"}, "telemetry.py": {"wandb"}}
+
+
 def test_the_library_needs_jax_optax_and_numpy_alone():
     for path in (ROOT / "excitation_optax").glob("*.py"):
         tops = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
-        allowed = {"excitation_optax", "jax", "numpy", "optax"} | ({"flax"} if path.name == "flax.py" else set())
-        assert tops <= allowed, path
+        assert tops <= {"excitation_optax", "jax", "numpy", "optax"} | MAY_NEED.get(path.name, set()), path
 
 
-def test_import_leaves_flax_out():
-    code = "import sys, excitation_optax; sys.exit('flax' in sys.modules or 'chex' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+@pytest.mark.parametrize("module", ["excitation_optax", "excitation_optax.telemetry"])
+def test_import_leaves_out_what_is_not_needed(module):
+    needless = ["chex", "flax", "matplotlib", "tensorboardX", "wandb"]
+    needless += [] if module.endswith("telemetry") else ["excitation_optax.plotting", "excitation_optax.telemetry"]
+    code = f"import sys, {module}; print(set({needless}) & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT) == b"set()\n"
 
 
-MODULES = ["excitation_optax", "excitation_optax.metrics", "excitation_optax.flax"]
+MODULES = [
+    "excitation_optax",
+    "excitation_optax.flax",
+    "excitation_optax.metrics",
+    "excitation_optax.plotting",
+    "excitation_optax.telemetry",
+]
 FUNCTIONS = [
     (module, name)
     for module in MODULES
@@ -98,6 +110,7 @@ def test_versions_agree():
         "README.md",
         "docs/reference.md",
         "docs/models.md",
+        "docs/telemetry.md",
         "docs/compatibility.md",
         "docs/errors.md",
         "docs/inside.md",

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 
+import dashboards
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -476,6 +477,18 @@ def test_two_thousand_steps_leave_nothing_behind(kind, tmp_path, monkeypatch):
         assert 0 < later_copies - copies <= i * logged_values
         assert abs(later_arrays - arrays) <= 4  # batches that are prefetched
         assert later_memory - memory < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_tensorboard_has_the_routing_of_all_devices(kind, tmp_path):
+    config = make_config(tmp_path, steps=2, log_every=1, parallel=kind, tensorboard=tmp_path / "board")
+    train.main(config)
+    events = dashboards.events_of(tmp_path / "board")
+    for row in logged(config):
+        written = {name: value.simple_value for step, name, value in events if step == row["step"]}
+        assert written["routing/max_over_mean_load/mean"] == pytest.approx(row["max_over_mean_load"])
+        assert written["loss"] == pytest.approx(row["loss"])
 
 
 def test_steps_that_are_not_finite_end_the_run(tmp_path):

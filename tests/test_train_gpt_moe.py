@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 
+import dashboards
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +105,19 @@ def test_tokens_of_gpt2_with_excitation(tmp_path):
     assert 10 < loss < 12  # about log 50257, the vocabulary
     assert rows[2]["bits_per_byte"] == pytest.approx(loss / math.log(2) * 21 / 120)
     assert "\nsample: ab" in printed
+
+
+def test_tensorboard_changes_nothing_but_what_is_written(tmp_path, run):
+    _, rows, _ = train(tmp_path, tensorboard=tmp_path / "board")
+    assert repeatable(rows) == repeatable(run[1])
+    events = dashboards.events_of(tmp_path / "board")
+    for row in rows[1:]:
+        written = {name: value.simple_value for step, name, value in events if step == row["step"]}
+        expected = {name: row[name] for name in row.keys() - {"step"}}
+        assert {name: written[name] for name in expected} == pytest.approx(expected)
+        if "loss" in row:  # of two layers, by the same function
+            assert written["routing/max_over_mean_load/mean"] == pytest.approx(row["max_over_mean_load"])
+            assert written["routing/dead_experts/worst"] == pytest.approx(row["dead_experts_worst_layer"])
 
 
 # Evaluation.

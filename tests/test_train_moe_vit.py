@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 
+import dashboards
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +79,19 @@ def test_a_run_repeats_with_its_seed_and_not_with_another(tmp_path, run, capsys)
     _, rows = train(tmp_path, seed=1)
     assert rows[1]["step"] == run[1][1]["step"] == 4
     assert abs(rows[1]["loss"] - run[1][1]["loss"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_tensorboard(tmp_path):
+    _, rows = train(tmp_path, epochs=1, strategy="zero_sum", tensorboard=tmp_path / "board")
+    events = dashboards.events_of(tmp_path / "board")
+    (row, _, last) = rows[1:]
+    written = {name: value.simple_value for step, name, value in events if step == row["step"]}
+    assert written["routing/max_over_mean_load/mean"] == pytest.approx(row["max_over_mean_load"])
+    assert written["routing/excitation/max"] == pytest.approx(row["excitation_max"])
+    assert {name: value.simple_value for step, name, value in events}["test_accuracy"] == pytest.approx(
+        last["test_accuracy"]
+    )
 
 
 def test_gamma_zero_is_no_excitation(tmp_path, run):

@@ -4,11 +4,13 @@ Axis letters: E experts, L layers.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
 import time
 
+import dashboards
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -337,6 +339,78 @@ def test_the_rate_is_that_since_the_last_call(tmp_path):
     second = log.rate(4000)  # 3000 more
     assert 3000 / (time.perf_counter() - before) <= second <= 3000 / (again - after)
     log.close()
+
+
+# TensorBoard and W&B.
+
+
+def log_two_steps(config):
+    """The second with a broken utilization; an evaluation follows each."""
+    log = training.Log(config, "program", 10)
+    for step, counts in [(5, COUNTS), (6, excitation_optax.RoutingCounts(COUNTS.counts * jnp.nan, COUNTS.tokens))]:
+        logged = jax.jit(lambda counts: training.routing_metrics(config, {"moe": counts}, LOSSES, jnp.int32(3)))(counts)
+        log.write(step, jax.device_get(logged) | {"loss": step / 2})
+        log.write(step, {"evaluation_loss": 1.5})
+    log.close()
+
+
+EXPECTED = {"loss": 2.5, "evaluation_loss": 1.5, "load_balancing_loss": 3, "max_over_mean_load": 1.5}
+# Of utilization [1, 0, 1/2, 1/2] and [1/2, 1/2, 1/2, 1/2], whose zero-sum is 2, 0, 1, 1 and 1, 1, 1, 1.
+EXPECTED |= {"routing/max_over_mean_load/worst": 2, "routing/dead_experts/layer_00": 0.25, "routing/excitation/max": 2}
+
+
+def test_tensorboard_has_all_that_is_logged_and_the_routing(tmp_path):
+    config = training.TrainingConfig(log=tmp_path / "log", tensorboard=tmp_path / "board", strategy="zero_sum")
+    log_two_steps(config)
+    events = dashboards.events_of(tmp_path / "board")
+    written = {name: value.simple_value for step, name, value in events if step == 5}
+    assert {name: written[name] for name in EXPECTED} == pytest.approx(EXPECTED)
+    (histogram,) = [value.histo for step, name, value in events if (step, name) == (5, "routing/excitation")]
+    assert (histogram.num, histogram.min, histogram.max, histogram.sum) == (8, 0, 2, 8)
+    broken = {name: value.simple_value for step, name, value in events if step == 6}
+    assert broken["routing/layers_not_finite"] == 2
+    assert np.isnan(broken["routing/excitation/max"])
+    assert all("routing" not in line for line in read(config.log)[1:])
+
+
+def test_tensorboard_of_a_run_that_goes_on_drops_what_was_later(tmp_path):
+    config = training.TrainingConfig(log=tmp_path / "log", tensorboard=tmp_path / "board")
+    (tmp_path / "log").write_text("")
+    log = training.Log(config, "program", 10, done=7)
+    log.close()
+    starts = [event.step for event in dashboards.raw_events_of(tmp_path / "board") if event.HasField("session_log")]
+    assert starts == [8]
+
+
+def test_wandb_has_all_that_is_logged_and_the_routing(wandb_offline):
+    config = training.TrainingConfig(log=wandb_offline / "log", wandb="project", strategy="zero_sum")
+    log_two_steps(config)
+    rows = dashboards.rows_of(wandb_offline)
+    assert {name: float(rows[5][name]) for name in EXPECTED} == pytest.approx(EXPECTED)
+    assert sum(rows[5]["routing/excitation"]["values"]) == 8
+    assert rows[6]["routing/layers_not_finite"] == 2
+
+
+def test_silent_processes_write_no_dashboards(tmp_path):
+    config = training.TrainingConfig(tensorboard=tmp_path / "board", wandb="project")
+    log = training.Log(config, "program", 10, silent=True)
+    log.write(1, {"loss": 1.0, "routing": ({"moe": COUNTS}, None)})
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flag", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_dashboard_that_is_not_installed_is_an_error_at_once(monkeypatch, flag, package):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(ValueError, match=rf"--{flag} needs {package}: pip install -e '\.\[telemetry\]'"):
+        training.TrainingConfig(**{flag: "out"})
+    training.TrainingConfig()
+
+
+def test_the_routing_is_not_carried_where_nobody_reads_it():
+    logged = training.routing_metrics(training.TrainingConfig(), {"moe": COUNTS}, LOSSES, jnp.int32(0))
+    assert "routing" not in logged
 
 
 # Flags.

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds the wheel and tries it in an empty environment, outside of the checkout: without Flax, and then with it.
+# Builds the wheel and tries it in an empty environment, outside of the checkout: as it is, then with Flax, then with
+# what telemetry needs too.
 set -eu
 : "${UV:=uv}"
 dir=$(mktemp -d)
@@ -8,7 +9,7 @@ trap 'rm -rf "$dir"' EXIT
 cp tests/wheel_check.py "$dir"
 cd "$dir"
 "$UV" venv --quiet env
-for extra in "" "[flax]"; do
+for extra in "" "[flax]" "[telemetry]"; do
     VIRTUAL_ENV="$dir/env" "$UV" pip install --quiet "$(ls "$dir"/*.whl)$extra"
     env/bin/python -W error wheel_check.py
 done

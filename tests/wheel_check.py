@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import pathlib
 import pkgutil
+import sys
 import time
 
 import jax
@@ -16,17 +17,21 @@ start = time.perf_counter()
 import excitation_optax  # noqa: E402
 
 seconds = time.perf_counter() - start
+for name in ("flax", "matplotlib", "tensorboardX", "wandb"):
+    assert name not in sys.modules, f"import excitation_optax imports {name}"
 folder = pathlib.Path(excitation_optax.__file__).parent
 assert "site-packages" in folder.parts, folder
 assert (folder / "py.typed").exists()
 assert importlib.metadata.version("excitation_optax") == excitation_optax.__version__
 assert importlib.util.find_spec("models") is None, "models must not be in the wheel"
 
-with_flax = importlib.util.find_spec("flax") is not None
+NEEDS = {"flax": "flax", "plotting": "matplotlib"}  # modules whose examples need an extra
+extras = {name for name in ("flax", "matplotlib") if importlib.util.find_spec(name)}
 attempted = 0
 for module in pkgutil.iter_modules([str(folder)]):
-    if module.name != "flax" or with_flax:
-        failed, tried = doctest.testmod(importlib.import_module(f"excitation_optax.{module.name}"))
+    if NEEDS.get(module.name) in {None, *extras}:
+        loaded = importlib.import_module(f"excitation_optax.{module.name}")
+        failed, tried = doctest.testmod(loaded, optionflags=doctest.ELLIPSIS)  # as pytest has it
         assert failed == 0
         attempted += tried
 assert attempted > 30
@@ -55,7 +60,7 @@ for _ in range(30):
     params, opt_state, loss = step(params, opt_state)
     losses.append(float(loss))
 assert losses[-1] < 0.5 * losses[0], losses
-flax = "with" if with_flax else "without"
 print(
-    f"wheel {excitation_optax.__version__}, {flax} flax: import {seconds:.2f} s after optax, {attempted} examples run"
+    f"wheel {excitation_optax.__version__}, with {' and '.join(sorted(extras)) or 'no extra'}: import {seconds:.2f} s "
+    f"after optax, {attempted} examples run"
 )

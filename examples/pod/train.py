@@ -29,7 +29,7 @@ from examples import texts, train_gpt_moe, training
 from examples.pod import checkpoints, data, parallel
 from models import gpt_moe
 
-NOT_IN_CHECKPOINTS = {"log", "log_every", "eval_every", "remat"}  # flags that change nothing
+NOT_IN_CHECKPOINTS = {"log", "log_every", "eval_every", "remat", "tensorboard", "wandb"}  # flags that change nothing
 MAY_CHANGE = {"learning_rate", "clip", "parallel"}  # the first two must, to go on with a run that diverged
 
 

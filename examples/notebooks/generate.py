@@ -1,6 +1,7 @@
-"""Writes the notebooks beside this file, which Colab opens, from docs/notebooks/*.md: `make notebooks`.
+"""Writes the notebooks in this folder, which Colab opens, from docs/notebooks/*.md.
 
-The text is what people edit. Notebooks are made without outputs, and the same text makes the same bytes.
+The text is what people edit. Notebooks are made without outputs, and the same text
+makes the same bytes: `make notebooks`.
 """
 
 import pathlib
@@ -16,31 +17,23 @@ TEXTS = sorted((ROOT / "docs" / "notebooks").glob("*.md"))
 
 
 def repository() -> str:
-    """The address, such as https://github.com/owner/name, from the one place where it stands."""
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"][
-        "Repository"
-    ]
+    """The address, such as https://github.com/owner/name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["urls"]["Repository"]
 
 
 def notebook(path: pathlib.Path) -> Any:
-    """The notebook that a text is. Its cells are numbered, and links to other pages lead to the repository."""
+    """The notebook that a text is, with links to other pages as addresses."""
     made: Any = jupytext.reads(path.read_text(), fmt="md:myst")
-    made.metadata = {
-        "kernelspec": made.metadata["kernelspec"],
-        "language_info": {"name": "python"},
-    }
+    kernel = made.metadata["kernelspec"]
+    made.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    here = f"{repository()}/blob/main"
+    notebooks = rf"]({here}/examples/notebooks/\1.ipynb)"
     for number, cell in enumerate(made.cells):
-        cell.id = f"cell-{number}"
+        cell.id = f"cell-{number}"  # by default a random one
         if cell.cell_type == "markdown":
-            here = f"{repository()}/blob/main"
-            cell.source = re.sub(
-                r"\]\(\.\./(?=[\w/]+\.md)", f"]({here}/docs/", cell.source
-            )
-            cell.source = re.sub(
-                r"\]\((\w+)\.md\)",
-                rf"]({here}/examples/notebooks/\1.ipynb)",
-                cell.source,
-            )
+            cell.source = re.sub(r"\]\((\w+)\.md\)", notebooks, cell.source)
+            cell.source = cell.source.replace("](../", f"]({here}/docs/")
     return made
 
 

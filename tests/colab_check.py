@@ -1,0 +1,17 @@
+"""Run by colab.sh in an environment of its own: the first two code cells of a notebook install and import all it needs."""
+
+import pathlib
+import sys
+
+import nbclient
+import nbformat
+
+path, folder = map(pathlib.Path, sys.argv[1:])
+notebook = nbformat.read(path, as_version=4)
+numbers = [number for number, cell in enumerate(notebook.cells) if cell.cell_type == "code"][:2]
+notebook.cells = notebook.cells[: numbers[-1] + 1]
+notebook.cells.append(nbformat.v4.new_code_cell("print(excitation_optax.__file__)"))
+nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
+outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+print(path.stem, *(output.get("text", output) for output in outputs))
+assert [output.name for output in outputs[-1:]] == ["stdout"], outputs

@@ -4,6 +4,7 @@ Axis letters: E experts, L layers.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -70,6 +71,12 @@ class TrainingConfig:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
         check_positive(self, "log_every")
+        for flag, wanted, package in (
+            ("tensorboard", self.tensorboard, "tensorboardX"),
+            ("wandb", self.wandb, "wandb"),
+        ):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise ValueError(f"--{flag} needs {package}: pip install -e '.[telemetry]'")
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -1,7 +1,8 @@
 """The bridge to Flax: routing out of NNX and Linen modules, in the form that `utilization=` takes.
 
-A layer hands over its routing by `sow_routing`, called on a submodule that holds **experts only**, so that the path
-where it was sown covers every expert and no router. Training code gets it back as a nested dict of `RoutingCounts`:
+A layer hands over its routing by `sow_routing`, called on a submodule that holds **experts only**, or with the names of
+those of its own parameters that are experts, so that every expert is covered and no router. Training code gets it back
+as a nested dict of `RoutingCounts`:
 
 * NNX: `capture_routing(model)(*inputs)`, which leaves nothing behind in the model; or `pop_routing(model)` where a loop
   calls the model itself. `nnx.Optimizer.update(model, grads, utilization=...)` hands it on.

@@ -145,7 +145,7 @@ def load_over_time(steps: Any, load: Any, *, ax: matplotlib.axes.Axes | None = N
         ax.set_ylabel("layer (rows: experts, by load)" if max(sizes) > limit else "layer (rows: experts)")
         ends = np.cumsum([0, *(block.shape[1] for block, _ in layers)])
         for end in ends[1:-1]:
-            ax.axhline(end - 0.5, color="black", linewidth=4 / (len(layers) + 4))
+            ax.axhline(end - 0.5, color="white", linewidth=8 / (len(layers) + 4))
         numbers = range(0, len(layers), -(-len(layers) // 12))
         ax.set_yticks([(ends[n] + ends[n + 1] - 1) / 2 for n in numbers], list(map(str, numbers)))
         ax.tick_params(axis="y", length=0)

@@ -22,18 +22,27 @@ def words_of(text):
 TEXT = f" {' '.join(words_of(BLOCK.sub('', PAGE)))} "
 
 
-def messages():
-    """Every `raise` of a ValueError or TypeError: where it is, and its message's literal parts, None for the others."""
+def raised():
+    """The type and the place of everything that is raised."""
     for path in sorted([*(ROOT / "excitation_optax").glob("*.py"), *(ROOT / "models").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and node.exc is not None:
-                (argument,) = node.exc.args
-                values = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
-                parts = [value.value if isinstance(value, ast.Constant) else None for value in values]
-                yield pytest.param(parts, id=f"{path.parent.name}/{path.name}:{node.lineno}")
+                yield node.exc.func.id, (path, node)
+
+
+def messages():
+    """Every `raise`: where it is, and its message's literal parts, with None for what it quotes."""
+    for _, (path, node) in raised():
+        (argument,) = node.exc.args
+        values = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
+        parts = [value.value if isinstance(value, ast.Constant) else None for value in values]
+        yield pytest.param(parts, id=f"{path.parent.name}/{path.name}:{node.lineno}")
 
 
 MESSAGES = list(messages())
+# These take several processes, an environment without matplotlib, and one without tokamax.
+ELSEWHERE = ("is split over devices of several processes", "RoutingLog draws with matplotlib")
+ELSEWHERE += ("needs the package tokamax",) if importlib.util.find_spec("tokamax") else ()
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +58,8 @@ def printed():
 
 @pytest.mark.parametrize("parts", MESSAGES)
 def test_the_page_provokes_it(parts, printed):
-    if any(part and "needs the package tokamax" in part for part in parts) and importlib.util.find_spec("tokamax"):
-        pytest.skip("tokamax is installed")
+    if any(words in (part or "") for part in parts for words in ELSEWHERE):
+        pytest.skip("not provoked here")
     pattern = "".join(".*" if part is None else re.escape(part) for part in parts)
     assert re.search(rf"^ValueError: {pattern}$", printed, re.MULTILINE), pattern
 
@@ -64,9 +73,7 @@ def test_the_page_names_it(parts):
 
 
 def test_every_error_is_looked_for():
-    assert len(MESSAGES) > 70
-    for path in [*(ROOT / "excitation_optax").glob("*.py"), *(ROOT / "models").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and node.exc is not None:
-                assert isinstance(node.exc, ast.Call), path
-                assert node.exc.func.id == "ValueError", path
+    assert len(MESSAGES) > 80
+    kinds = [kind for kind, _ in raised()]
+    assert set(kinds) == {"ValueError", "ImportError"}
+    assert kinds.count("ImportError") == 1

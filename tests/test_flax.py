@@ -224,6 +224,53 @@ def test_a_model_that_jit_closed_over_runs_but_cannot_be_recorded():
         jax.jit(lambda x: excitation_flax.capture_routing(model)(x)[0])(X)
 
 
+class OneModule(nnx.Module):
+    """Experts beside their router, and one in a submodule's submodule."""
+
+    def __init__(self, rngs):
+        self.router = nnx.Param(rngs.params.normal((2, 3)))
+        self.w = nnx.Param(jnp.ones((3, 2)))
+        self.mlps = nnx.Dict(up=nnx.Linear(2, 3, rngs=rngs), norm=nnx.Linear(2, 3, rngs=rngs))
+
+    def __call__(self, x):
+        counts = excitation_optax.count_logits(x @ self.router[...], experts_per_token=2)
+        excitation_flax.sow_routing(self, counts, "w", "mlps/up")
+        return x
+
+
+def test_names_say_what_in_a_module_is_experts():
+    model = nnx.Sequential(OneModule(nnx.Rngs(0)), OneModule(nnx.Rngs(1)))
+    _, captured = excitation_flax.capture_routing(model)(X)
+    model(X)
+    chex.assert_trees_all_equal(captured, excitation_flax.pop_routing(model))
+    chosen = np.argsort(-(X @ model.layers[0].router[...]))[:, :2]
+    for counts in (captured["layers"][0]["w"], captured["layers"][0]["mlps"]["up"]):
+        np.testing.assert_array_equal(counts.counts, np.bincount(chosen.reshape(-1), minlength=3))
+    expert_axis = {"layers": {n: {"mlps": -1} for n in range(2)}}
+    described = excitation_optax.describe(nnx.state(model, nnx.Param), captured, expert_axis)
+    scaled = {p.path.removesuffix("/value") for p in described.parameters if p.scaled_by}
+    assert scaled == {f"layers/{n}/{name}" for n in range(2) for name in ("w", "mlps/up/kernel", "mlps/up/bias")}
+
+
+def test_names_in_linen():
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            scores = linen.Dense(3, name="router")(x)
+            w = self.param("w", linen.initializers.ones, (3, 2))
+            for _ in range(2):
+                excitation_flax.sow_routing(self, excitation_optax.count_logits(scores, experts_per_token=1), "w")
+            return x + jnp.sum(w)
+
+    variables = Layer().init(jax.random.key(0), X)
+    _, sown = Layer().apply(variables, X, mutable=["intermediates"])
+    utilization = excitation_flax.routing_from_intermediates(sown["intermediates"])
+    assert list(utilization) == ["w"]
+    assert utilization["w"].tokens == 2 * len(X)
+    described = excitation_optax.describe(variables["params"], utilization)
+    assert {p.path for p in described.parameters if p.scaled_by} == {"w"}
+
+
 def test_nothing_sown_is_an_error_and_so_is_what_is_no_counts():
     with pytest.raises(ValueError, match="sowed no routing"):
         excitation_flax.capture_routing(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))(X)

@@ -48,6 +48,13 @@ def test_holds_the_value_at_every_match(params, patterns, expected):
     assert excitation_optax.by_pattern(params, patterns) == expected
 
 
+def test_slashes_in_names_separate_names_as_in_haiku():
+    params = {"layer_0/moe/experts/up": {"w": jnp.ones(2)}, "layer_0/moe/router": {"w": jnp.ones(2)}}
+    assert excitation_optax.by_pattern(params, {"**/experts": 1}) == {"layer_0": {"moe": {"experts": 1}}}
+    with pytest.raises(ValueError, match="covers layer_0/moe/router/w, whose name 'router' is one to avoid"):
+        excitation_optax.by_pattern(params, {"layer_0/moe": 1})
+
+
 def test_the_root_is_the_bare_value():
     assert excitation_optax.by_pattern(jnp.ones(3), {"**": 1}) == 1
     assert excitation_optax.by_pattern({"a": jnp.ones(3)}, {"": 1}) == 1

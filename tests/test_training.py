@@ -4,6 +4,7 @@ Axis letters: E experts, L layers.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -396,6 +397,15 @@ def test_silent_processes_write_no_dashboards(tmp_path):
     log.write(1, {"loss": 1.0, "routing": ({"moe": COUNTS}, None)})
     log.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flag", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_dashboard_that_is_not_installed_is_an_error_at_once(monkeypatch, flag, package):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    with pytest.raises(ValueError, match=rf"--{flag} needs {package}: pip install -e '\.\[telemetry\]'"):
+        training.TrainingConfig(**{flag: "out"})
+    training.TrainingConfig()
 
 
 def test_the_routing_is_not_carried_where_nobody_reads_it():

@@ -17,13 +17,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+
+import excitation_optax
+from tests.integrations import excited
+
+pytest.importorskip("tunix")
 from tunix.models.gemma4 import model as gemma4
 from tunix.models.gemma4 import moe as gemma4_moe
 from tunix.models.qwen3 import model as qwen3
 from tunix.sft import peft_trainer, utils
-
-import excitation_optax
-from tests.integrations import excited
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("as_users_have_it")]
 

@@ -20,9 +20,9 @@ import pytest
 
 import excitation_optax
 
-hax = pytest.importorskip("haliax")
-optim = pytest.importorskip("levanter.optim")
-trainer = pytest.importorskip("levanter.trainer")
+pytest.importorskip("levanter")
+import haliax as hax
+from levanter import metrics, optim, trainer
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("as_users_have_it")]
 
@@ -45,12 +45,6 @@ def page():
     return names
 
 
-@pytest.fixture
-def mesh(as_users_have_it):
-    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-        yield
-
-
 @eqx.filter_jit
 def router_scores(model, example):
     """[L, B, S, E], each layer run by itself."""
@@ -63,21 +57,31 @@ def router_scores(model, example):
     return jnp.stack(scores)
 
 
-def count(model, example, where=None):
+def count(model, example, where):
     """[L, E] tokens of each expert, and the number of tokens."""
     with hax.axis_mapping({}):
         scores = np.asarray(router_scores(model, example))
-    where = np.ones(scores.shape[1:3], bool) if where is None else where
     chosen = np.argsort(-scores, axis=-1)[..., : page()["config"].num_experts_per_tok]
     counts = [np.bincount(layer[where].ravel(), minlength=scores.shape[-1]) for layer in chosen]
     return np.stack(counts), np.sum(where)
 
 
 def factors(counts, tokens):
-    """Positive-sum: max(1, u / mean u)."""
-    utilization = counts / tokens
-    phi = np.maximum(1, utilization / np.mean(utilization, axis=-1, keepdims=True))
+    """Exp-diff, e^u / E[e^u], which, unlike strategies that go by ratios, notices loads that sum to 1 instead of K."""
+    phi = np.exp(counts / tokens)
+    phi /= np.mean(phi, axis=-1, keepdims=True)
     return {f"{EXPERTS}/{name}/weight/0": phi[:, :, None, None] for name in ("w1", "w2", "w3")}
+
+
+def make_example(i, padded):
+    """The page's, or with 8 to 31 of its 32 positions before padding, all alike; and which positions count."""
+    example = page()["make_example"](jax.random.key(i))
+    shape = example.tokens.array.shape
+    if not padded:
+        return example, np.ones(shape, bool)
+    mask = np.arange(shape[1]) < np.random.default_rng(i).integers(8, 32, size=shape[:1])[:, None]
+    masked = jnp.where(mask, example.tokens.array, 0), example.loss_mask.array * mask
+    return eqx.tree_at(lambda e: (e.tokens.array, e.loss_mask.array), example, masked), mask
 
 
 def test_the_lines_that_matter_are_those_that_run():
@@ -93,13 +97,11 @@ def test_describe_prints_what_the_page_says():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_training_loop_scales_the_experts_and_nothing_else(padded, mesh):
+def test_a_training_loop_scales_the_experts_and_nothing_else(padded, as_users_have_it):
     names = page()
-    model = names["with_counting"](names["make_model"]()) if padded else names["make_model"]()
     loss_fn = names["padded_loss_fn" if padded else "loss_fn"]
     adamw = optax.adamw(1e-2)
-    tx = optax.chain(adamw, excitation_optax.scale_by_excitation(excitation_optax.positive_sum))
-    opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+    tx = optax.chain(adamw, excitation_optax.scale_by_excitation(excitation_optax.exp_diff))
 
     @eqx.filter_jit
     def step(model, opt_state, example):
@@ -111,49 +113,51 @@ def test_a_training_loop_scales_the_experts_and_nothing_else(padded, mesh):
         return eqx.apply_updates(model, updates), opt_state, loss, vanilla, updates
 
     losses = []
-    for i in range(STEPS):
-        example = names["make_example"](jax.random.key(i))
-        if padded:  # sequences of 8 to 31 tokens; the last ones of a batch are padding, all alike
-            lengths = np.random.default_rng(i).integers(8, 32, size=names["Batch"].size)
-            mask = np.arange(names["config"].seq_len) < lengths[:, None]
-            example = eqx.tree_at(
-                lambda e: (e.tokens.array, e.loss_mask.array),
-                example,
-                (jnp.where(mask, example.tokens.array, 0), mask * example.loss_mask.array),
-            )
-        counts, tokens = count(model, example, np.asarray(example.loss_mask.array) != 0 if padded else None)
-        model, opt_state, loss, vanilla, updates = step(model, opt_state, example)
-        excited.assert_scaled(vanilla, updates, factors(counts, tokens))
-        losses.append(float(loss))
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        model = names["with_counting"](names["make_model"]()) if padded else names["make_model"]()
+        opt_state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+        for i in range(STEPS):
+            example, where = make_example(i, padded)
+            counts, tokens = count(model, example, where)
+            model, opt_state, loss, vanilla, updates = step(model, opt_state, example)
+            excited.assert_scaled(vanilla, updates, factors(counts, tokens))
+            losses.append(float(loss))
     assert np.all(np.isfinite(losses))
     assert losses[-1] < losses[0] / 4
 
 
-def test_levanters_trainer_on_eight_devices_in_two_micro_batches(as_users_have_it):
+@pytest.mark.parametrize("padded", [False, True])
+def test_levanters_trainer_on_eight_devices_in_two_micro_batches(padded, as_users_have_it):
     names = page()
+    steps = 3 if padded else STEPS
     config = dataclasses.replace(names["trainer_config"], num_train_steps=STEPS, per_device_parallelism=1)
     assert names["Batch"].size == 2 * jax.device_count() == 16
     snapshot = optax.snapshot("updates", lambda updates: updates)  # in the state, before Excitation and after
-    excitation = excitation_optax.scale_by_excitation(excitation_optax.positive_sum)
+    excitation = excitation_optax.scale_by_excitation(excitation_optax.exp_diff)
     adam = optim.AdamConfig(learning_rate=1e-2, warmup=0).build(STEPS)
     tx = optax.chain(adam, snapshot, excitation, snapshot)
+
+    def padded_loss_fn(model, example, key=None):
+        loss, counts = names["padded_loss_fn"](model, example, key)
+        return loss, {"utilization": metrics.Metric.from_value(counts, metrics.ReductionType.SUM)}
+
+    make_model = (lambda: names["with_counting"](names["make_model"]())) if padded else names["make_model"]
+    loss_fn = padded_loss_fn if padded else names["trainer_loss_fn"]
     losses = []
-    with names["ExcitedTrainer"](config, tx, names["trainer_loss_fn"], add_default_hooks=False) as excited_trainer:
-        state = excited_trainer.initial_state(jax.random.key(0), model_init=names["make_model"])
-        for i in range(STEPS):
-            example = names["make_example"](jax.random.key(i))
-            counts, tokens = count(state.model, example)
+    with names["ExcitedTrainer"](config, tx, loss_fn, add_default_hooks=False) as excited_trainer:
+        state = excited_trainer.initial_state(jax.random.key(0), model_init=make_model)
+        for i in range(steps):
+            example, where = make_example(i, padded)
+            counts, tokens = count(state.model, example, where)
             info = excited_trainer.train_step(state, example)
             state = info.state
-            _, vanilla, _, scaled = state.opt_state
-            excited.assert_scaled(
-                vanilla.measurement["updates"], scaled.measurement["updates"], factors(counts, tokens)
-            )
+            vanilla, scaled = (state.opt_state[n].measurement["updates"] for n in (1, 3))
+            excited.assert_scaled(vanilla, scaled, factors(counts, tokens))
             losses.append(info.loss)
     weight = state.model.transformer.layers.stacked.block_sparse_moe.experts.w1.weight.array
     assert weight.sharding.spec == jax.sharding.PartitionSpec(None, None, "data", None)
     assert np.all(np.isfinite(losses))
-    assert losses[-1] < losses[0] / 4
+    assert losses[-1] < (losses[0] if padded else losses[0] / 4)
 
 
 def test_levanters_own_trainer_drops_the_utilization_which_is_an_error():
@@ -170,9 +174,10 @@ def test_where_token_axes_are_sharded_loads_are_one_devices():
     config = trainer.TrainerConfig(axis_resources={"token": "data", "token_repeat": "data"})
     forward = hax.named_jit(lambda *args: names["forward"](*args)[1], axis_resources=config.compute_axis_mapping)
     with jax.set_mesh(config.device_mesh):
-        model, example = names["with_counting"](names["make_model"]()), names["make_example"](jax.random.key(0))
+        model = names["with_counting"](names["make_model"]())
+        example, where = make_example(0, padded=False)
         extras = forward(model, example)
-        of_first_layer = count(model, example)[0][0]
+        of_first_layer = count(model, example, where)[0][0]
     loads = extras["expert_loads"].array
     assert loads.sharding.is_fully_replicated  # so it is said, and yet
     assert len({tuple(np.asarray(shard.data)[0]) for shard in loads.addressable_shards}) == 8

@@ -22,6 +22,7 @@ import excitation_optax
 
 pytest.importorskip("levanter")
 import haliax as hax
+import levanter.tracker
 from levanter import metrics, optim, trainer
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("as_users_have_it")]
@@ -169,15 +170,21 @@ def test_levanters_own_trainer_drops_the_utilization_which_is_an_error():
             own.train_step(state, names["make_example"](jax.random.key(0)))
 
 
-def test_where_token_axes_are_sharded_loads_are_one_devices():
+def test_where_token_axes_are_sharded_levanters_loads_and_logits_are_others():
     names = page()
     config = trainer.TrainerConfig(axis_resources={"token": "data", "token_repeat": "data"})
-    forward = hax.named_jit(lambda *args: names["forward"](*args)[1], axis_resources=config.compute_axis_mapping)
-    with jax.set_mesh(config.device_mesh):
+
+    def forward(model, example):
+        return model(example.tokens, example.attn_mask).array, names["forward"](model, example)[1]
+
+    with jax.set_mesh(config.device_mesh), levanter.tracker.defer_tracker_for_jit():
         model = names["with_counting"](names["make_model"]())
         example, where = make_example(0, padded=False)
-        extras = forward(model, example)
+        logits, _ = hax.named_jit(lambda *args: forward(*args), axis_resources={})(model, example)
+        sharded = hax.named_jit(forward, axis_resources=config.compute_axis_mapping)
+        sharded_logits, extras = sharded(model, example)
         of_first_layer = count(model, example, where)[0][0]
+    assert np.max(np.abs(sharded_logits - logits)) > 1
     loads = extras["expert_loads"].array
     assert loads.sharding.is_fully_replicated  # so it is said, and yet
     assert len({tuple(np.asarray(shard.data)[0]) for shard in loads.addressable_shards}) == 8

@@ -6,7 +6,7 @@ set -eu
 here=$(pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-"$UV" venv --quiet --seed --python 3.12 "$dir/env"  # --seed: with pip
+"$UV" venv --quiet --seed "$dir/env"  # --seed: with pip
 VIRTUAL_ENV="$dir/env" "$UV" pip install --quiet ipykernel nbclient nbformat
 export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0="url.file://$here.insteadOf"
 GIT_CONFIG_VALUE_0=$(sed -n 's/^Repository = "\(.*\)"$/\1/p' pyproject.toml)

@@ -1,4 +1,4 @@
-"""Run by colab.sh in an environment of its own: the first two code cells of a notebook install and import all it needs."""
+"""Run by colab.sh: the first two code cells of a notebook install and import all it needs."""
 
 import pathlib
 import sys
@@ -13,5 +13,5 @@ notebook.cells = notebook.cells[: numbers[-1] + 1]
 notebook.cells.append(nbformat.v4.new_code_cell("print(excitation_optax.__file__)"))
 nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
 outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-print(path.stem, *(output.get("text", output) for output in outputs))
-assert [output.name for output in outputs[-1:]] == ["stdout"], outputs
+assert outputs[-1].get("name") == "stdout", outputs
+print(f"{path.stem}: installed and imported, from {outputs[-1].text.strip()}")

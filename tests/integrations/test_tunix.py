@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
+import excited
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,6 @@ import pytest
 from flax import nnx
 
 import excitation_optax
-from tests.integrations import excited
 
 pytest.importorskip("tunix")
 from tunix.models.gemma4 import model as gemma4

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from excitation_optax import _experts
+from excitation_optax import _experts, _patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,11 @@ class Description:
         size, total = (
             sum(math.prod(p.shape) for p in group if p.shape is not None) for group in (scaled, self.parameters)
         )
-        return f"{len(scaled)} of {len(self.parameters)} parameter leaves are scaled: {size:,} of {total:,} parameters."
+        suspect = next((p.path for p in scaled if _patterns.to_avoid(p.path.split("/"))), None)
+        return (
+            f"{len(scaled)} of {len(self.parameters)} parameter leaves are scaled: {size:,} of {total:,} parameters."
+            + (f" Is {suspect} to be scaled? It is named like a router or a shared expert." if suspect else "")
+        )
 
 
 def _row(p: DescribedParameter) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 A *path* is a tuple of plain names: dictionary keys, attribute names and list positions as strings, so that a nested
 dict addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module alike. A slash in a name separates two
-names: Haiku's flat `{"moe/experts": ...}` is `{"moe": {"experts": ...}}`. Nothing is guessed from shapes.
+names: Haiku's flat `{"moe/experts": ...}` is `{"moe": {"experts": ...}}`. Braces around names with commas between stand
+for each of them: `{"moe": {"{up,down}": u}}` is one layer of two parameters. Nothing is guessed from shapes.
 
 Axis letters: E experts, L layers.
 """
@@ -11,6 +12,7 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import itertools
 import numbers
 import re
 import reprlib
@@ -72,7 +74,8 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
     """The leaves of a tree by their paths, in the order of `jax.tree.leaves`."""
     leaves: dict[Path, Any] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        path = tuple(name for key in key_path for name in jax.tree_util.keystr((key,), simple=True).split("/"))
+        names = (jax.tree_util.keystr((key,), simple=True) for key in key_path)
+        path = tuple(part for name in names for part in re.split(r"/(?![^{]*})", name))  # not at slashes within braces
         if path in leaves:
             raise ValueError(
                 f"Two leaves have the same path {show(path)}: names must differ by more than their type, or where "
@@ -164,8 +167,10 @@ def match_experts(params: Any, entries: dict[Path, Any], expert_axis: Any) -> di
     """
     leaves = leaves_by_path(params, is_masked)
     specs = specs_by_path(expert_axis(params) if is_function(expert_axis) else expert_axis)
-    _check_paths("utilization", entries, leaves)
-    _check_paths("expert_axis", specs, leaves)
+    entry_at = _without_braces("utilization", entries)
+    spec_at = _without_braces("expert_axis", specs)
+    _check_paths("utilization", entry_at, leaves)
+    _check_paths("expert_axis", spec_at, leaves)
 
     @functools.cache
     def number_children(parent: Path, pattern: str, shape: Shape) -> dict[Path, int]:
@@ -173,15 +178,16 @@ def match_experts(params: Any, entries: dict[Path, Any], expert_axis: Any) -> di
         return _number_children(parent, pattern, shape, frozen_too)
 
     def match(path: Path, leaf: Any) -> Match | None:
-        entry = _covering(path, entries)
-        if entry is None or not is_parameter(leaf):
+        entry_path = _covering(path, entry_at)
+        if entry_path is None or not is_parameter(leaf):
             return None
+        entry = entry_at[entry_path]
         shape = utilization_shape(entries[entry])
-        spec_path = _covering(path, specs)
-        spec = tuple(range(len(shape))) if spec_path is None else specs[spec_path]
+        spec_path = _covering(path, spec_at)
+        spec = tuple(range(len(shape))) if spec_path is None else specs[spec_at[spec_path]]
         if not isinstance(spec, children):
             return Match(entry, _place(path, np.shape(leaf), entry, shape, spec))
-        parent = entry if spec_path is None else max(entry, spec_path, key=len)
+        parent = entry_path if spec_path is None else max(entry_path, spec_path, key=len)
         below = len(parent) + 1 + spec.pattern.count("/")
         child = number_children(parent, spec.pattern, shape).get(path[:below])
         if child is None:
@@ -200,6 +206,22 @@ def is_masked(x: Any) -> bool:
 def is_parameter(x: Any) -> bool:
     """Floating-point arrays, their shapes, and numbers; not integers, keys, or the functions that some modules hold."""
     return isinstance(x, numbers.Number) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _without_braces(what: str, paths: Iterable[Path]) -> dict[Path, Path]:
+    """Every path that a path with braces stands for, itself where it has none, and where each came from."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        alternatives = (name[1:-1].split(",") if name[:1] + name[-1:] == "{}" else (name,) for name in path)
+        for names in itertools.product(*alternatives):
+            one = tuple(part for name in names for part in name.split("/"))
+            if one in found:
+                raise ValueError(
+                    f"The {what} paths {show(found[one])} and {show(path)} both cover {show(one)}: every parameter "
+                    "must be covered once."
+                )
+            found[one] = path
+    return found
 
 
 def _covering(path: Path, prefixes: Iterable[Path]) -> Path | None:
@@ -261,9 +283,10 @@ def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tupl
     found = [shape[axis] for axis in axes]
     if found != list(sizes):
         raise ValueError(
-            f"{problem} these have {found} entries, not {list(sizes)}. Set expert_axis (-1 for the neurons of a Dense "
-            "layer, (1, 0) for [E, L, ...], children('expert_*') for separate modules), or let the utilization path "
-            "end where there are experts only."
+            f"{problem} these have {found} entries, not {list(sizes)}. Count as many experts as there are; let the "
+            "utilization path end where there are experts only; or set expert_axis (-1 for the neurons of a Dense "
+            "layer of kernel [in, out], (1, 0) for [E, L, ...], children('expert_*') for separate modules, "
+            "children('*') for a list of them)."
         )
     return axes
 

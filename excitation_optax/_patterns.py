@@ -23,7 +23,8 @@ def by_pattern(params: Any, patterns: Mapping[str, Any], *, avoid: Sequence[str]
         are not scaled. `()` allows all.
 
     Returns:
-      A nested dict, the value of a pattern at each path that it matched.
+      A nested dict, the value of a pattern at each path that it matched; where it matched several children of a node,
+      these are one entry, `{wi,wo}`, since they are one layer.
 
     Raises:
       ValueError: if a pattern matches no parameter (with the nearest paths), if two patterns cover one parameter, or if
@@ -35,7 +36,7 @@ def by_pattern(params: Any, patterns: Mapping[str, Any], *, avoid: Sequence[str]
       >>> moe = {"router": jnp.ones((2, 3)), "wi": jnp.ones((3, 2, 4)), "wo": jnp.ones((3, 4, 2))}
       >>> params = {"embed": jnp.ones((5, 2)), "layers": [moe, moe]}
       >>> excitation_optax.by_pattern(params, {"layers/0/w?": 0.2, "layers/1/w?": 0.4})
-      {'layers': {'0': {'wi': 0.2, 'wo': 0.2}, '1': {'wi': 0.4, 'wo': 0.4}}}
+      {'layers': {'0': {'{wi,wo}': 0.2}, '1': {'{wi,wo}': 0.4}}}
       >>> excitation_optax.by_pattern(params, {"**/*": 0.2})
       Traceback (most recent call last):
       ...
@@ -49,7 +50,7 @@ def by_pattern(params: Any, patterns: Mapping[str, Any], *, avoid: Sequence[str]
             _check_new(node, pattern, found)
             _check_avoids(node, pattern, parameters, avoid)
         found |= dict.fromkeys(nodes, pattern)
-    return _nested({path: patterns[pattern] for path, pattern in found.items()})
+    return _nested({path: patterns[pattern] for path, pattern in _siblings_together(found).items()})
 
 
 def _matching(pattern: str, parameters: Sequence[_experts.Path]) -> list[_experts.Path]:
@@ -89,15 +90,28 @@ def _check_new(node: _experts.Path, pattern: str, found: Mapping[_experts.Path, 
 
 def _check_avoids(node: _experts.Path, pattern: str, parameters: Sequence[_experts.Path], avoid: Sequence[str]) -> None:
     for path in parameters:
-        if path[: len(node)] == node:
-            for name in path:
-                to_avoid = next((other for other in avoid if fnmatch.fnmatchcase(name.lower(), other)), None)
-                if to_avoid is not None:
-                    raise ValueError(
-                        f"The pattern {pattern!r} covers {_experts.show(path)}, whose name {name!r} is one to avoid "
-                        f"({to_avoid!r}): routers and shared experts are not scaled. Make the pattern narrower; if "
-                        "this is an expert nonetheless, pass avoid=() or patterns of your own."
-                    )
+        if path[: len(node)] == node and (found := to_avoid(path, avoid)):
+            raise ValueError(
+                f"The pattern {pattern!r} covers {_experts.show(path)}, whose name {found[0]!r} is one to avoid "
+                f"({found[1]!r}): routers and shared experts are not scaled. Make the pattern narrower; if this is an "
+                "expert nonetheless, pass avoid=() or patterns of your own."
+            )
+
+
+def to_avoid(path: Sequence[str], avoid: Sequence[str] = NOT_EXPERTS) -> tuple[str, str] | None:
+    """The name in a path that no expert should have, and the pattern that says so."""
+    return next(((name, other) for name in path for other in avoid if fnmatch.fnmatchcase(name.lower(), other)), None)
+
+
+def _siblings_together(found: Mapping[_experts.Path, str]) -> dict[_experts.Path, str]:
+    """Children of a node that one pattern matched, as one path with braces: `layers/0/{wi,wo}`."""
+    names: dict[tuple[_experts.Path, str], list[str]] = {}
+    for path, pattern in found.items():
+        names.setdefault((path[:-1], pattern), []).extend(path[-1:])
+    return {
+        (*parent, *(together if len(together) < 2 else [f"{{{','.join(together)}}}"])): pattern
+        for (parent, pattern), together in names.items()
+    }
 
 
 def _nested(values: Mapping[_experts.Path, Any]) -> Any:

@@ -37,7 +37,8 @@ def scale_by_excitation(
     *partial tree prefix* of the parameters. A leaf at path p scales every parameter at or below p; what no path covers
     is left untouched, bit for bit. A leaf is an array of fractions `[..., E]`, or a `RoutingCounts`; None counts as
     absent. Paths are compared by plain names, so that a nested dict addresses any kind of tree; a slash in a name
-    separates two, as in Haiku's, so that `{"moe/experts": u}` is `{"moe": {"experts": u}}`.
+    separates two, as in Haiku's, so that `{"moe/experts": u}` is `{"moe": {"experts": u}}`, and `{"moe/{up,down}": u}`
+    names two parameters of one layer.
 
     Args:
       strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. One with a keyword `key` is

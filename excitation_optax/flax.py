@@ -89,11 +89,12 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
         raise ValueError(f"sow_routing takes RoutingCounts, as from count_routing; got {type(counts).__name__}.")
     if not isinstance(module, nnx.Module | linen.Module):
         raise ValueError(f"sow_routing takes the module that holds the experts; got {type(module).__name__}.")
-    for key in [_ROUTING_OF + name for name in names] or ["routing"]:
-        if isinstance(module, linen.Module):
-            module.sow("intermediates", key, counts, **_SUM)
-        else:
-            _sow(module, key, counts)
+    one_layer = names[0] if len(names) == 1 else f"{{{','.join(names)}}}"
+    key = _ROUTING_OF + one_layer if names else "routing"
+    if isinstance(module, linen.Module):
+        module.sow("intermediates", key, counts, **_SUM)
+    else:
+        _sow(module, key, counts)
 
 
 def _sow(module: nnx.Module, key: str, counts: _routing.RoutingCounts) -> None:
@@ -332,7 +333,7 @@ def _by_module(sown: Any, none_found: str) -> Any:
             # The last dictionary key is the name it was sown under; what follows it is a position in a tuple.
             *path, sown_as = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]
             below = sown_as.removeprefix(_ROUTING_OF)
-            module = (*path, *below.split("/")) if below != sown_as else tuple(path)
+            module = (*path, below) if below != sown_as else tuple(path)
             by_path[module] = by_path[module] + leaf if module in by_path else leaf
     if not by_path:
         raise ValueError(

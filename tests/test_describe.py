@@ -325,9 +325,8 @@ def test_html_is_escaped():
     description = describe({name: ones(2), "b": {name: ones(3)}}, {name: fractions(2)})
     assert name in str(description)
     assert "<script" not in description._repr_html_()
-    # The reader undoes the escapes; a slash in a name puts it in quotes.
-    shown = f'"{name}"'
-    assert [row[0] for table in html_of(description).tables for row in table[1:]] == [shown, f"b/{shown}"]
+    # The reader undoes the escapes.
+    assert [row[0] for table in html_of(description).tables for row in table[1:]] == [name, f"b/{name}"]
 
 
 def test_html_leaves_colours_to_the_theme():
@@ -382,3 +381,12 @@ def test_what_is_no_array_is_left_out():
         ("experts/kernel", (3, 2), "experts"),
     ]
     assert "6 of 6 parameters" in str(description)
+
+
+def test_says_if_what_is_scaled_is_named_like_a_router():
+    params = {"moe": {"router": {"w": ones(2, 3)}, "up": ones(2, 3)}}
+    question = "Is moe/router/w to be scaled? It is named like a router or a shared expert."
+    description = describe(params, {"moe": fractions(2)})
+    assert str(description).endswith(f"12 of 12 parameters. {question}")
+    assert question in description._repr_html_()
+    assert "?" not in str(describe(params, {"moe": {"up": fractions(2)}}))

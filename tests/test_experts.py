@@ -825,3 +825,29 @@ def test_ordered_dict_of_experts_is_numbered_by_name():
 def test_same_axis_said_in_different_ways(utilization, expert_axis):
     updates = {"w": fill(E, D)}
     check(updates, zero_sum_update(updates, utilization, expert_axis), {"w": along(PHI_U, (E, D), 0)}, same_object=True)
+
+
+def test_braces_name_several_children_of_one_layer():
+    params = {"moe": {"router": jnp.ones((2, 3)), "up": {"w": jnp.ones((2, 4))}, "down": jnp.ones((2, 4))}}
+    u = jnp.array([0.75, 0.25])
+    tx = excitation_optax.scale_by_excitation(excitation_optax.zero_sum)
+    together, _ = tx.update(params, tx.init(params), utilization={"moe": {"{up/w,down}": u}})
+    apart, _ = tx.update(params, tx.init(params), utilization={"moe": {"up": u, "down": u}})
+    jax.tree.map(np.testing.assert_array_equal, together, apart)
+    np.testing.assert_array_equal(together["moe"]["router"], 1)
+    np.testing.assert_array_equal(together["moe"]["down"][:, 0], [1.5, 0.5])
+    assert excitation_optax.excitation({"moe": {"{up,down}": u}}).keys() == {"moe"}
+    described = excitation_optax.describe(params, {"moe/{up,down}": u})
+    assert {p.scaled_by for p in described.parameters} == {None, "moe/{up,down}"}
+
+
+def test_braces_in_axes_and_beside_children():
+    params = {"a": {"expert_0": jnp.ones(3), "expert_1": jnp.ones(3)}, "b": {"w": jnp.ones((4, 2))}}
+    tx = excitation_optax.scale_by_excitation(
+        excitation_optax.zero_sum, expert_axis={"a": excitation_optax.children("expert_*"), "{b/w,c}": -1}
+    )
+    u = jnp.array([0.75, 0.25])
+    updates, _ = tx.update(params | {"c": jnp.ones((3, 2))}, optax.EmptyState(), utilization={"{a,b,c}": u})
+    np.testing.assert_array_equal(updates["a"]["expert_0"], 1.5)
+    np.testing.assert_array_equal(updates["b"]["w"][0], [1.5, 0.5])
+    np.testing.assert_array_equal(updates["c"][0], [1.5, 0.5])

@@ -244,8 +244,8 @@ def test_names_say_what_in_a_module_is_experts():
     model(X)
     chex.assert_trees_all_equal(captured, excitation_flax.pop_routing(model))
     chosen = np.argsort(-(X @ model.layers[0].router[...]))[:, :2]
-    for counts in (captured["layers"][0]["w"], captured["layers"][0]["mlps"]["up"]):
-        np.testing.assert_array_equal(counts.counts, np.bincount(chosen.reshape(-1), minlength=3))
+    counts = captured["layers"][0]["{w,mlps/up}"]  # one layer, of two children
+    np.testing.assert_array_equal(counts.counts, np.bincount(chosen.reshape(-1), minlength=3))
     expert_axis = {"layers": {n: {"mlps": -1} for n in range(2)}}
     described = excitation_optax.describe(nnx.state(model, nnx.Param), captured, expert_axis)
     scaled = {p.path.removesuffix("/value") for p in described.parameters if p.scaled_by}

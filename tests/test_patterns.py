@@ -35,8 +35,9 @@ def params():
     ("patterns", "expected"),
     [
         ({"layers/1/wi": 1}, {"layers": {"1": {"wi": 1}}}),
-        ({"layers/*/w?": 1}, {"layers": {"0": {"wi": 1, "wo": 1}, "1": {"wi": 1, "wo": 1}}}),
-        ({"layers/0/w*": 1, "layers/1/w*": 2}, {"layers": {"0": {"wi": 1, "wo": 1}, "1": {"wi": 2, "wo": 2}}}),
+        ({"layers/*/w?": 1}, {"layers": {"0": {"{wi,wo}": 1}, "1": {"{wi,wo}": 1}}}),
+        ({"layers/0/w*": 1, "layers/1/w*": 2}, {"layers": {"0": {"{wi,wo}": 1}, "1": {"{wi,wo}": 2}}}),
+        ({"layers/0/wi": 1, "layers/0/wo": 2}, {"layers": {"0": {"wi": 1, "wo": 2}}}),
         ({"**/[01]/wo": 1}, {"layers": {"0": {"wo": 1}, "1": {"wo": 1}}}),
         ({"**/expert_layers": 1}, {"expert_layers": 1}),  # ** is also no name at all
         ({"expert_layers/**": 1}, {"expert_layers": 1}),  # the highest of nodes above one another

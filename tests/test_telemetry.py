@@ -420,3 +420,12 @@ def test_one_process_of_several_logs_alone():
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert out.endswith("done\n"), err
+
+
+def test_parameters_of_one_layer_are_one_layer():
+    params = {f"layer_{n}": {"mlp": {"router": jnp.ones((2, 4)), "up": jnp.ones((4, 2))}} for n in range(2)}
+    params["layer_1"]["mlp"]["down"] = jnp.ones((4, 2))
+    u = jnp.array([0.75, 0.25, 0.0, 0.0])
+    utilization = excitation_optax.by_pattern(params, {"layer_0/mlp/up": u[::-1], "layer_1/mlp/*[pn]": u})
+    assert telemetry.layer_names(utilization) == ["layer_0/mlp/up", "layer_1/mlp/{down,up}"]
+    np.testing.assert_array_equal(telemetry.load_by_layer(utilization), [u[::-1], u])

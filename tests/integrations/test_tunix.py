@@ -262,7 +262,7 @@ def test_tunix_trainer(micro_batches, devices):
             return data
 
         def _post_process_train_step(self, utilization):
-            assert utilization["layers"]["0"]["mlp"]["up_proj"].tokens == np.sum(masks[-1])
+            assert utilization["layers"]["0"]["mlp"]["{down_proj,gate_proj,up_proj}"].tokens == np.sum(masks[-1])
             if len(masks) % micro_batches == 0:
                 state = nnx.as_pure(self.optimizer.opt_state)
                 record = (state.multi_steps.inner_opt_state if micro_batches > 1 else state)[1]

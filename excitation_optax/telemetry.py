@@ -413,6 +413,6 @@ def _plotting() -> Any:
         from excitation_optax import plotting
     except ImportError as error:
         raise ImportError(
-            "RoutingLog draws with matplotlib: pip install 'excitation_optax[telemetry]', or pass image_every=None."
+            "RoutingLog draws with matplotlib: pip install '.[telemetry]' in a checkout, or pass image_every=None."
         ) from error
     return plotting

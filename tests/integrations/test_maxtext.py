@@ -33,7 +33,7 @@ from maxtext.utils import maxtext_utils, model_creation_utils
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("as_users_have_it")]
 
-STEPS, B, S, VOCABULARY, E, K = 25, 8, 16, 32, 8, 2
+STEPS, B, S, VOCABULARY, E, K = 25, 16, 16, 32, 8, 2
 SIZES = {
     "base_emb_dim": 32,
     "base_mlp_dim": 32,
@@ -194,16 +194,24 @@ def expected_factors(family, updates, chosen):
     return factors
 
 
-@pytest.mark.parametrize("family", [MIXTRAL, DEEPSEEK, GPT_OSS], ids=lambda family: family.name)
-def test_trains(family, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "micro_batches"),
+    [(MIXTRAL, 1), (MIXTRAL, 2), (DEEPSEEK, 1), (GPT_OSS, 1)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_trains(family, micro_batches, monkeypatch):
     settings = {"base_num_decoder_layers": family.layers, **family.settings}
-    config, plain_config = configure(family.name, **settings), configure(family.name, **settings | NOT_SPARSE)
+    plain_config = configure(family.name, **settings | NOT_SPARSE)
+    settings["per_device_batch_size"] = SIZES["per_device_batch_size"] / micro_batches
+    config = configure(family.name, gradient_accumulation_steps=micro_batches, **settings)
     model, plain = make(config), make(plain_config)
     excitation = excitation_optax.scale_by_excitation(excitation_optax.zero_sum, expert_axis=family.axes)
     tx = optax.chain(optax.adamw(1e-2), excited.recorded(excitation))
     train_state = train_state_nnx.TrainStateNNX(model, nnx.Optimizer(model, tx, wrt=nnx.Param))
     graphdef, state = nnx.split(train_state)
-    step = jax.jit(functools.partial(excited_train_step(), graphdef, config, None, None))
+    whole = jax.sharding.NamedSharding(model.mesh, jax.sharding.PartitionSpec())
+    shardings = jax.tree.map(lambda _: whole, nnx.state(model, nnx.Param))
+    step = jax.jit(functools.partial(excited_train_step(), graphdef, config, None, shardings))
     choose = nnx.jit(functools.partial(choices, plain_config))
 
     losses = []
@@ -225,26 +233,21 @@ def test_trains(family, monkeypatch):
     assert np.mean(losses[-5:]) < 0.7 * losses[0], losses
 
 
+UNGROUPED = {"n_routing_groups": -1, "topk_routing_group": -1}
+
+
 @pytest.mark.parametrize(
-    ("layout", "settings"),
+    ("layout", "layers", "settings"),
     [
-        ("mixtral-8x7b", {"base_num_decoder_layers": 3}),
-        ("qwen3-30b-a3b unscanned", {"base_num_decoder_layers": 2, "scan_layers": False, "prefuse_moe_weights": True}),
-        (
-            "deepseek3-671b",
-            {
-                "base_num_decoder_layers": 4,
-                "first_num_dense_layers": 1,
-                "n_routing_groups": -1,
-                "topk_routing_group": -1,
-            },
-        ),
-        ("gpt-oss-20b", {"base_num_decoder_layers": 4}),
-        ("gemma4-26b", {"base_num_decoder_layers": 6}),
+        ("mixtral-8x7b", 3, {}),
+        ("qwen3-30b-a3b unscanned", 2, {"scan_layers": False, "prefuse_moe_weights": True}),
+        ("deepseek3-671b", 4, {"first_num_dense_layers": 1, **UNGROUPED}),
+        ("gpt-oss-20b", 4, {}),
+        ("gemma4-26b", 6, {}),
     ],
 )
-def test_layouts_are_as_they_are_written_down(layout, settings):
-    sizes = {"base_emb_dim": 16, "head_dim": 8, "vocab_size": 64}
+def test_layouts_are_as_they_are_written_down(layout, layers, settings):
+    sizes = {"base_emb_dim": 16, "head_dim": 8, "vocab_size": 64, "base_num_decoder_layers": layers}
     config = configure(layout.split()[0], **sizes | settings)
     shapes = excited.paths(nnx.as_pure(nnx.state(nnx.eval_shape(lambda: make(config)), nnx.Param)))
     assert {path: leaf.shape for path, leaf in shapes.items()} == test_layouts.LAYOUTS[f"maxtext {layout}"]

@@ -1,7 +1,9 @@
 """What every integration has to show: exactly which parameters Excitation scaled, and by how much."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def paths(tree):
@@ -30,3 +32,17 @@ def assert_scaled(vanilla, excited, factors, rtol=1e-6):
             assert not np.array_equal(got, update), f"{path} was not scaled"
         else:
             np.testing.assert_array_equal(got, update, err_msg=path)
+
+
+def recorded(tx):
+    """The transformation, with what went into it and what came out of it in its state: for loops that hide updates."""
+
+    def init_fn(params):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # twice, as some loops donate the state
+        return {"tx": tx.init(params), "before": zeros(), "after": zeros()}
+
+    def update_fn(updates, state, params=None, **extra_args):
+        after, tx_state = tx.update(updates, state["tx"], params, **extra_args)
+        return after, {"tx": tx_state, "before": updates, "after": after}
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,7 +8,8 @@ name=$1
 # Python 3.12: PYTHON if it is set, or pyenv's, or the one that uv finds.
 python=${PYTHON:-$(ls -d "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12.*/bin/python 2>/dev/null | sort -V | tail -n 1)}
 "$UV" venv --quiet --allow-existing --python "${python:-3.12}" ".venv-$name"
-VIRTUAL_ENV=".venv-$name" "$UV" pip install --quiet -r "tests/integrations/$name.txt" -e .
+# The pins are complete; --no-deps, as some of them overrule what a project asks for.
+VIRTUAL_ENV=".venv-$name" "$UV" pip install --quiet --no-deps -r "tests/integrations/$name.txt" -e .
 # Warnings are errors, but for other projects' spelling, and for what they use although it is on its way out.
 run() { ".venv-$name/bin/python" -m pytest -W ignore::DeprecationWarning -W ignore::SyntaxWarning "$@"; }
 run -m integration "tests/integrations/test_$name.py"

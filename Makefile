@@ -4,7 +4,7 @@ RUN := $(UV) run --locked --extra examples
 # The newest Python from 3.12 on, for test-latest: in PATH, or in pyenv's folder.
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
-.PHONY: help demo site test test-latest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
+.PHONY: help demo site test test-latest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -32,7 +32,7 @@ test-torch: $(UV)  ## the MoE layer against Hugging Face's transformers, and by 
 test-tpu: $(UV)  ## what the training step sends, compiled for TPUs that are not there
 	UV_PROJECT_ENVIRONMENT=.venv-tpu $(RUN) --extra tpu pytest -n 2 -m tpu tests/test_pod_fit.py
 
-test-tunix test-levanter test-easydel: test-%: $(UV)  ## other projects' models, excited, each in an environment of its own
+test-tunix test-levanter test-easydel test-maxtext: test-%: $(UV)  ## other projects' models, excited, each in an environment of its own
 	UV=$(UV) sh tests/integrations/run.sh $*
 
 lint: $(UV)  ## ruff
@@ -56,7 +56,7 @@ site: $(UV)  ## build the documentation into out/site, and check its links
 
 docs-test: $(UV)  ## run every example of the docstrings, the README and docs/
 	$(RUN) pytest --doctest-modules excitation_optax models
-	$(RUN) pytest --markdown-docs README.md docs $(patsubst %,--ignore=docs/integrations/%.md,tunix levanter easydel)
+	$(RUN) pytest --markdown-docs README.md docs $(patsubst %,--ignore=docs/integrations/%.md,tunix levanter easydel maxtext)
 
 notebooks: $(UV)  ## write examples/notebooks/*.ipynb from docs/notebooks/*.md
 	$(RUN) python -m examples.notebooks.generate

@@ -68,7 +68,11 @@ class Description:
         suspect = next((p.path for p in scaled if _patterns.to_avoid(p.path.split("/"))), None)
         return (
             f"{len(scaled)} of {len(self.parameters)} parameter leaves are scaled: {size:,} of {total:,} parameters."
-            + (f" Is {suspect} to be scaled? It is named like a router or a shared expert." if suspect else "")
+            + (
+                f" Is {suspect} to be scaled? It is named like a router, a shared expert or attention."
+                if suspect
+                else ""
+            )
         )
 
 

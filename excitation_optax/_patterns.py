@@ -6,7 +6,13 @@ from typing import Any
 
 from excitation_optax import _experts
 
-NOT_EXPERTS = ("*router*", "gate", "*shared*")  # names as they stand in the models of the documentation
+NOT_EXPERTS = (
+    "*router*",
+    "gate",
+    "*shared*",
+    "*attn*",
+    "*attention*",
+)  # names as they stand in the models of the documentation
 
 
 def by_pattern(params: Any, patterns: Mapping[str, Any], *, avoid: Sequence[str] = NOT_EXPERTS) -> Any:
@@ -19,8 +25,8 @@ def by_pattern(params: Any, patterns: Mapping[str, Any], *, avoid: Sequence[str]
     Args:
       params: the parameters, or their shapes.
       patterns: from each pattern to its value, such as `RoutingCounts`, an array of fractions, or the axes of experts.
-      avoid: patterns of names, lower case, that no covered parameter may have in its path: routers and shared experts
-        are not scaled. `()` allows all.
+      avoid: patterns of names, lower case, that no covered parameter may have in its path: routers, shared experts
+        and attention are not scaled. `()` allows all.
 
     Returns:
       A nested dict, the value of a pattern at each path that it matched; where it matched several children of a node,
@@ -93,8 +99,8 @@ def _check_avoids(node: _experts.Path, pattern: str, parameters: Sequence[_exper
         if path[: len(node)] == node and (found := to_avoid(path, avoid)):
             raise ValueError(
                 f"The pattern {pattern!r} covers {_experts.show(path)}, whose name {found[0]!r} is one to avoid "
-                f"({found[1]!r}): routers and shared experts are not scaled. Make the pattern narrower; if this is an "
-                "expert nonetheless, pass avoid=() or patterns of your own."
+                f"({found[1]!r}): routers, shared experts and attention are not scaled. Make the pattern narrower; if "
+                "this is an expert nonetheless, pass avoid=() or patterns of your own."
             )
 
 

@@ -385,7 +385,7 @@ def test_what_is_no_array_is_left_out():
 
 def test_says_if_what_is_scaled_is_named_like_a_router():
     params = {"moe": {"router": {"w": ones(2, 3)}, "up": ones(2, 3)}}
-    question = "Is moe/router/w to be scaled? It is named like a router or a shared expert."
+    question = "Is moe/router/w to be scaled? It is named like a router, a shared expert or attention."
     description = describe(params, {"moe": fractions(2)})
     assert str(description).endswith(f"12 of 12 parameters. {question}")
     assert question in description._repr_html_()

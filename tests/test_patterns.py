@@ -79,8 +79,10 @@ def test_refuses(params, patterns, message):
         excitation_optax.by_pattern(params, patterns)
 
 
-@pytest.mark.parametrize("name", ["router", "MoERouter", "router_logits", "gate", "Shared_Experts", "moe_shared"])
-def test_avoids_routers_and_shared_experts_under_any_of_their_names(name):
+@pytest.mark.parametrize(
+    "name", ["router", "MoERouter", "router_logits", "gate", "Shared_Experts", "moe_shared", "self_attn"]
+)
+def test_avoids_routers_shared_experts_and_attention_under_any_of_their_names(name):
     tree = {"moe": {name: {"w": jnp.ones(2)}, "experts": jnp.ones(2)}}
     with pytest.raises(ValueError, match=f"whose name '{name}' is one to avoid"):
         excitation_optax.by_pattern(tree, {"moe": 1})

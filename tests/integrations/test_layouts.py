@@ -177,7 +177,13 @@ def test_updates(mapping):
     [
         ("maxtext mixtral-8x7b", "decoder/layers/MoeBlock_0/w*", (3, 8), None, "these have \\[8, 3\\] entries"),
         ("maxtext mixtral-8x7b", "decoder/layers/MoeBlock_0", (3, 8), (1, 0), "whose name 'gate' is one to avoid"),
-        ("maxtext deepseek3-671b", "**/DeepSeekMoeBlock_0/**/w*", (3, 8), (1, 0), "whose name 'shared_experts' is one to avoid"),
+        (
+            "maxtext deepseek3-671b",
+            "**/DeepSeekMoeBlock_0/**/w*",
+            (3, 8),
+            (1, 0),
+            "whose name 'shared_experts' is one to avoid",
+        ),
         ("maxtext qwen3-30b-a3b unscanned", "**/MoeBlock_0/w*", (8,), None, "matches no parameter"),
         ("vmoe", "Encoder/*/Moe", (4,), None, "whose name 'Router' is one to avoid"),
         ("vmoe", "Encoder/*/*/Mlp", (4,), 1, "cannot be scaled"),

@@ -75,7 +75,7 @@ def factors(counts, tokens):
 
 
 def make_example(i, padded):
-    """The page's, or with 8 to 31 of its 32 positions before padding, and a prompt of 4, in no loss; and which count."""
+    """The page's, or with 8 to 31 of its 32 positions before padding, and a prompt of 4, in no loss; what counts."""
     example = page()["make_example"](jax.random.key(i))
     shape = example.tokens.array.shape
     if not padded:

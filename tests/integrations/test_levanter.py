@@ -75,13 +75,13 @@ def factors(counts, tokens):
 
 
 def make_example(i, padded):
-    """The page's, or with 8 to 31 of its 32 positions before padding, all alike; and which positions count."""
+    """The page's, or with 8 to 31 of its 32 positions before padding, and a prompt of 4, in no loss; what counts."""
     example = page()["make_example"](jax.random.key(i))
     shape = example.tokens.array.shape
     if not padded:
         return example, np.ones(shape, bool)
     mask = np.arange(shape[1]) < np.random.default_rng(i).integers(8, 32, size=shape[:1])[:, None]
-    masked = jnp.where(mask, example.tokens.array, 0), example.loss_mask.array * mask
+    masked = jnp.where(mask, example.tokens.array, 0), example.loss_mask.array * mask * (np.arange(shape[1]) >= 4)
     return eqx.tree_at(lambda e: (e.tokens.array, e.loss_mask.array), example, masked), mask
 
 
@@ -159,6 +159,21 @@ def test_levanters_trainer_on_eight_devices_in_two_micro_batches(padded, as_user
     assert weight.sharding.spec == jax.sharding.PartitionSpec(None, None, "data", None)
     assert np.all(np.isfinite(losses))
     assert losses[-1] < (losses[0] if padded else losses[0] / 4)
+
+
+def test_a_model_without_auxiliary_losses_has_the_loss_of_levanters_own():
+    names = page()
+    config = dataclasses.replace(names["config"], lbl_coef=None, rzl_coef=None)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        model = names["mixtral"].MixtralLMHeadModel.init(names["Vocab"], config, key=jax.random.key(0))
+        example, _ = make_example(0, padded=True)
+        loss, extras = eqx.filter_jit(names["forward"])(model, example)
+        with levanter.tracker.defer_tracker_for_jit():
+            logits = model(example.tokens, example.attn_mask).array
+    assert extras.keys().isdisjoint({"load_balancing_loss", "router_z_loss"})
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], example.tokens.array[:, 1:])
+    in_loss = example.loss_mask.array[:, :-1]
+    np.testing.assert_allclose(loss, np.sum(losses * in_loss) / np.sum(in_loss), rtol=1e-5)
 
 
 def test_levanters_own_trainer_drops_the_utilization_which_is_an_error():

@@ -1,15 +1,20 @@
-"""google-tunix's own Qwen3-MoE and Gemma 4, trained with Excitation by a plain NNX loop and by tunix's trainer.
+"""google-tunix's Qwen3-MoE and Gemma 4, excited by what docs/integrations/tunix.md defines, which is run as it stands.
 
-Neither model knows of Excitation or gives out its routing. Qwen3's router is a layer of its own, whose scores
-`nnx.capture` records; Gemma 4's is a method, which a subclass overrides. The expected factors are worked out in NumPy
-from what the model's own `top_k` chose in a forward pass without any of this.
+The expected factors are worked out in NumPy from what the model's own `top_k` chose in a forward pass without any of
+this. In all batches there are prompts, which the loss mask leaves out and the counts do not, and padding.
 
 Axis letters: B batch, S sequence, L layers, K experts per token, E experts.
 """
 
+import ast
 import contextlib
 import dataclasses
+import functools
+import pathlib
+import re
+import types
 from collections.abc import Callable
+from typing import Any
 
 import excited
 import jax
@@ -23,24 +28,28 @@ import excitation_optax
 
 pytest.importorskip("tunix")
 from tunix.models.gemma4 import model as gemma4
-from tunix.models.gemma4 import moe as gemma4_moe
 from tunix.models.qwen3 import model as qwen3
 from tunix.sft import peft_trainer, utils
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("as_users_have_it")]
 
-VOCABULARY, LENGTH, LAYERS, EXPERTS, EXPERTS_PER_TOKEN, STEPS = 32, 12, 2, 4, 2, 25
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "integrations" / "tunix.md"
+VOCABULARY, LENGTH, PROMPT, LAYERS, EXPERTS, EXPERTS_PER_TOKEN, STEPS = 32, 12, 3, 2, 4, 2, 25
 
 
-class Chosen(nnx.Intermediate):
-    """The experts that a router chose."""
-
-
-class RecordingMoE(gemma4_moe.MoERagged):
-    def _router(self, router_logits):
-        weights, chosen = super()._router(router_logits)
-        self.sow(Chosen, "chosen", chosen)
-        return weights, chosen
+@functools.cache
+def page(title):
+    """What the page imports and defines, functions and classes, from its beginning to the end of a section."""
+    sections = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
+    last = next(i for i, section in enumerate(sections) if section.startswith(title + "\n"))
+    blocks = re.findall(r"^```python[^\n]*\n(.*?)^```$", "".join(sections[: last + 1]), re.DOTALL | re.MULTILINE)
+    tree = ast.parse("\n".join(blocks))
+    tree.body = [
+        node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
+    ]
+    names: dict[str, Any] = {}
+    exec(compile(tree, str(PAGE), "exec"), names)
+    return types.SimpleNamespace(**names)
 
 
 def make_qwen3(remat="NONE"):
@@ -61,17 +70,6 @@ def make_qwen3(remat="NONE"):
     return qwen3.Qwen3(config, rngs=nnx.Rngs(0))
 
 
-def forward_qwen3(model, tokens, mask):
-    recorded = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
-    (logits, _), outputs = recorded(*inputs(tokens, mask))
-    counts = {}
-    for i, layer in nnx.as_pure(outputs)["layers"].items():
-        (scores,) = layer["mlp"]["router"]["__call__"]
-        probabilities = nnx.softmax(scores.astype(jnp.float32))
-        counts[f"layers/{i}/mlp/*_proj"] = excitation_optax.count_logits(probabilities, EXPERTS_PER_TOKEN, where=mask)
-    return logits, excitation_optax.by_pattern(nnx.state(model, nnx.Param), counts)
-
-
 def make_gemma4(remat="NONE"):
     config = gemma4.ModelConfig(
         num_layers=LAYERS,
@@ -90,50 +88,36 @@ def make_gemma4(remat="NONE"):
     )
     model = gemma4.Gemma4(config, rngs=nnx.Rngs(0))
     for layer in model.layers:
-        layer.moe.__class__ = RecordingMoE
+        layer.moe.__class__ = page("Gemma 4").RecordingMoE
         for dense in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):  # zeros, meant to be loaded
             dense.kernel[...] = 0.1 * jax.random.normal(jax.random.key(0), dense.kernel.shape)
     return model
 
 
-def forward_gemma4(model, tokens, mask):
-    (logits, _), outputs = nnx.capture(model, Chosen)(*inputs(tokens, mask))
-    counts = {}
-    for i, layer in nnx.as_pure(outputs)["layers"].items():
-        (chosen,) = layer["moe"]["chosen"]
-        for name in ("gating_einsum", "linear", "per_expert_scale"):
-            counts[f"layers/{i}/moe/{name}"] = excitation_optax.count_routing(chosen, EXPERTS, where=mask)
-    return logits, excitation_optax.by_pattern(nnx.state(model, nnx.Param), counts)
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
+    page: types.SimpleNamespace  # what its section defines
     make: Callable  # from the name of a RematConfig
-    forward: Callable  # from a model, tokens [B, S] and their mask, to logits and utilization
     experts: tuple[str, ...]  # the parameters of a layer that are scaled, whatever their rank, with E in front
 
 
-QWEN3 = Family(make_qwen3, forward_qwen3, ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"))
-GEMMA4 = Family(make_gemma4, forward_gemma4, ("moe/gating_einsum", "moe/linear", "moe/per_expert_scale"))
+QWEN3 = Family(page("Qwen3"), make_qwen3, ("mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"))
+GEMMA4 = Family(page("Gemma 4"), make_gemma4, ("moe/gating_einsum", "moe/linear", "moe/per_expert_scale"))
 
 
-def inputs(tokens, mask):
+def inputs(tokens):
+    mask = tokens != 0
     return tokens, utils.build_positions_from_mask(mask), None, utils.make_causal_attn_mask(mask)
 
 
 def batches(steps, batch=8):
-    """Sequences in which a token tells the next, of different lengths, padded with 0."""
+    """Sequences in which a token tells the next, of different lengths, padded with 0; prompts are in no loss."""
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        tokens = (rng.integers(VOCABULARY, size=(batch, 1)) + 5 * np.arange(LENGTH)) % VOCABULARY
-        mask = np.arange(LENGTH) < rng.integers(LENGTH // 2, LENGTH, size=(batch, 1))
-        yield jnp.asarray(np.where(mask, tokens, 0), jnp.int32), jnp.asarray(mask)
-
-
-def loss_fn(family, model, tokens, mask):
-    logits, utilization = family.forward(model, tokens, mask)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    return jnp.mean(losses, where=mask[:, 1:]), utilization
+        tokens = 1 + (rng.integers(VOCABULARY - 1, size=(batch, 1)) + 5 * np.arange(LENGTH)) % (VOCABULARY - 1)
+        tokens *= np.arange(LENGTH) < rng.integers(LENGTH // 2, LENGTH, size=(batch, 1))
+        in_loss = (tokens != 0) & (np.arange(LENGTH) >= PROMPT)
+        yield peft_trainer.TrainingInput(jnp.asarray(tokens, jnp.int32), jnp.asarray(in_loss))
 
 
 def recorded(tx):
@@ -154,7 +138,7 @@ def optimizer_of():
     return optax.chain(optax.adam(1e-2), recorded(excitation_optax.scale_by_excitation(excitation_optax.zero_sum)))
 
 
-def choices(plain, model, tokens, mask):
+def choices(plain, model, tokens):
     """What the routers choose, `[L, B, S, K]`: seen at the function that chooses, in a plain forward pass."""
     nnx.update(plain, nnx.state(model, nnx.Param))
     seen = []
@@ -170,25 +154,25 @@ def choices(plain, model, tokens, mask):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "top_k", spy(jax.lax.top_k))
         patch.setattr(jax.lax, "approx_max_k", spy(jax.lax.approx_max_k))
-        plain(*inputs(tokens, mask))
+        plain(*inputs(tokens))
     return np.stack(seen)
 
 
-def expected_factors(family, updates, chosen, masks):
-    """u / mean(u) for every expert parameter, from choices `[L, B, S, K]` and masks `[B, S]`."""
-    assert not masks.all(), "there must be padding to leave out"
+def expected_factors(family, updates, chosen, tokens):
+    """u / mean(u) for every expert parameter, from choices `[L, B, S, K]` for tokens `[B, S]`."""
+    assert not tokens.all(), "there must be padding to leave out"
     shapes = {path: np.shape(update) for path, update in excited.paths(updates).items()}
     factors = {}
     for layer, indices in enumerate(chosen):
-        counts = np.bincount(indices[masks].ravel(), minlength=EXPERTS)
+        counts = np.bincount(indices[tokens != 0].ravel(), minlength=EXPERTS)
         for name in family.experts:
             path = f"layers/{layer}/{name}"
             factors[path] = (counts / counts.mean()).reshape(EXPERTS, *[1] * (len(shapes[path]) - 1))
     return factors
 
 
-def assert_excited(family, record, chosen, masks):
-    factors = expected_factors(family, record["before"], np.asarray(chosen), np.asarray(masks))
+def assert_excited(family, record, chosen, tokens):
+    factors = expected_factors(family, record["before"], np.asarray(chosen), np.asarray(tokens))
     excited.assert_scaled(record["before"], record["after"], factors)
 
 
@@ -201,45 +185,52 @@ def test_trains(family, remat):
     traces = []
 
     @nnx.jit
-    def step(model, optimizer, tokens, mask):
+    def step(model, optimizer, inputs):
         traces.append(1)
-        grad_fn = nnx.value_and_grad(loss_fn, argnums=1, has_aux=True)
-        (loss, utilization), grads = grad_fn(family, model, tokens, mask)
-        optimizer.update(model, grads, utilization=utilization)
-        return loss
+        return family.page.step(model, optimizer, inputs)
 
     losses = []
-    for tokens, mask in batches(STEPS):
-        chosen = choices(plain, model, tokens, mask)
-        losses.append(float(step(model, optimizer, tokens, mask)))
-        assert_excited(family, nnx.as_pure(optimizer.opt_state)[1], chosen, mask)
+    for batch in batches(STEPS):
+        chosen = choices(plain, model, batch.input_tokens)
+        losses.append(float(step(model, optimizer, family.page.gen_model_input_fn(batch))[0]))
+        assert_excited(family, nnx.as_pure(optimizer.opt_state)[1], chosen, batch.input_tokens)
     assert len(traces) == 1
     assert np.isfinite(losses).all()
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]), losses
 
 
+@pytest.mark.parametrize("family", [QWEN3, GEMMA4])
+def test_a_prompt_without_loss_is_attended_to_and_counted(family):
+    model, (batch,) = family.make(), batches(1)
+    assert not batch.input_mask[:, :PROMPT].any()
+    answers = np.asarray(batch.input_mask)
+    other = dataclasses.replace(batch, input_tokens=batch.input_tokens.at[:, 0].set(batch.input_tokens[:, 0] % 31 + 1))
+    masks = family.page.gen_model_input_fn(batch)
+    loss_mask = masks.pop("loss_mask")
+    logits, utilization = family.page.forward(model, **masks)
+    other_logits, _ = family.page.forward(model, other.input_tokens, masks["padding_mask"])
+    assert np.all(np.max(np.abs(logits - other_logits), axis=-1)[answers] > 1e-4)
+    tokens = [counts.tokens for counts in jax.tree.leaves(utilization, is_leaf=lambda x: hasattr(x, "tokens"))]
+    assert tokens == [np.sum(np.asarray(batch.input_tokens) != 0)] * LAYERS
+    loss, _ = family.page.loss_fn(model, **masks, loss_mask=loss_mask)
+    losses = -np.take_along_axis(np.asarray(nnx.log_softmax(logits)), np.roll(batch.input_tokens, -1, 1)[..., None], -1)
+    np.testing.assert_allclose(loss, losses[:, :-1, 0][answers[:, 1:]].mean(), rtol=1e-5)
+
+
 def test_recording_takes_no_memory():
     """Of what nnx.capture records in a model that recomputes its layers, only the counts outlive the layer."""
     graph, state = nnx.split(make_qwen3("DECODER"))
-    tokens, mask = jnp.ones((32, 64), jnp.int32), jnp.ones((32, 64), jnp.bool_)
+    tokens = jnp.ones((32, 64), jnp.int32)
 
     def memory(forward):
         def loss_fn(state):
-            logits, aux = forward(nnx.merge(graph, state), tokens, mask)
+            logits, aux = forward(nnx.merge(graph, state), tokens)
             return jnp.mean(logits**2), aux
 
         return jax.jit(jax.grad(loss_fn, has_aux=True)).lower(state).compile().memory_analysis().temp_size_in_bytes
 
-    plain = memory(lambda model, tokens, mask: model(*inputs(tokens, mask)))
-    assert memory(forward_qwen3) < 1.01 * plain
-
-
-class ExcitedTrainer(peft_trainer.PeftTrainer):
-    def _train_step(self, model, optimizer, inputs):
-        grad_fn = nnx.value_and_grad(self.loss_fn, has_aux=True)
-        (loss, utilization), grads = grad_fn(model, **self.gen_model_input_fn(inputs))
-        optimizer.update(model, grads, utilization=utilization)
-        return loss, utilization, optax.global_norm(grads)
+    plain = memory(lambda model, tokens: model(*inputs(tokens)))
+    assert memory(lambda model, tokens: QWEN3.page.forward(model, tokens, tokens != 0)) < 1.01 * plain
 
 
 def shard(model, mesh):
@@ -253,29 +244,30 @@ def shard(model, mesh):
 @pytest.mark.parametrize(("micro_batches", "devices"), [(1, 1), (2, 1), (1, 4)])
 def test_tunix_trainer(micro_batches, devices):
     """Tunix's trainer takes the counts on; over micro-batches they add up, and over devices."""
-    seen, masks = [], []
+    seen, tokens = [], []
 
-    class Watched(ExcitedTrainer):
+    class Watched(QWEN3.page.ExcitedTrainer):
         def _prepare_inputs(self, data):
-            masks.append(data.input_mask)
-            seen.append(choices(plain, self.model, data.input_tokens, data.input_mask))
+            tokens.append(np.asarray(data.input_tokens))
+            seen.append(choices(plain, self.model, data.input_tokens))
             return data
 
         def _post_process_train_step(self, utilization):
-            assert utilization["layers"]["0"]["mlp"]["{down_proj,gate_proj,up_proj}"].tokens == np.sum(masks[-1])
-            if len(masks) % micro_batches == 0:
+            counts = utilization["layers"]["0"]["mlp"]["{down_proj,gate_proj,up_proj}"]
+            assert counts.tokens == np.sum(tokens[-1] != 0)
+            if len(tokens) % micro_batches == 0:
                 state = nnx.as_pure(self.optimizer.opt_state)
                 record = (state.multi_steps.inner_opt_state if micro_batches > 1 else state)[1]
                 chosen = np.concatenate(seen[-micro_batches:], axis=1)
-                assert_excited(QWEN3, record, chosen, np.concatenate(masks[-micro_batches:]))
+                assert_excited(QWEN3, record, chosen, np.concatenate(tokens[-micro_batches:]))
                 updates.append(record)
 
     updates = []
     model, plain = make_qwen3(), make_qwen3()
     tx = optimizer_of()
-    data = [peft_trainer.TrainingInput(tokens, mask) for tokens, mask in batches(STEPS * micro_batches)]
+    data = list(batches(STEPS * micro_batches))
     if micro_batches > 1:
-        like = jax.eval_shape(lambda: forward_qwen3(make_qwen3(), data[0].input_tokens, data[0].input_mask)[1])
+        like = jax.eval_shape(lambda: QWEN3.page.loss_fn(make_qwen3(), **QWEN3.page.gen_model_input_fn(data[0]))[1])
         tx = excitation_optax.accumulate_utilization(optax.MultiSteps(tx, micro_batches), like)
     config = peft_trainer.TrainingConfig(eval_every_n_steps=100, max_steps=len(data))
     mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -283,14 +275,25 @@ def test_tunix_trainer(micro_batches, devices):
         if devices > 1:
             shard(model, mesh)
         trainer = Watched(model, tx, config)
-        qwen3_loss = lambda model, tokens, mask: loss_fn(QWEN3, model, tokens, mask)
-        trainer = trainer.with_loss_fn(qwen3_loss, has_aux=True)
-        trainer = trainer.with_gen_model_input_fn(lambda data: {"tokens": data.input_tokens, "mask": data.input_mask})
+        trainer = trainer.with_loss_fn(QWEN3.page.loss_fn, has_aux=True)
+        trainer = trainer.with_gen_model_input_fn(QWEN3.page.gen_model_input_fn)
         trainer.train(data)
     losses = trainer.metrics_logger.get_metric_history("", "loss", "train")
     assert len(updates) == STEPS
     assert np.isfinite(losses).all()
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]), losses
+
+
+def test_tunix_trainer_refuses_accumulation_that_keeps_the_last_routing_only():
+    make = lambda n: QWEN3.page.ExcitedTrainer(
+        make_qwen3(),
+        optimizer_of(),
+        peft_trainer.TrainingConfig(eval_every_n_steps=100, gradient_accumulation_steps=n),
+    )
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        make(2)
+    make(1)
+    make(None)
 
 
 def assert_described(model, patterns, shapes, layers):

@@ -135,7 +135,7 @@ def test_workflows(path):
             for word in command:
                 assert not word.startswith((".ci/", "tests/")) or (ROOT / word).exists(), word
             if command[:1] == ["make"]:
-                of_matrix = command[1:] == "${{ matrix.target }}".split()
+                of_matrix = command[1:] == ["${{", "matrix.target", "}}"]
                 made = job["strategy"]["matrix"]["target"] if of_matrix else command[1:]
                 assert made
                 assert set(made) <= set(targets), made

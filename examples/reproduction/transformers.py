@@ -313,8 +313,8 @@ def _steps_per_epoch(run, examples: int, of: str) -> int:
 
 def _settings(run) -> types.SimpleNamespace:
     """What `train_step` of both programs reads of a config: its strategy is for logging only. No router z-loss."""
-    flip = getattr(run, "flip", None)
-    return types.SimpleNamespace(strategy="none", load_balancing=run.load_balancing, router_z=0.0, flip=flip)
+    of_training = {"strategy": "none", "load_balancing": run.load_balancing, "router_z": 0.0}
+    return types.SimpleNamespace(**of_training, flip=getattr(run, "flip", None), tensorboard=None, wandb=None)
 
 
 def _save(path: pathlib.Path, state: Any, reached: tuple) -> None:

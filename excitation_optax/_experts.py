@@ -16,7 +16,7 @@ import itertools
 import numbers
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +83,19 @@ def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> d
             )
         leaves[path] = leaf
     return leaves
+
+
+def nested(leaves: Mapping[tuple[Any, ...], Any]) -> Any:
+    """The nested dict that has these leaves at these paths; of a single leaf at the root, the leaf."""
+    if () in leaves:
+        return leaves[()]
+    tree: dict[Any, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
 
 
 def utilization_by_path(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[Path, Any]:

@@ -56,7 +56,7 @@ def by_pattern(params: Any, patterns: Mapping[str, Any], *, avoid: Sequence[str]
             _check_new(node, pattern, found)
             _check_avoids(node, pattern, parameters, avoid)
         found |= dict.fromkeys(nodes, pattern)
-    return _nested({path: patterns[pattern] for path, pattern in _siblings_together(found).items()})
+    return _experts.nested({path: patterns[pattern] for path, pattern in _siblings_together(found).items()})
 
 
 def _matching(pattern: str, parameters: Sequence[_experts.Path]) -> list[_experts.Path]:
@@ -118,15 +118,3 @@ def _siblings_together(found: Mapping[_experts.Path, str]) -> dict[_experts.Path
         (*parent, *(together if len(together) < 2 else [f"{{{','.join(together)}}}"])): pattern
         for (parent, pattern), together in names.items()
     }
-
-
-def _nested(values: Mapping[_experts.Path, Any]) -> Any:
-    if () in values:
-        return values[()]
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = value
-    return tree

@@ -27,7 +27,7 @@ import optax
 from flax import linen, nnx
 from flax.training import train_state
 
-from excitation_optax import _routing
+from excitation_optax import _experts, _routing
 
 # How sowing again adds up: from int(), which is 0, by +.
 _SUM: dict[str, Any] = {"reduce_fn": operator.add, "init_fn": int}
@@ -340,16 +340,9 @@ def _by_module(sown: Any, none_found: str) -> Any:
             f"{none_found} Layers hand it over by sow_routing(self.experts, count_routing(...)), called on a submodule "
             "that holds experts only, or by sow_routing(self, count_routing(...), 'names', 'of', 'experts')."
         )
-    tree: dict[Any, Any] = {}
-    for module, counts in by_path.items():
+    for module in by_path:
         if any(module[:n] in by_path for n in range(len(module))):
             raise ValueError(
                 f"Routing was sown at {module} and also at a module above it; each parameter must belong to one layer."
             )
-        if not module:
-            return counts
-        node = tree
-        for name in module[:-1]:
-            node = node.setdefault(name, {})
-        node[module[-1]] = counts
-    return tree
+    return _experts.nested(by_path)

@@ -120,22 +120,10 @@ def batches(steps, batch=8):
         yield peft_trainer.TrainingInput(jnp.asarray(tokens, jnp.int32), jnp.asarray(in_loss))
 
 
-def recorded(tx):
-    """The transformation, with what went into it and what came out of it in its state."""
-
-    def init_fn(params):
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # twice, as tunix's trainer donates its optimizer
-        return {"tx": tx.init(params), "before": zeros(), "after": zeros()}
-
-    def update_fn(updates, state, params=None, **extra_args):
-        after, tx_state = tx.update(updates, state["tx"], params, **extra_args)
-        return after, {"tx": tx_state, "before": updates, "after": after}
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 def optimizer_of():
-    return optax.chain(optax.adam(1e-2), recorded(excitation_optax.scale_by_excitation(excitation_optax.zero_sum)))
+    return optax.chain(
+        optax.adam(1e-2), excited.recorded(excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+    )
 
 
 def choices(plain, model, tokens):

@@ -164,6 +164,7 @@ def train_on_one_device():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.slow
 def test_training_keeps_experts_where_they_are(axis_type):
     """Parameters and Adam's moments are as on one device, and those of experts remain split."""
     mesh = make_mesh("2x4", axis_type)

@@ -103,6 +103,7 @@ def unrolled(stacked):
 
 
 @pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.slow
 def test_scanned_layers_are_unrolled_ones(remat):
     model = make(remat=remat)
     logits, utilization, losses = run(model)
@@ -151,6 +152,7 @@ def test_remat_and_scan_change_no_update():
         )
 
 
+@pytest.mark.slow
 def test_it_learns_and_excitation_changes_experts_alone_at_first():
     with jax.numpy_dtype_promotion("standard"):
         plain, excited = optax.adam(3e-2), optax.chain(optax.adam(3e-2), excitation_optax.scale_by_excitation())
@@ -186,6 +188,7 @@ def test_compile_time_is_flat_in_the_number_of_layers():
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"scan_layers": False}, {"num_experts": 12, "experts_per_token": 3}])
+@pytest.mark.slow
 def test_greedy_generation_is_the_most_probable_token_each_time(kwargs):
     model = make(**kwargs)
     before = jax.tree.structure(nnx.state(model))
@@ -268,6 +271,7 @@ def test_samples_follow_the_probabilities():
     np.testing.assert_array_equal(shares(0.0, 1.0), [1, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_seeds_of_generation():
     model = make()
     one, same, two = (gpt_moe.generate(model, TOKENS[:, :2], 10, key=jax.random.key(seed)) for seed in (0, 0, 1))

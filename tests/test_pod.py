@@ -404,6 +404,7 @@ def test_no_cluster(tmp_path, monkeypatch):
         train.main(make_config(tmp_path, cluster=True))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     """Ended after 4 of 6 steps: what follows is as if it had not been."""
     whole = make_config(tmp_path, log=tmp_path / "whole.jsonl")
@@ -427,6 +428,7 @@ def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     assert all(line["tokens_per_second"] > 0 for line in lines if "max_over_mean_load" in line)
 
 
+@pytest.mark.slow
 def test_the_log_lies_beside_the_checkpoints(tmp_path, capsys):
     config = make_config(tmp_path, log=None, checkpoints=str(tmp_path / "saved"), steps=2)
     train.main(config)
@@ -501,6 +503,7 @@ def test_tensorboard_has_the_routing_of_all_devices(kind, tmp_path):
         assert written["loss"] == pytest.approx(row["loss"])
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_end_the_run(tmp_path):
     """Of a learning rate that makes it diverge: what is saved is of before, and goes on with a smaller one."""
     flags = {"steps": 30, "clip": 1e30, "optimizer": "sgd", "max_skips": 3, "save_every": 1, "keep": 1}
@@ -513,6 +516,7 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path):
     assert names(tmp_path / "saved") == [str(first_skipped - 1)]
 
 
+@pytest.mark.slow
 def test_a_collapse_is_warned_of(tmp_path, capsys):
     """Of 64 experts, 8 sequences of 8 tokens cannot reach all."""
     train.main(make_config(tmp_path, num_experts=64, max_dead=0.01))

@@ -25,6 +25,7 @@ def tiny(tmp_path, **kwargs):
     return quickstart.Config(**defaults | kwargs)
 
 
+@pytest.mark.slow
 def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     config = tiny(tmp_path)
     results = quickstart.main(config)
@@ -43,6 +44,7 @@ def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     assert np.all((evaluation.specialization >= 0.1 - 1e-5) & (evaluation.specialization <= 1 + 1e-5))
 
 
+@pytest.mark.slow
 def test_the_comparison_is_paired_and_repeats(tmp_path):
     """With gamma = 0 Excitation is the identity: the same initialization and batches give the same curves."""
     data = datasets.load_digits()

@@ -284,7 +284,7 @@ def test_pictures_without_matplotlib_are_an_error_at_once(monkeypatch, tmp_path)
     monkeypatch.delitem(sys.modules, "excitation_optax.plotting", raising=False)
     monkeypatch.delattr(excitation_optax, "plotting", raising=False)
     with tensorboardX.SummaryWriter(str(tmp_path)) as writer:
-        with pytest.raises(ImportError, match=r"pip install 'excitation_optax\[telemetry\]', or pass image_every=None"):
+        with pytest.raises(ImportError, match=r"pip install '.\[telemetry\]' in a checkout, or pass image_every=None"):
             telemetry.RoutingLog(writer)
         telemetry.RoutingLog(writer, image_every=None).write(1, EVEN)
     telemetry.RoutingLog().write(1, EVEN)

@@ -194,6 +194,7 @@ def collectives(mesh, **options):
 
 
 @pytest.mark.parametrize(("mesh", "along"), [("8", 8), ("2x4", 4)])
+@pytest.mark.slow
 def test_tokens_are_sent_and_kernels_are_not(mesh, along):
     dropless, with_capacity = (collectives(make_mesh(mesh), **options) for options in ({}, {"capacity_factor": 2.0}))
     assert {name for name, _ in dropless} >= {"all-gather", "reduce-scatter"}

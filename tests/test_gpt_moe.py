@@ -200,6 +200,7 @@ def test_greedy_generation_is_the_most_probable_token_each_time(kwargs):
     np.testing.assert_array_equal(generated[:, 4:], jnp.argmax(logits, axis=-1)[:, 3:])
 
 
+@pytest.mark.slow
 def test_decoding_gives_the_logits_of_the_whole():
     model = make()
     logits = run(model)[0]
@@ -211,6 +212,7 @@ def test_decoding_gives_the_logits_of_the_whole():
     np.testing.assert_array_equal(cache.length, [10] * 3)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_too_short_is_seen():
     model = make()
     model.eval()
@@ -226,6 +228,7 @@ def test_a_cache_that_is_too_short_is_seen():
             model.empty_cache(3, positions)
 
 
+@pytest.mark.slow
 def test_padding_may_be_no_token_at_all():
     where = jnp.arange(10)[None] < jnp.array([[10], [7], [4]])
     logits, _, losses = run(make(), jnp.where(where, TOKENS, 99), where)

@@ -73,6 +73,7 @@ def test_where_parameters_lie():
     assert (got["small"], got["number"]) == (PartitionSpec(None), PartitionSpec())
 
 
+@pytest.mark.slow
 def test_a_step_leaves_everything_where_it_lies(tmp_path):
     """Parameters and moments stay split: a device never comes to hold more than its part."""
     config = make_config(tmp_path, fsdp=2, expert=2, d_model=64, d_ff=64, optimizer="adamw")

@@ -300,6 +300,7 @@ for seed in range(int(sys.argv[2]), 60, 2):
 """
 
 
+@pytest.mark.slow
 def test_two_programs_at_once_lose_nothing(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     pipe = subprocess.PIPE

@@ -93,6 +93,7 @@ def test_a_run_repeats_with_its_seed_and_not_with_another(tmp_path, run):
     assert abs(rows[1]["loss"] - run[1][1]["loss"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_tokens_of_gpt2_with_excitation(tmp_path):
     """GPT-2's tokens, SGD and Excitation."""
     flags = {"tokenizer": "gpt2", "optimizer": "sgd", "strategy": "positive_sum"}

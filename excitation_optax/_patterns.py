@@ -6,13 +6,8 @@ from typing import Any
 
 from excitation_optax import _experts
 
-NOT_EXPERTS = (
-    "*router*",
-    "gate",
-    "*shared*",
-    "*attn*",
-    "*attention*",
-)  # names as they stand in the models of the documentation
+# As routers, shared experts and attention are named in the models of the documentation.
+NOT_EXPERTS = ("*router*", "gate", "*shared*", "*attn*", "*attention*")
 
 
 def by_pattern(params: Any, patterns: Mapping[str, Any], *, avoid: Sequence[str] = NOT_EXPERTS) -> Any:

@@ -48,7 +48,7 @@ class Log:
         self, path: pathlib.Path, steps: int, config: Any, *, label: str, done: int = 0, silent: bool = False
     ):
         self.path = pathlib.Path(os.devnull) if silent else path
-        self._steps, self._silent = steps, silent
+        self._steps, self._label, self._silent = steps, label, silent
         self._tensorboard = self._wandb = None
         with naming(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ class Log:
             (then, done), self._last_line = self._started, now
             left = (now - then) / max(step - done, 1) * (self._steps - step)
             shown += f", about {tqdm.tqdm.format_interval(left)} left" if step < self._steps else ""
-            print(f"{self._bar.desc}: step {step} of {self._steps}, {shown}", file=sys.stderr, flush=True)
+            print(f"{self._label}: step {step} of {self._steps}, {shown}", file=sys.stderr, flush=True)
 
     def tell(self, text: str) -> None:
         """A line above the bar."""

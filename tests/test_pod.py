@@ -420,7 +420,7 @@ def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     assert "preempted: saved step 5 of 6" in capsys.readouterr().out
     (tmp_path / "saved" / "5").rename(tmp_path / "lost")  # as if it had been killed: it goes on from step 4
     state = train.main(parts)
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().out
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     assert logged(parts) == logged(whole)
@@ -435,7 +435,7 @@ def test_the_log_lies_beside_the_checkpoints(tmp_path, capsys):
     train.main(config)
     assert (tmp_path / "saved" / "log.jsonl").is_file()
     train.main(config)
-    assert "going on from step 2, the last: nothing is left to do" in capsys.readouterr().out
+    assert "resuming from step 2, the last: nothing is left to do" in capsys.readouterr().out
     assert train.with_log(dataclasses.replace(config, checkpoints="gs://bucket/run")).log is None
     assert train.with_log(dataclasses.replace(config, log=tmp_path / "a")).log == tmp_path / "a"
 

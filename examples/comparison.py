@@ -38,7 +38,7 @@ def last(lines: list[dict[str, Any]], name: str) -> float:
     return np.nan if value is None else value
 
 
-def table(runs: Runs, measures: dict[str, tuple[str, float, int]]) -> str:
+def table(runs: Runs, measures: dict[str, tuple[str, int, int]]) -> str:
     """The end of every run: the measures, each by its name in the log, a factor and digits, and the routing."""
     seeds = len(next(iter(runs.values())))
     measures = measures | {
@@ -70,7 +70,7 @@ def figure(path: pathlib.Path, width: float, height: float = 4.2) -> Iterator[An
     plt.close(drawn)
 
 
-def curve(axes: Any, x: Any, values: np.ndarray, label: str) -> None:
+def curve(axes: Any, x: Any, values: Any, label: str) -> None:
     """The mean over seeds of `values` `[len(x), seeds]`, with a band from the lowest to the highest seed."""
     (line,) = axes.plot(x, values.mean(1), label=label)
     axes.fill_between(x, values.min(1), values.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
@@ -85,7 +85,9 @@ def picture(runs: Runs, path: pathlib.Path, name: str, label: str, title: str) -
         ):
             for strategy, seeds in runs.items():
                 steps = [line["step"] for line in seeds[0] if metric in line]
-                values = [[np.nan if line[metric] is None else line[metric] for line in s if metric in line] for s in seeds]
+                values = [
+                    [np.nan if line[metric] is None else line[metric] for line in s if metric in line] for s in seeds
+                ]
                 curve(axes, steps, np.array(values, float).T, strategy)
             axes.set(xlabel="step", ylabel=ylabel)
         drawn.axes[0].legend()

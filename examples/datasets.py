@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -15,8 +16,8 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,6 +27,15 @@ ARCHIVES = {
     "cifar100": ("cifar-100-python.tar.gz, or its folder cifar-100-python", "https://www.cs.toronto.edu/~kriz/"),
     "svhn_cropped": ("train_32x32.mat and test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
 }
+# The folder in the archive, the archive, the files, and the labels in them.
+CIFAR = {
+    "cifar10": (
+        *("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+        *([f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
+    ),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", ["train"], "test", b"fine_labels"),
+}
+PUBLISHED = "as published by its makers"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -97,79 +107,82 @@ def load_images(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
 Found = tuple[list[pathlib.Path], Callable[[], ImageData]] | None  # the files, and what reads them
 
 
+def _image_data(name: str, splits: Sequence[np.ndarray], place: str, state: str) -> ImageData:
+    train_images, train_labels, test_images, test_labels = splits
+    about = NUM_CLASSES[name], f"{name}{place}", state
+    return ImageData(train_images, train_labels, test_images, test_labels, *about)
+
+
 def _find_tfds(name: str, folder: pathlib.Path) -> Found:
     """The newest version that TensorFlow Datasets prepared."""
     numbers = lambda path: [int(n) for n in re.findall(r"\d+", path.name)]
-    for version in sorted((folder / name).glob("*.*.*"), key=numbers, reverse=True):
-        shards = {split: sorted(version.glob(f"*-{split}.array_record-*-of-*")) for split in ("train", "test")}
-        if any(shards.values()):
-            paths = [*shards["train"], *shards["test"], *version.glob("dataset_info.json")]
-            return paths, lambda: _read_tfds(name, version, shards)
-    return None
+    versions = [path.parent for path in (folder / name).glob("*.*.*/*.array_record-*-of-*")]
+    if not versions:
+        return None
+    version = max(versions, key=numbers)
+    shards = [sorted(version.glob(f"*-{split}.array_record-*-of-*")) for split in ("train", "test")]
+    info = version / "dataset_info.json"
+
+    def read() -> ImageData:
+        state = ""
+        if info.exists():
+            with _naming(info):
+                state = json.loads(info.read_bytes()).get("description", "").strip().partition("\n")[0]
+        splits = [array for split in shards for array in _read_shards(version, split)]
+        return _image_data(name, splits, f" {version.name}, from {version}", state)
+
+    return [*shards[0], *shards[1], *([info] if info.exists() else [])], read
 
 
-def _read_tfds(name: str, version: pathlib.Path, shards: dict[str, list[pathlib.Path]]) -> ImageData:
-    import json
-
+def _read_shards(version: pathlib.Path, shards: list[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
     from array_record.python import array_record_module
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        expected = int(shards[split][0].name.rpartition("-of-")[2]) if shards[split] else 1
-        if len(shards[split]) != expected:
-            raise ValueError(f"{version} has {len(shards[split])} of {expected} files of the split {split!r}.")
-        images, labels = [], []
-        for shard in shards[split]:
-            with _naming(shard):
-                for record in array_record_module.ArrayRecordReader(str(shard)).read_all():
-                    feature = tf_example_pb2.Example.FromString(record).features.feature
-                    encoded = io.BytesIO(feature["image"].bytes_list.value[0])
-                    images.append(np.asarray(Image.open(encoded, formats=("PNG", "JPEG"))))
-                    labels.append(feature["label"].int64_list.value[0])
-        return np.stack(images), np.array(labels, np.int32)
-
-    state, info = "", version / "dataset_info.json"
-    if info.exists():
-        with _naming(info):
-            state = json.loads(info.read_bytes()).get("description", "").strip().partition("\n")[0]
-    return ImageData(
-        *read("train"), *read("test"), NUM_CLASSES[name], f"{name} {version.name}, from {version}", state
-    )
+    if not shards or len(shards) != int(shards[0].name.rpartition("-of-")[2]):
+        raise ValueError(f"{version} lacks files of a split; it has {[s.name for s in shards]}. Prepare it again.")
+    images, labels = [], []
+    for shard in shards:
+        with _naming(shard):
+            for record in array_record_module.ArrayRecordReader(str(shard)).read_all():
+                feature = tf_example_pb2.Example.FromString(record).features.feature  # pyrefly: ignore
+                encoded = io.BytesIO(feature["image"].bytes_list.value[0])
+                images.append(np.asarray(Image.open(encoded, formats=("PNG", "JPEG"))))
+                labels.append(feature["label"].int64_list.value[0])
+    return np.stack(images), np.array(labels, np.int32)
 
 
 def _find_archive(name: str, folder: pathlib.Path) -> Found:
-    """CIFAR as its makers publish it, in the version for Python."""
-    if name not in ("cifar10", "cifar100"):
+    """CIFAR as its makers publish it, in the version for Python: an archive, or its folder."""
+    if name not in CIFAR:
         return None
-    train = [f"data_batch_{i}" for i in range(1, 6)] if name == "cifar10" else ["train"]
-    test = ["test_batch"] if name == "cifar10" else ["test"]
-    inner, archive = ("cifar-10-batches-py", "cifar-10-python") if name == "cifar10" else (2 * ("cifar-100-python",))
+    inner, archive, train, test, labels = CIFAR[name]
     for place in (folder / inner, folder):
-        paths = [place / part for part in (*train, *test)]
+        paths = [place / file for file in (*train, test)]
         if all(path.is_file() for path in paths):
-            return paths, lambda: _read_pickles(name, place, {path.name: path.read_bytes() for path in paths}, train)
-    path = folder / f"{archive}.tar.gz"
-    return ([path], lambda: _read_pickles(name, path, _untar(path, [*train, *test]), train)) if path.is_file() else None
+            opened = ((path, path.read_bytes()) for path in paths)  # read when they are needed
+            return paths, functools.partial(_read_pickles, name, place, opened, labels)
+    path = folder / archive
+
+    def read() -> ImageData:
+        with _naming(path), tarfile.open(path) as opened:
+            members = {pathlib.PurePath(member.name).name: member for member in opened.getmembers() if member.isfile()}
+            files = [(path, cast(Any, opened.extractfile(members[file])).read()) for file in (*train, test)]
+        return _read_pickles(name, path, files, labels)
+
+    return ([path], read) if path.is_file() else None
 
 
-def _untar(path: pathlib.Path, names: Iterable[str]) -> dict[str, bytes]:
-    with _naming(path), tarfile.open(path) as archive:
-        members = {pathlib.PurePath(member.name).name: member for member in archive.getmembers() if member.isfile()}
-        opened: dict[str, Any] = {name: archive.extractfile(members[name]) for name in names}
-        return {name: file.read() for name, file in opened.items()}
-
-
-def _read_pickles(name: str, place: pathlib.Path, files: dict[str, bytes], train: list[str]) -> ImageData:
-    parts = {}
-    for file, content in files.items():
-        with _naming(place if place.is_file() else place / file):
+def _read_pickles(name: str, place: pathlib.Path, files: Iterable[tuple[pathlib.Path, bytes]], key: bytes) -> ImageData:
+    """From the files of the training set, and at the end that of the test set."""
+    parts = []
+    for path, content in files:
+        with _naming(path):
             batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-            labels = np.array(batch[b"labels" if name == "cifar10" else b"fine_labels"], np.int32)
-            parts[file] = batch[b"data"].reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels
-    together = lambda some: [np.concatenate(arrays) for arrays in zip(*some, strict=True)]
-    splits = [*together(parts.pop(file) for file in train), *together(parts.values())]
-    return ImageData(*splits, NUM_CLASSES[name], f"{name}, from {place}", "as published by its makers")
+            labels = np.array(batch[key], np.int32)
+            parts.append((batch[b"data"].reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels))
+    train = [np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True)]
+    return _image_data(name, [*train, *parts[-1]], f", from {place}", PUBLISHED)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -192,12 +205,12 @@ def _find_mat(name: str, folder: pathlib.Path) -> Found:
     def read() -> ImageData:
         import scipy.io
 
-        arrays = []
+        splits = []
         for path in paths:
             with _naming(path):
                 content = scipy.io.loadmat(path)
-                arrays += [content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10]
-        return ImageData(*arrays, NUM_CLASSES[name], f"{name}, from {folder}", "as published by its makers")
+                splits += [content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10]
+        return _image_data(name, splits, f", from {folder}", PUBLISHED)
 
     return paths, read
 
@@ -229,14 +242,14 @@ def _cached(name: str, folder: pathlib.Path, paths: list[pathlib.Path], read: Ca
         if data := _read_cache(cache, source):
             return data
     data = read()
+    problem = None
     for cache in caches:
         try:
             _write_cache(cache, data, source)
-            break
+            return data
         except OSError as error:  # read-only, or full
             problem = error
-    else:
-        print(f"{name}: not cached, and so decoded each time ({problem})", file=sys.stderr)
+    print(f"{name}: not cached, and so decoded each time ({problem})", file=sys.stderr)
     return data
 
 
@@ -261,7 +274,7 @@ def _read_cache(path: pathlib.Path, source: str) -> ImageData | None:
 
 def _write_cache(path: pathlib.Path, data: ImageData, source: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fields = {field.name: np.asarray(getattr(data, field.name)) for field in dataclasses.fields(data)}
+    fields: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

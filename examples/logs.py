@@ -44,9 +44,7 @@ class Log:
       silent: writes and shows nothing, for all processes but one.
     """
 
-    def __init__(
-        self, path: pathlib.Path, steps: int, config: Any, *, label: str, done: int = 0, silent: bool = False
-    ):
+    def __init__(self, path: pathlib.Path, steps: int, config: Any, *, label: str, done: int = 0, silent: bool = False):
         self.path = pathlib.Path(os.devnull) if silent else path
         self._steps, self._label, self._silent = steps, label, silent
         self._tensorboard = self._wandb = None

@@ -37,6 +37,11 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def from_run(strategy: str) -> Any:
+    """The strategy of a run on file, where the baseline is called "vanilla"."""
+    return "baseline" if strategy == "vanilla" else strategy
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Flags of every program that trains a transformer."""
@@ -131,7 +136,9 @@ def run_program(main: Callable[[Any], Any], config: Any, name: str, description:
       description: the first lines of `--help`; by default the docstring of `config`.
     """
     try:
-        flags = tyro.cli(config, prog=f"python -m examples.{name}", description=inspect.cleandoc(description or config.__doc__))
+        flags = tyro.cli(
+            config, prog=f"python -m examples.{name}", description=inspect.cleandoc(description or config.__doc__)
+        )
         main(flags)
     except (OSError, ValueError) as error:
         sys.exit(f"{name}: {error}")
@@ -273,9 +280,7 @@ class Task(NamedTuple):
     items: str  # "tokens" or "images"
 
 
-def train(
-    config: ComparisonConfig, task: Task, strategy: Strategy, seed: int
-) -> tuple[nnx.Module, list[dict[str, Any]]]:
+def train(config: ComparisonConfig, task: Task, strategy: Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     """Trains one model. Returns it, and what was logged, a dict for every line."""
     graphdef, params = nnx.split(task.model(seed))
     excite = {"strategy": strategy, "gamma": config.gamma, "seed": seed}

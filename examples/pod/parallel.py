@@ -2,8 +2,8 @@
 
 The mesh has three axes. A batch is split over all of them. Experts are split over `expert`; parameters and the
 optimizer's state are split over `fsdp` and repeated over `data`. XLA chooses the collectives, except in the MoE layers
-(`models.expert_parallel`). Excitation adds none: utilization is global already, as counts are summed over the batch, and
-each device scales its own part of the update.
+(`models.expert_parallel`). Excitation adds none: the sum of counts over the batch is global already, and each device
+scales its own part of the update.
 
 Axis letters: B batch, E experts.
 """
@@ -89,7 +89,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def gradient(loss_fn: Callable[..., Any], *, axis_name: str | None = None, micro_batches: int = 1) -> Callable[..., Any]:
+def gradient(
+    loss_fn: Callable[..., Any], *, axis_name: str | None = None, micro_batches: int = 1
+) -> Callable[..., Any]:
     """What `training.train_step` requires, over all devices and in parts.
 
     Args:

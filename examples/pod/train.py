@@ -51,7 +51,7 @@ class Config(train_gpt_moe.RunConfig):
     micro_batches: int = 1
     """Parts of a batch that are processed one after the other, to save memory."""
     log: pathlib.Path | None = None
-    """The log, as JSON lines; by default log.jsonl in the folder of the checkpoints, otherwise out/pod-STRATEGY.jsonl."""
+    """The log, as JSON lines; by default log.jsonl beside the checkpoints, otherwise out/pod-STRATEGY.jsonl."""
     checkpoints: str | None = None
     """A folder, or gs://BUCKET/PATH, that all processes see. The run resumes from the newest checkpoint in it."""
     save_every: int = 100
@@ -254,7 +254,9 @@ def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> Non
         print(f"preempted at step {step} of {config.steps}; without --checkpoints, nothing is saved", flush=True)
     else:
         saved.wait()
-        print(f"preempted: checkpoint of step {step} of {config.steps} saved; run the same command to resume", flush=True)
+        print(
+            f"preempted: checkpoint of step {step} of {config.steps} saved; run the same command to resume", flush=True
+        )
     raise SystemExit(config.preemption_exit_code)
 
 
@@ -280,7 +282,7 @@ def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> 
         )
     if logged["skipped_in_a_row"] >= config.max_skips:
         raise ValueError(
-            f"{logged['skipped_in_a_row']} steps in a row, up to step {step}, were skipped, as their gradients were not "
+            f"{logged['skipped_in_a_row']} steps in a row, up to step {step}, were skipped: their gradients were not "
             f"finite (loss {logged['loss']}). None of them was saved as a checkpoint. Run again with a smaller "
             "--learning-rate or --clip to resume from the newest checkpoint; if that one is spoilt already, delete it, "
             "and the one before is used."

@@ -256,7 +256,7 @@ def _cached(name: str, folder: pathlib.Path, paths: list[pathlib.Path], read: Ca
 def _read_cache(path: pathlib.Path, source: str) -> ImageData | None:
     """None if there is none, or one of other files, or a damaged one."""
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as file, np.load(file) as saved:
             if saved["source"] != source:
                 return None
             arrays = [saved[array] for array in ARRAYS]

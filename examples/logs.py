@@ -60,7 +60,7 @@ class Log:
         )
         self._last_write = (time.perf_counter(), 0)
         self._last_line = -math.inf
-        self._started = time.monotonic(), done
+        self._started: tuple[float, int] | None = None  # a time and the steps done then, without compilation
         if config.tensorboard and not silent:
             import tensorboardX
 
@@ -71,7 +71,12 @@ class Log:
             settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
             self._wandb = wandb.init(project=config.wandb, name=label, config=settings)
         self._routing = telemetry.RoutingLog(self._tensorboard, self._wandb)
-        self.write(done, {"config": dataclasses.asdict(config)})
+        try:
+            self.write(done, {"config": dataclasses.asdict(config)})
+        except OSError:
+            with contextlib.suppress(OSError):  # it cannot be written to, and closing tries to
+                self._file.close()
+            raise
 
     def write(self, step: int, values: dict[str, Any], shown: str = "") -> dict[str, Any]:
         """Writes a line `{"step": ..., ...}` and returns it. NaN and infinities become null; `routing` goes to the
@@ -102,15 +107,22 @@ class Log:
             return
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps:
-            (then, done), self._last_line = self._started, now
-            left = (now - then) / max(step - done, 1) * (self._steps - step)
-            shown += f", about {tqdm.tqdm.format_interval(left)} left" if step < self._steps else ""
+            self._last_line = now
+            if self._started is not None and step < self._steps:
+                then, done = self._started
+                left = (now - then) / (step - done) * (self._steps - step)
+                shown += f", about {tqdm.tqdm.format_interval(left)} left"
             print(f"{self._label}: step {step} of {self._steps}, {shown}", file=sys.stderr, flush=True)
 
     def tell(self, text: str) -> None:
         """A line above the bar."""
         if not self._silent:
             tqdm.tqdm.write(text, file=sys.stderr)
+
+    def start(self, step: int, items: int) -> None:
+        """Leaves the time until now out of rates, such as that of compilation."""
+        self._started = time.monotonic(), step
+        self.skip(items)
 
     def advance(self) -> None:
         """One more step on the bar."""

@@ -299,7 +299,7 @@ def train(config: ComparisonConfig, task: Task, strategy: Strategy, seed: int) -
     lines = []
     with contextlib.closing(logs.Log(path, task.steps, config, label=name)) as log:
         compiled = step.lower(state, task.batch(seed, 0)).compile()
-        log.skip(0)
+        log.start(0, 0)
         for number in range(1, task.steps + 1):
             state, logged = compiled(state, task.batch(seed, number - 1))
             log.advance()

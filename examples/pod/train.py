@@ -210,7 +210,7 @@ def main(config: Config) -> training.TrainState:
             before, (state, logged) = logged, trainer.step(state, batch)
             if before is None:
                 jax.block_until_ready(logged)
-                log.skip((number - 1) * tokens_per_step)  # leaves compilation out of the rate
+                log.start(number, number * tokens_per_step)
             jax.block_until_ready(before)  # two steps at most are under way: CPU devices wait for each other
             last = number == config.steps
             if last or number % config.log_every == 0:

@@ -319,7 +319,7 @@ def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
         return None
     leaves, structure = jax.tree.flatten(like)
     try:
-        with np.load(path) as saved:
+        with path.open("rb") as file, np.load(file) as saved:
             arrays = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
             reached = json.loads(str(saved["reached"]))
         if [(a.shape, a.dtype) for a in arrays] != [(leaf.shape, leaf.dtype) for leaf in leaves]:

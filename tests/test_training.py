@@ -327,17 +327,7 @@ def test_the_log_is_lines_of_json_with_the_config_first(tmp_path):
     assert len(read(path)) == 1  # it replaces the one before
 
 
-DAMAGE = [
-    b"7\n",
-    b"\0\0\0\n",
-    b"\xff\xfe\n",
-    b"[1]\n",
-    b"null\n",
-    b"{}\n",
-    b'{"step": "x"}\n',
-    b'{"st\rep": 1}\n',
-    b"\n",
-]
+DAMAGE = [b"7", b"\0\0\0", b"\xff\xfe", b"[1]", b"null", b"{}", b'{"step": "x"}', b'{"st\rep": 1}', b""]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,14 @@ def naming(path: pathlib.Path | str) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def set_aside(path: Any) -> Any:
+    """Renames a damaged file or folder to NAME.damaged, NAME.damaged-2, ..., and returns the new path."""
+    names = itertools.chain([".damaged"], (f".damaged-{number}" for number in itertools.count(2)))
+    kept = next(new for new in (path.with_name(path.name + name) for name in names) if not new.exists())
+    path.rename(kept)
+    return kept
 
 
 class Log:

@@ -261,25 +261,18 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
     damage(largest_file(tmp_path / "6"))  # and once more
     with pytest.warns(UserWarning, match="step 6"):
         assert restore(tmp_path)[1] == 4
-    assert names(tmp_path) == ["4", "6.damaged", "6.damaged-again"]
-
-
-def config_file(folder):
-    return folder / "6" / "config" / "metadata"
+    assert names(tmp_path) == ["4", "6.damaged", "6.damaged-2"]
 
 
 @pytest.mark.usefixtures("collected")
-@pytest.mark.parametrize(
-    "change", [(b"zero_sum", b"zero_sul"), (b"16", b"17"), (b"d_model", b"d_modem"), (b"{", b"\0")]
-)
-@pytest.mark.parametrize("name", ["config_checksum", None])
-def test_a_flipped_byte_in_the_config_is_damage(tmp_path, change, name):
-    """And not another run's: the sound checkpoint before it is used."""
+@pytest.mark.parametrize("text", [b"zero_sum", b"16", b"d_model", b"checksum", b"config_checksum", b"{"])
+def test_a_flipped_bit_in_the_config_is_damage(tmp_path, text):
+    """It does not make the checkpoint another run's: the sound one before it is used."""
     fill(tmp_path)
-    content = config_file(tmp_path).read_bytes()
-    old, new = change if name is None else (name.encode(), name.encode().replace(b"k", b"j"))
-    assert old in content
-    config_file(tmp_path).write_bytes(content.replace(old, new, 1))
+    file = tmp_path / "6" / "config" / "metadata"
+    content = bytearray(file.read_bytes())
+    content[content.index(text) + len(text) - 1] ^= 1
+    file.write_bytes(content)
     with pytest.warns(UserWarning, match="step 6 .* is damaged; trying the one before"):
         assert restore(tmp_path)[1] == 4
 
@@ -484,10 +477,8 @@ def test_it_says_what_it_does_and_logs_beside_the_checkpoints(tmp_path, capsys):
     assert (tmp_path / "saved" / "log.jsonl").is_file()
     shown = capsys.readouterr()
     first, second, *_, last = shown.out.splitlines()
-    assert re.fullmatch(
-        r"mesh data 2 x fsdp 2 x expert 2 of 8 devices \(cpu\) in 1 processes; [\d,]+ parameters; 64 tokens per step",
-        first,
-    )
+    assert first.startswith("mesh data 2 x fsdp 2 x expert 2 of 8 devices (cpu) in 1 processes; ")
+    assert re.search(r"; [\d,]+ parameters; 64 tokens per step$", first)
     assert (second, last) == ("compiling", "checkpoint of step 2 saved, the last")
     assert re.search(r"positive_sum: step 2 of 2, loss \d\.\d+, [\d,]+ tokens/s", shown.err)
     train.main(config)

@@ -280,9 +280,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, cut_off):
     before = path.read_bytes()
     with (
         files_no_longer_than(len(before) + 100),  # the first bytes fit
-        pytest.raises(
-            OSError, match=r"results on file are kept, those that were to be added are not.*mlp-cifar10\.jsonl"
-        ),
+        pytest.raises(OSError, match=r"results on file are kept, new ones are lost.*mlp-cifar10\.jsonl"),
     ):
         results.append([made_up(1), made_up(2)])
     assert path.read_bytes() == before

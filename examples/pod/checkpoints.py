@@ -6,7 +6,6 @@ order of the data are functions of seed and step, so a run that was stopped cont
 
 import enum
 import hashlib
-import itertools
 import json
 import pathlib
 import signal
@@ -20,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+
+from examples import logs
 
 ITEMS = ("state", "config")
 SUMS = {"checksum", "config_checksum"}  # of the state, and of all else in the config
@@ -169,10 +170,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 for step in steps:
-                    names = (f"{step}.damaged" + "-again" * times for times in itertools.count())
-                    path = self.folder / str(step)
-                    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-                    path.rename(kept)
+                    kept = logs.set_aside(self.folder / str(step))
                     print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
             except OSError as caught:
                 error = caught

@@ -123,7 +123,7 @@ def _append(path: pathlib.Path, text: bytes) -> None:
             os.fsync(file.fileno())
         except OSError as error:
             file.truncate(end)
-            message = f"{error.strerror}; results on file are kept, those that were to be added are not"
+            message = f"{error.strerror}; results on file are kept, new ones are lost"
             raise OSError(error.errno, message, path) from error
 
 
@@ -141,12 +141,12 @@ def _checksum(record: dict[str, Any]) -> str:
 
 def _parse(line: bytes) -> Result:
     record = json.loads(line)
-    if record.get("checksum", checksum := _checksum(record)) != checksum:
-        raise ValueError(f"its checksum is {record['checksum']}, that of its content is {checksum}")
     run = configs.from_json(record["config"])
     if record["key"] != run.key:
         raise ValueError(f"its key {record['key']} is not that of its config, {run.key}")
     measures, curve = _with_nan(record["measures"]), _with_nan(record["curve"])
+    if record.get("checksum", checksum := _checksum(record)) != checksum:
+        raise ValueError(f"its checksum is {record['checksum']}, that of its content is {checksum}")
     return Result(run, measures, curve, record["seconds"], record["about"])
 
 

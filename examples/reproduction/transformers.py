@@ -8,7 +8,6 @@ Axis letters: B batch, S sequence, L layers, E experts, K experts per token.
 """
 
 import functools
-import itertools
 import json
 import math
 import os
@@ -327,11 +326,9 @@ def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
     except PermissionError:
         raise
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        names = (f"{path.name}.damaged" + "-again" * times for times in itertools.count())
-        kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-        path.rename(kept)
         warnings.warn(
-            f"The checkpoint {path} is damaged ({error!r:.200}). It is kept as {kept.name}, and the run starts anew.",
+            f"The checkpoint {path} is damaged ({error!r:.200}). It is kept as {logs.set_aside(path).name}, and the "
+            "run starts anew.",
             stacklevel=2,
         )
         return None

@@ -46,9 +46,9 @@ class Checkpoints:
     def __init__(
         self, folder: str | pathlib.Path, config: dict[str, Any], save_every: int, keep: int, may_change: Any = ()
     ):
-        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
         self.config, self.may_change = config, set(may_change)
         try:
+            self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
             self.folder.mkdir(parents=True, exist_ok=True)
         except (ImportError, KeyError) as error:
             raise ValueError(

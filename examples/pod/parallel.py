@@ -143,8 +143,8 @@ class Jit:
         with jax.set_mesh(mesh):
             self.like = jax.eval_shape(init)
         self.shardings = shardings(self.like, mesh)
-        self._init = jax.jit(init, out_shardings=self.shardings)
-        self._step = jax.jit(
+        self._init: Any = jax.jit(init, out_shardings=self.shardings)
+        self._step: Any = jax.jit(
             step,
             in_shardings=(self.shardings, batch_sharding(mesh)),
             out_shardings=(self.shardings, NamedSharding(mesh, PartitionSpec())),
@@ -160,6 +160,11 @@ class Jit:
         """A step on a global batch from `put`. It donates the old state."""
         with jax.set_mesh(self.mesh):
             return self._step(state, batch)
+
+    def compile(self, state: TrainState, batch: Any) -> None:
+        """Compiles the step, for a state and a batch like these."""
+        with jax.set_mesh(self.mesh):
+            self._step = self._step.lower(state, batch).compile()
 
     def trace(self, batch: Any) -> jax.stages.Traced:
         """The traced step, not lowered yet, for arrays like `batch`."""
@@ -198,13 +203,17 @@ class Pmap(Jit):
                 f"{dict(mesh.shape)}."
             )
         super().__init__(step, init, mesh)
-        self._replicas = jax.pmap(functools.partial(step, axis_name="data"), axis_name="data", donate_argnums=0)
+        self._replicas: Any = jax.pmap(functools.partial(step, axis_name="data"), axis_name="data", donate_argnums=0)
         self._repeat = jax.pmap(lambda _, state: state, in_axes=(0, None))
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """A step on a batch `[devices, B / devices, ...]`. The metrics are those of the first replica here."""
         state, logged = self._replicas(state, batch)
         return state, jax.tree.map(lambda a: a.addressable_data(0)[0], logged)
+
+    def compile(self, state: TrainState, batch: Any) -> None:
+        """Compiles the step, for a state and a batch like these."""
+        self._replicas = self._replicas.lower(state, batch).compile()
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """The rows of this process's devices, in their order."""

@@ -207,10 +207,9 @@ def main(config: Config) -> training.TrainState:
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             if logged is None:
                 tell("compiling")
+                trainer.compile(state, batch)
+                log.start(first, first * tokens_per_step)
             before, (state, logged) = logged, trainer.step(state, batch)
-            if before is None:
-                jax.block_until_ready(logged)
-                log.start(number, number * tokens_per_step)
             jax.block_until_ready(before)  # two steps at most are under way: CPU devices wait for each other
             last = number == config.steps
             if last or number % config.log_every == 0:

@@ -76,7 +76,7 @@ def replicated(x: jax.Array) -> jax.Array:
 def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[Placement, ...]) -> jax.Array:
     r"""The ratio :math:`r = |\Phi \Delta| / |\Delta|` of each layer, `[...]`; 1 where the update is 0.
 
-    With the sum of squares of each expert, :math:`s_k = |\Delta_k|^2`, it is :math:`r^2 = \sum \Phi_k^2 s_k / \sum s_k`.
+    With the sums of squares :math:`s_k = |\Delta_k|^2`, it is :math:`r^2 = \sum \Phi_k^2 s_k / \sum s_k`.
     The largest entries are divided out before they are squared, since float32 squares overflow above 1e19 and vanish
     below 1e-23.
     """

@@ -191,8 +191,7 @@ def _sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Any]
 
 def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
-    u = leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf
-    u = _scaling.replicated(_arrays.float32_or_wider(u))
+    u = _scaling.replicated(_routing.fractions(leaf))
     phi = strategy(u, gamma) if key is None else strategy(u, gamma, key=key)
     if np.shape(phi) != u.shape:
         raise ValueError(

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from excitation_optax import _strategies
+from excitation_optax import _arrays
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ class RoutingCounts:
     @property
     def utilization(self) -> jax.Array:
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert was given; 0 where there were no tokens."""
-        counts, tokens = (_strategies.float32_or_wider(x) for x in (self.counts, self.tokens))
+        counts, tokens = (_arrays.float32_or_wider(x) for x in (self.counts, self.tokens))
         tokens = jnp.expand_dims(tokens, -1)
         return jnp.where(tokens == 0, 0, counts / jnp.where(tokens == 0, 1, tokens))
 

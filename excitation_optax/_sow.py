@@ -5,18 +5,19 @@ A module keeps a dict of `RoutingCounts` by path pattern, where "" is the module
 
 import contextlib
 import contextvars
-import fnmatch
 import re
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import flax.errors
 import jax
 import jax.extend
 from flax import core, linen, nnx
+
+from excitation_optax import _paths, _routing
 
 SOWN = "sown_routing"  # the name that the dict is kept under
 # Its neighbour during a capture: a tuple with one None for each sow. Transforms keep its length and trace nothing.
@@ -29,25 +30,26 @@ _ADVICE = (
     "give a module without an axis of its own in_axes=nnx.StateAxes({excitation_optax.flax.Routing: 0, ...: None}) and "
     "sum its counts over axis 0. Use nnx.scan instead of nnx.fori_loop, nnx.while_loop, and modules in nnx.Carry."
 )
+_CLOSED_OVER = (
+    "cannot leave the JAX transform that closed over the module (jax.checkpoint, jit, vmap, grad, lax.scan, shard_map, "
+    "...). Use Flax's transform, and pass the module as an argument"
+)
 
 
 class Routing(nnx.Intermediate):
     """The type of the NNX variables that hold the counts of `sow_routing`."""
 
 
-def pattern(module: Any, names: tuple[Any, ...], known: Iterable[str]) -> str:
-    """The path pattern of these children of a module, which are checked against all that it has."""
+def _pattern(module: Any, names: tuple[Any, ...], state: Any) -> str:
+    """The path pattern of children of a module, each of which its state must have, if that is known."""
+    tree = _paths.Tree(state)
     for name in names:
         if not isinstance(name, str) or not all(name.split("/")):
             raise ValueError(f"sow_routing: a name must be a non-empty string, such as 'w_in'; got {name!r}.")
         if len(names) > 1 and set(name) & set("/{},"):
-            raise ValueError(
-                f"sow_routing: several names must be children of one module, without / or {{}}; got {names}."
-            )
-        first = name.split("/")[0]
-        if first not in known and not fnmatch.filter(known, re.sub(r"_?\{[^{}]*\}", "*", first)):
-            children = ", ".join(sorted(name for name in known if name[0] != "_"))
-            raise ValueError(f"sow_routing: {type(module).__name__} has no {name!r}; it has: {children or 'nothing'}.")
+            raise ValueError(f"sow_routing: several names must be children of one module; got {names}.")
+        if state and not tree.find(name):
+            raise ValueError(f"sow_routing: {type(module).__name__} has no {name!r}. {tree.nearest(name)}")
     return f"{{{','.join(names)}}}" if len(names) > 1 else "".join(names)
 
 
@@ -132,9 +134,9 @@ def _times(variable: Any) -> int:
     return len(variable.get_value().get(_TIMES, ())) if variable is not None else 0
 
 
-def _trace() -> Any:
+def _trace(convention: str = "nnx") -> Any:
     """The JAX transform that is being traced."""
-    return jax.extend.core.get_opaque_trace_state(convention="nnx")
+    return jax.extend.core.get_opaque_trace_state(convention=convention)
 
 
 def _check_trace(variable: Any) -> None:
@@ -142,23 +144,23 @@ def _check_trace(variable: Any) -> None:
     variable.set_metadata(variable.get_metadata())
 
 
-def sow_nnx(module: nnx.Module, counts: dict[str, Any]) -> None:
+def sow_nnx(module: nnx.Module, counts: _routing.RoutingCounts, names: tuple[str, ...]) -> None:
     """Adds counts to those of an NNX module: to its captured variable, or to an attribute that pop_routing takes."""
+    sown = {_pattern(module, names, nnx.as_pure(nnx.state(module)) if names else None): counts}
     capture, variable, name = _running.get(), captured(module), type(module).__name__
     if variable is not None:
         try:
             _check_trace(variable)
         except flax.errors.TraceContextError as error:
             raise ValueError(
-                f"The routing of {variable.get_metadata()['module_path'] or 'the model'} ({name}) cannot leave the JAX "
-                "transform that closed over the module (jax.checkpoint, jit, vmap, grad, lax.scan, shard_map, ...). "
-                "Use Flax's, and pass the module as an argument: nnx.remat(lambda layer, x: layer(x))(layer, x)."
+                f"The routing of {variable.get_metadata()['module_path'] or 'the model'} ({name}) {_CLOSED_OVER}: "
+                "nnx.remat(lambda layer, x: layer(x))(layer, x)."
             ) from error
         if capture:
             capture.note(variable)
         value = variable.get_value()
         times = (*value.get(_TIMES, ()), None)
-        variable.set_value({**value, SOWN: merged(value.get(SOWN, {}), counts), _TIMES: times})
+        variable.set_value({**value, SOWN: merged(value.get(SOWN, {}), sown), _TIMES: times})
     elif hasattr(module, "__captures__"):
         raise ValueError(
             f"The routing of a {name} would be lost: an nnx.capture inside the model records only other variable "
@@ -175,7 +177,7 @@ def sow_nnx(module: nnx.Module, counts: dict[str, Any]) -> None:
                 setattr(module, SOWN, Routing({}))
             variable = getattr(module, SOWN)
             _check_trace(variable)
-            variable.set_value(merged(variable.get_value(), counts))
+            variable.set_value(merged(variable.get_value(), sown))
 
 
 def homes(model: Any) -> Callable[[tuple[Any, ...], list[str]], tuple[Any, ...]]:
@@ -196,8 +198,14 @@ def homes(model: Any) -> Callable[[tuple[Any, ...], list[str]], tuple[Any, ...]]
 _sown_in: weakref.WeakKeyDictionary[core.Scope, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
-def sow_linen(module: linen.Module, counts: dict[str, Any]) -> None:
+def sow_linen(module: linen.Module, counts: _routing.RoutingCounts, names: tuple[str, ...]) -> None:
     """Adds counts to those of a Linen module, in the collection "intermediates", if that is mutable."""
+    if module.scope is None:
+        raise ValueError(f"sow_routing: call it inside a call of {type(module).__name__}.apply or its parent's.")
+    if names and isinstance(child := getattr(module, str(names[0]), None), linen.Module) and len(names) == 1:
+        module, names = child, ()  # which has another path if another module made it
+    state = {name: tree for kind in module.variables.values() for name, tree in kind.items()}
+    pattern = _pattern(module, names, None if module.is_initializing() else state)
 
     def root(module: Any) -> Any:
         return root(module.parent) if isinstance(module.parent, linen.Module) else module
@@ -212,6 +220,8 @@ def sow_linen(module: linen.Module, counts: dict[str, Any]) -> None:
                 'intermediates on. Set its variable_axes={"params": ..., "intermediates": 0}.'
             )
         return
+    if module.scope.root.trace_level != _trace("flax"):
+        raise ValueError(f"The routing of {path} {_CLOSED_OVER}, such as nn.remat or nn.scan.")
     sown_in = _sown_in.setdefault(outermost.scope, set())
     if module.has_variable("intermediates", SOWN) and module.path not in sown_in:
         raise ValueError(
@@ -219,4 +229,4 @@ def sow_linen(module: linen.Module, counts: dict[str, Any]) -> None:
             "counted again. Remove it: {name: tree for name, tree in variables.items() if name != 'intermediates'}."
         )
     sown_in.add(module.path)
-    module.sow("intermediates", SOWN, counts, reduce_fn=merged, init_fn=dict)
+    module.sow("intermediates", SOWN, {pattern: counts}, reduce_fn=merged, init_fn=dict)

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from excitation_optax import _arrays
+
 # What `scale_by_excitation` calls: `(utilization [..., E], gamma) -> excitation [..., E]`. Any function of this form
 # is a strategy. One that has a parameter named `key` is random, and is handed a PRNG key.
 Strategy = Callable[..., jax.Array]
@@ -45,7 +47,7 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 6.
     """
-    u = float32_or_wider(utilization)
+    u = _arrays.float32_or_wider(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
     power = _power(jnp.where(largest == 0, 1, u / _one_if_zero(largest)), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
@@ -101,7 +103,7 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 8.
     """
-    u = float32_or_wider(utilization)
+    u = _arrays.float32_or_wider(utilization)
     exponential = jnp.exp(_like(gamma, u) * (u - jnp.max(u, axis=-1, keepdims=True)))
     return exponential / jnp.mean(exponential, axis=-1, keepdims=True)
 
@@ -128,7 +130,7 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 9.
     """
-    u = float32_or_wider(utilization)
+    u = _arrays.float32_or_wider(utilization)
     above = jax.nn.relu(u - jnp.mean(u, axis=-1, keepdims=True))
     return jnp.broadcast_to(jnp.mean(jnp.exp(_like(gamma, u) * above), axis=-1, keepdims=True), u.shape)
 
@@ -188,7 +190,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 10.
     """
-    u = float32_or_wider(utilization)
+    u = _arrays.float32_or_wider(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
     power = _power(jnp.where(u == 0, 1, smallest / _one_if_zero(u)), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
@@ -244,13 +246,6 @@ def is_random(strategy: Strategy) -> bool:
 
 def name(strategy: Strategy) -> str:
     return getattr(strategy, "__name__", repr(strategy))
-
-
-def float32_or_wider(x: ArrayLike) -> jax.Array:
-    """An array in float32, or as it is if it is wider."""
-    x = jnp.asarray(x)  # jnp.promote_types would raise under strict promotion
-    wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32
-    return x if wide else x.astype(jnp.float32)
 
 
 def _like(gamma: ArrayLike, u: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import optax
 from flax import linen, nnx
 from flax.training import train_state
 
-from excitation_optax import _experts, _routing, _sow
+from excitation_optax import _routing, _sow
 from excitation_optax._sow import Routing
 
 __all__ = [
@@ -71,13 +71,8 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
             f"sow_routing takes the module that holds the experts; got {type(module).__name__}. For a list of experts, "
             "call sow_routing(self, counts, 'experts/{expert}') on the module that holds the list."
         )
-    if isinstance(module, linen.Module):
-        if len(names) == 1 and isinstance(names[0], str) and isinstance(getattr(module, names[0], None), linen.Module):
-            module, names = getattr(module, names[0]), ()  # it has another path if another module made it
-        known = {name for kind, tree in module.variables.items() if kind != "intermediates" for name in tree}
-        _sow.sow_linen(module, {_sow.pattern(module, names, known or names): counts})
-    else:
-        _sow.sow_nnx(module, {_sow.pattern(module, names, vars(module)): counts})
+    sow = _sow.sow_linen if isinstance(module, linen.Module) else _sow.sow_nnx
+    sow(module, counts, names)
 
 
 def is_capturing(module: nnx.Module) -> bool:
@@ -308,4 +303,17 @@ def _collected(sown: Any, none_found: str, home: Callable[[tuple[Any, ...], list
     for path, counts in found.items():
         if len(counts) > 1 or any(path[:n] in found for n in range(len(path))):
             raise ValueError(f"Routing was sown at {path} and also at a module above it, so it would be counted twice.")
-    return _experts.nested({path: next(iter(counts.values())) for path, counts in found.items()})
+    return _nested({path: next(iter(counts.values())) for path, counts in found.items()})
+
+
+def _nested(leaves: dict[tuple[Any, ...], Any]) -> Any:
+    """The nested dict that has these leaves at these paths. A leaf at the root stands for itself."""
+    tree: dict[Any, Any] = {}
+    for path, leaf in leaves.items():
+        if not path:
+            return leaf
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree

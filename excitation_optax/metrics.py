@@ -7,7 +7,7 @@ argument `[..., E]` are layers, each measured by itself.
 import jax
 import jax.numpy as jnp
 
-from excitation_optax import _routing, _strategies
+from excitation_optax import _arrays, _routing
 
 __all__ = [
     "class_counts",
@@ -71,7 +71,7 @@ def specialization_score(counts: jax.Array) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 11.
     """
-    counts = _strategies.float32_or_wider(counts)
+    counts = _arrays.float32_or_wider(counts)
     total = jnp.sum(counts, axis=-1)
     p = counts / jnp.expand_dims(jnp.where(total == 0, 1, total), -1)
     return jnp.sum(p**2, axis=(-2, -1)) / jnp.sum(total > 0, axis=-1).astype(p.dtype)
@@ -104,7 +104,7 @@ def routing_entropy(weights: jax.Array, where: jax.Array | None = None) -> jax.A
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 4.4.
     """
-    weights = _strategies.float32_or_wider(weights)
+    weights = _arrays.float32_or_wider(weights)
     total = jnp.sum(weights, axis=-1)
     entropy = _entropy(weights)
     counted = total != 0 if where is None else where & (total != 0)
@@ -194,7 +194,7 @@ def excitation_range(excitation: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _fractions(utilization: jax.Array | _routing.RoutingCounts) -> jax.Array:
     counted = isinstance(utilization, _routing.RoutingCounts)
-    return _strategies.float32_or_wider(utilization.utilization if counted else utilization)
+    return _arrays.float32_or_wider(utilization.utilization if counted else utilization)
 
 
 def _entropy(weights: jax.Array) -> jax.Array:

@@ -15,11 +15,11 @@ from typing import Any
 import flax.errors
 import jax
 import jax.extend
-from flax import core, linen, nnx
+from flax import core, linen, nnx, traverse_util
 
 from excitation_optax import _paths, _routing
 
-SOWN = "sown_routing"  # the name that the dict is kept under
+_SOWN = "sown_routing"  # the name that the dict is kept under
 # Its neighbour during a capture: a tuple with one None for each sow. Transforms keep its length and trace nothing.
 _TIMES = "sow_times"
 
@@ -48,12 +48,12 @@ def _pattern(module: Any, names: tuple[Any, ...], state: Any) -> str:
             raise ValueError(f"sow_routing: a name must be a non-empty string, such as 'w_in'; got {name!r}.")
         if len(names) > 1 and set(name) & set("/{},"):
             raise ValueError(f"sow_routing: several names must be children of one module; got {names}.")
-        if state and not tree.find(name):
+        if state is not None and not tree.find(name):
             raise ValueError(f"sow_routing: {type(module).__name__} has no {name!r}. {tree.nearest(name)}")
     return f"{{{','.join(names)}}}" if len(names) > 1 else "".join(names)
 
 
-def merged(sown: dict[Any, Any], more: dict[Any, Any]) -> dict[Any, Any]:
+def _merged(sown: dict[Any, Any], more: dict[Any, Any]) -> dict[Any, Any]:
     """The counts of both, added where both have some."""
     return {**sown, **{key: sown[key] + counts if key in sown else counts for key, counts in more.items()}}
 
@@ -160,7 +160,7 @@ def sow_nnx(module: nnx.Module, counts: _routing.RoutingCounts, names: tuple[str
             capture.note(variable)
         value = variable.get_value()
         times = (*value.get(_TIMES, ()), None)
-        variable.set_value({**value, SOWN: merged(value.get(SOWN, {}), sown), _TIMES: times})
+        variable.set_value({**value, _SOWN: _merged(value.get(_SOWN, {}), sown), _TIMES: times})
     elif hasattr(module, "__captures__"):
         raise ValueError(
             f"The routing of a {name} would be lost: an nnx.capture inside the model records only other variable "
@@ -173,25 +173,11 @@ def sow_nnx(module: nnx.Module, counts: _routing.RoutingCounts, names: tuple[str
         )
     elif not getattr(module, "deterministic", False):
         with contextlib.suppress(flax.errors.TraceContextError):
-            if not hasattr(module, SOWN):
-                setattr(module, SOWN, Routing({}))
-            variable = getattr(module, SOWN)
+            if not hasattr(module, _SOWN):
+                setattr(module, _SOWN, Routing({}))
+            variable = getattr(module, _SOWN)
             _check_trace(variable)
-            variable.set_value(merged(variable.get_value(), sown))
-
-
-def homes(model: Any) -> Callable[[tuple[Any, ...], list[str]], tuple[Any, ...]]:
-    """Finds the path that names below a module have in the state of the model, which has shared nodes once."""
-    paths = {id(node): path for path, node in nnx.iter_graph(model)}
-    modules = dict(nnx.iter_modules(model))
-
-    def home(path, names):
-        node = modules.get(path)
-        while names and isinstance(child := getattr(node, "__dict__", {}).get(names[0]), nnx.Module | nnx.Variable):
-            node, path, names = child, paths[id(child)], names[1:]
-        return (*path, *names)
-
-    return home
+            variable.set_value(_merged(variable.get_value(), sown))
 
 
 # Linen. The modules that sowed in one call of a model, by the scope of the model.
@@ -205,7 +191,7 @@ def sow_linen(module: linen.Module, counts: _routing.RoutingCounts, names: tuple
     if names and isinstance(child := getattr(module, str(names[0]), None), linen.Module) and len(names) == 1:
         module, names = child, ()  # which has another path if another module made it
     state = {name: tree for kind in module.variables.values() for name, tree in kind.items()}
-    pattern = _pattern(module, names, None if module.is_initializing() else state)
+    pattern = _pattern(module, names, state if state and not module.is_initializing() else None)
 
     def root(module: Any) -> Any:
         return root(module.parent) if isinstance(module.parent, linen.Module) else module
@@ -223,10 +209,44 @@ def sow_linen(module: linen.Module, counts: _routing.RoutingCounts, names: tuple
     if module.scope.root.trace_level != _trace("flax"):
         raise ValueError(f"The routing of {path} {_CLOSED_OVER}, such as nn.remat or nn.scan.")
     sown_in = _sown_in.setdefault(outermost.scope, set())
-    if module.has_variable("intermediates", SOWN) and module.path not in sown_in:
+    if module.has_variable("intermediates", _SOWN) and module.path not in sown_in:
         raise ValueError(
             f"The variables that were passed to apply hold the routing of {path} from an earlier call, which would be "
             "counted again. Remove it: {name: tree for name, tree in variables.items() if name != 'intermediates'}."
         )
     sown_in.add(module.path)
-    module.sow("intermediates", SOWN, {pattern: counts}, reduce_fn=merged, init_fn=dict)
+    module.sow("intermediates", _SOWN, {pattern: counts}, reduce_fn=_merged, init_fn=dict)
+
+
+# Both.
+
+
+def collected(sown: Any, none_found: str, model: Any = None) -> Any:
+    """The RoutingCounts in a tree of sown values, as a tree by the paths of their parameters.
+
+    A path in an NNX model is the one that its state has: of a module that several share, the first.
+    """
+    paths = {id(node): path for path, node in nnx.iter_graph(model)}
+    modules = dict(nnx.iter_modules(model))
+    found: dict[tuple[Any, ...], dict[bool, Any]] = {}  # by whether a module above sowed, or the module itself
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(nnx.as_pure(sown), is_leaf=_routing.is_counts):
+        keys = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]  # no positions in a tuple
+        if not isinstance(leaf, _routing.RoutingCounts) or keys[-1] == "__call__":  # of Linen's capture_intermediates
+            continue
+        *above, _, pattern = keys if keys[-2:-1] == [_SOWN] else (*keys, "")
+        path, names, module = tuple(above), list(filter(None, pattern.split("/"))), modules.get(tuple(above))
+        while names and isinstance(child := getattr(module, "__dict__", {}).get(names[0]), nnx.Module | nnx.Variable):
+            path, module = paths[id(child)], child
+            del names[0]
+        path = (*path, *names)
+        found[path] = _merged(found.get(path, {}), {bool(pattern): leaf})
+    if not found:
+        raise ValueError(
+            f"{none_found} Layers record it by sow_routing(self, count_routing(...), 'names', 'of', 'experts'), or by "
+            "sow_routing(self.experts, count_routing(...)) where self.experts holds nothing but experts."
+        )
+    for path, counts in found.items():
+        if len(counts) > 1 or any(path[:n] in found for n in range(len(path))):
+            raise ValueError(f"Routing was sown at {path} and also at a module above it, so it would be counted twice.")
+    utilization = {path: next(iter(counts.values())) for path, counts in found.items()}
+    return utilization[()] if () in utilization else traverse_util.unflatten_dict(utilization)

@@ -10,8 +10,9 @@ A layer calls `sow_routing`. Training code collects a nested dict of `RoutingCou
 
 import dataclasses
 import functools
+import reprlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -135,7 +136,7 @@ def capture_routing(
         with _sow.Capture(root) as capture:
             call = functools.partial(model, *args, **kwargs)
             output, routing, *others = nnx.capture(capture.run, Routing, *other_types)(root, call)
-            return output, _collected(nnx.as_pure(routing), "The call sowed no routing.", _sow.homes(root)), *others
+            return output, _sow.collected(routing, "The call sowed no routing.", root), *others
 
     return with_routing
 
@@ -206,8 +207,7 @@ def pop_routing(model: nnx.Module) -> Any:
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(f"pop_routing takes the nnx.Module that was called; got {type(model).__name__}.")
-    routing = nnx.as_pure(nnx.pop(model, Routing))
-    return _collected(routing, "The model holds no routing that was not popped already.", _sow.homes(model))
+    return _sow.collected(nnx.pop(model, Routing), "The model holds no routing that was not popped already.", model)
 
 
 def routing_from_intermediates(intermediates: Any) -> Any:
@@ -240,7 +240,7 @@ def routing_from_intermediates(intermediates: Any) -> Any:
       >>> excitation_flax.routing_from_intermediates(sown["intermediates"])["dense"].tokens
       Array(5., dtype=float32)
     """
-    return _collected(
+    return _sow.collected(
         intermediates, "The intermediates hold no RoutingCounts.", lambda module, names: (*module, *names)
     )
 
@@ -282,38 +282,3 @@ class TrainState(train_state.TrainState):
         with_extra_args = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         updated: Any = train_state.TrainState.apply_gradients(with_extra_args, grads=grads, **replaced)
         return updated.replace(tx=new_tx)
-
-
-def _collected(sown: Any, none_found: str, home: Callable[[tuple[Any, ...], list[str]], tuple[Any, ...]]) -> Any:
-    """The RoutingCounts in a tree of sown values, by the path of the parameters that they are about."""
-    found: dict[tuple[Any, ...], dict[bool, Any]] = {}  # by whether the module itself sowed, or one above it
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(sown, is_leaf=_routing.is_counts):
-        keys = [
-            key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)
-        ]  # others are positions in a tuple
-        if isinstance(leaf, _routing.RoutingCounts) and keys[-1] != "__call__":  # from Linen's capture_intermediates
-            *module, _, pattern = keys if keys[-2:-1] == [_sow.SOWN] else (*keys, "")
-            path = home(tuple(module), list(filter(None, pattern.split("/"))))
-            found[path] = _sow.merged(found.get(path, {}), {bool(pattern): leaf})
-    if not found:
-        raise ValueError(
-            f"{none_found} Layers record it by sow_routing(self, count_routing(...), 'names', 'of', 'experts'), or by "
-            "sow_routing(self.experts, count_routing(...)) where self.experts holds nothing but experts."
-        )
-    for path, counts in found.items():
-        if len(counts) > 1 or any(path[:n] in found for n in range(len(path))):
-            raise ValueError(f"Routing was sown at {path} and also at a module above it, so it would be counted twice.")
-    return _nested({path: next(iter(counts.values())) for path, counts in found.items()})
-
-
-def _nested(leaves: dict[tuple[Any, ...], Any]) -> Any:
-    """The nested dict that has these leaves at these paths. A leaf at the root stands for itself."""
-    tree: dict[Any, Any] = {}
-    for path, leaf in leaves.items():
-        if not path:
-            return leaf
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree

@@ -107,6 +107,7 @@ class Capture:
 
     def _check_kept(self, path: str, variable: Any) -> None:
         if _times(variable) < self.times.get(path, 0):
+            jax.clear_caches()  # otherwise JAX reuses the trace of a scan, and nobody notes its sows the next time
             raise ValueError(
                 f"The routing of {path or 'the model'} was lost, because it was called through a copy, as nnx.clone, "
                 f"nnx.merge, and nnx.scan with in_axes=None make them. {_ADVICE}"
@@ -124,6 +125,7 @@ class Capture:
             ) from error
         if isinstance(error, TypeError | ValueError) and "__captures__" in str(error):
             frames = " ".join(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(tb))
+            jax.clear_caches()
             transforms = re.findall(r"cond|switch|fori_loop|while_loop|scan|[vp]map", frames)
             raise ValueError(
                 f"The routing of {self.latest or 'the model'} cannot leave nnx.{('jit', *transforms)[-1]}. {_ADVICE}"
@@ -206,7 +208,8 @@ def sow_linen(module: linen.Module, counts: _routing.RoutingCounts, names: tuple
                 'intermediates on. Set its variable_axes={"params": ..., "intermediates": 0}.'
             )
         return
-    if module.scope.root.trace_level != _trace("flax"):
+    scope: Any = module.scope
+    if scope.root.trace_level != _trace("flax"):
         raise ValueError(f"The routing of {path} {_CLOSED_OVER}, such as nn.remat or nn.scan.")
     sown_in = _sown_in.setdefault(outermost.scope, set())
     if module.has_variable("intermediates", _SOWN) and module.path not in sown_in:

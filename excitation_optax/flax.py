@@ -72,8 +72,10 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
             f"sow_routing takes the module that holds the experts; got {type(module).__name__}. For a list of experts, "
             "call sow_routing(self, counts, 'experts/{expert}') on the module that holds the list."
         )
-    sow = _sow.sow_linen if isinstance(module, linen.Module) else _sow.sow_nnx
-    sow(module, counts, names)
+    if isinstance(module, linen.Module):
+        _sow.sow_linen(module, counts, names)
+    else:
+        _sow.sow_nnx(module, counts, names)
 
 
 def is_capturing(module: nnx.Module) -> bool:
@@ -240,9 +242,12 @@ def routing_from_intermediates(intermediates: Any) -> Any:
       >>> excitation_flax.routing_from_intermediates(sown["intermediates"])["dense"].tokens
       Array(5., dtype=float32)
     """
-    return _sow.collected(
-        intermediates, "The intermediates hold no RoutingCounts.", lambda module, names: (*module, *names)
-    )
+    if not isinstance(intermediates, Mapping) or "intermediates" in intermediates:
+        raise ValueError(
+            "routing_from_intermediates takes the collection: sown['intermediates'] of output, sown = model.apply(..., "
+            f"mutable=['intermediates']); got {reprlib.repr(intermediates)}."
+        )
+    return _sow.collected(intermediates, "The intermediates hold no RoutingCounts.")
 
 
 class TrainState(train_state.TrainState):

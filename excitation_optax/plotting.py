@@ -85,9 +85,10 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
              [-3.  , -3.  ]])
     """
     steps, load = _history(steps, load)
-    sizes = np.sum(~np.ma.getmaskarray(load[0]), axis=-1)  # E of each layer
+    present = ~np.ma.getmaskarray(load[0])  # [L, E]
+    sizes = np.sum(present, axis=-1)
     limit = max(2, 256 // len(sizes)) if sizes.sum() > 256 else max(sizes)
-    blocks = [_ranked(_over_mean(load[:, layer, :size]), limit) for layer, size in enumerate(sizes)]
+    blocks = [_ranked(_over_mean(load[:, layer, there]), limit) for layer, there in enumerate(present)]
     ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
     ax = ax or _new_axes()
     _draw_cells(ax, steps, np.ma.concatenate(blocks, axis=1).T)
@@ -205,6 +206,6 @@ def _draw_cells(ax: Any, x: np.ndarray, ratio: np.ma.MaskedArray) -> None:
     mesh = ax.pcolormesh(*edges, cells, cmap=cmap, vmin=-2, vmax=2, rasterized=True)  # vectors would show gaps
     ax.invert_yaxis()
     ax.spines[:].set_visible(False)
-    label = "load / mean (black: 0" + (", yellow: NaN)" if np.any(logs == 3) else ")")
+    label = "load / mean (black: 0)" if np.all(logs < 3) else "load / mean (yellow: NaN)"
     bar = ax.figure.colorbar(mesh, ax=ax, extend="min", label=label)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])

@@ -4,7 +4,6 @@ This module imports no logger: you pass the writers in. Axis letters: E experts,
 """
 
 import json
-import operator
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -141,13 +140,13 @@ class RoutingLog:
         return scalars
 
     def _check_step(self, step: Any) -> int:
-        number = operator.index(step) if hasattr(step, "__index__") and not isinstance(step, bool) else None
-        if number is None or (self.steps and number <= self.steps[-1]):
+        number = np.asarray(step)
+        if number.ndim or number.dtype.kind not in "iu" or (self.steps and number <= self.steps[-1]):
             larger = f" above {self.steps[-1]}, the last step" if self.steps else ""
             raise ValueError(
                 f"RoutingLog: step must be an integer{larger}; got {step!r}. A resumed run needs a new log."
             )
-        return number
+        return int(number)
 
     def _remember(self, step: int, u: np.ndarray) -> None:
         """Adds a call to the history; a full one first merges neighbors."""

@@ -384,23 +384,30 @@ def test_tensorboard_of_a_run_that_goes_on_drops_what_was_later(tmp_path):
     assert starts == [8]
 
 
-def test_wandb_has_all_that_is_logged_and_the_routing(tmp_path, monkeypatch):
+@pytest.fixture
+def wandb_rows(monkeypatch):
+    """The rows by step that W&B is given; a recording run stands for W&B, which need not be installed."""
     rows = {}
     run = types.SimpleNamespace(log=lambda row, step: rows.setdefault(step, {}).update(row), finish=lambda: None)
     fake = types.SimpleNamespace(init=lambda **settings: run, __spec__="not None: it is installed")
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return rows
+
+
+def test_wandb_has_all_that_is_logged_and_the_routing(tmp_path, wandb_rows):
     log_two_steps(training.TrainingConfig(log=tmp_path / "log", wandb="project", strategy="zero_sum"))
-    assert {name: float(rows[5][name]) for name in EXPECTED} == pytest.approx(EXPECTED)
-    assert rows[5]["routing/busiest"][0] == ("moe[0]", 0, 2)
-    assert rows[6]["routing/layers_not_finite"] == 2
+    assert {name: float(wandb_rows[5][name]) for name in EXPECTED} == pytest.approx(EXPECTED)
+    assert wandb_rows[5]["routing/busiest"][0] == ("moe[0]", 0, 2)
+    assert wandb_rows[6]["routing/layers_not_finite"] == 2
 
 
-def test_silent_processes_write_no_dashboards(tmp_path):
+def test_silent_processes_write_no_dashboards(tmp_path, wandb_rows):
     config = training.TrainingConfig(tensorboard=tmp_path / "board", wandb="project")
     log = training.Log(config, "program", 10, silent=True)
     log.write(1, {"loss": 1.0, "routing": ({"moe": COUNTS}, None)})
     log.close()
     assert not list(tmp_path.iterdir())
+    assert not wandb_rows
 
 
 @pytest.mark.parametrize(("flag", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

@@ -92,7 +92,7 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
     ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
     ax = ax or _new_axes()
     _draw_cells(ax, steps, np.ma.concatenate(blocks, axis=1).T)
-    ax.hlines(ends[1:-1] - 0.5, *ax.get_xlim(), color="white", linewidth=8 / (len(blocks) + 4))
+    ax.hlines(ends[1:-1] - 0.5, *ax.get_xlim(), color="white", linewidth=14 / (len(blocks) + 4))
     shown = range(0, len(blocks), -(-len(blocks) // 12))
     ax.set_yticks([(ends[n] + ends[n + 1] - 1) / 2 for n in shown], list(map(str, shown)))
     ax.locator_params(axis="x", integer=True, nbins=5, min_n_ticks=1)

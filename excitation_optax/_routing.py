@@ -40,8 +40,6 @@ class RoutingCounts(NamedTuple):
       ValueError: if the shapes differ in an addition, or a summand is not `RoutingCounts` of arrays.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> first = excitation_optax.RoutingCounts(counts=jnp.array([3.0, 1.0]), tokens=jnp.array(4.0))
       >>> second = excitation_optax.RoutingCounts(counts=jnp.array([0.0, 1.0]), tokens=jnp.array(1.0))
       >>> (first + second).utilization
@@ -139,8 +137,6 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
         `where` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> chosen = jnp.array([[0, 1], [0, 2], [0, 1]])  # three tokens, two experts each
       >>> excitation_optax.count_routing(chosen, num_experts=4, where=jnp.array([True, True, False])).counts
       Array([2., 1., 1., 0.], dtype=float32)
@@ -183,8 +179,6 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
       ValueError: if `active` is not boolean or has no axis of experts, or if `where` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> counts = excitation_optax.count_active(jnp.array([[True, False], [True, True]]))
       >>> counts.counts, counts.tokens
       (Array([2., 1.], dtype=float32), Array(2., dtype=float32))
@@ -227,8 +221,6 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
       ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization
       Array([0.5, 0.5, 0. ], dtype=float32)
     """

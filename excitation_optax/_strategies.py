@@ -11,8 +11,6 @@ utilization is an error where its values can be read.
 A strategy of your own is a function of `(utilization, gamma)`. Some models pad the experts' axis, for example with 6
 experts in 8 slots. The empty slots would lower the mean, so slice them off:
 
-    >>> import jax.numpy as jnp
-    >>> import excitation_optax
     >>> def positive_sum_of_six(utilization, gamma):
     ...     excitation = excitation_optax.positive_sum(utilization[..., :6], gamma)
     ...     return jnp.concatenate([excitation, jnp.ones_like(utilization[..., 6:])], axis=-1)
@@ -54,8 +52,6 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
       The excitation, `[..., E]`, between 0 and E (an expert that takes the whole batch alone gets E).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.zero_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
       Array([0.5, 1. , 1.5], dtype=float32)
 
@@ -82,8 +78,6 @@ def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
       The excitation, `[..., E]`, between 1 and E.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.positive_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
       Array([1. , 1. , 1.5], dtype=float32)
 
@@ -110,8 +104,6 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
       The excitation, `[..., E]`, between 0 and E.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.exp_diff(jnp.array([0.0, jnp.log(3.0)]), 1.0).round(4)  # exp: 1, 3
       Array([0.5, 1.5], dtype=float32)
 
@@ -137,8 +129,6 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
       The excitation, `[..., E]`, the same for every expert of a layer, between 1 and exp(gamma).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.global_exp(jnp.array([0.0, 2 * jnp.log(3.0)]), 1.0).round(4)  # above the mean: 0, log 3
       Array([2., 2.], dtype=float32)
 
@@ -165,9 +155,6 @@ def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) ->
       The excitation, `[..., E]`; each layer on the leading axes has its own permutation.
 
     Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> shuffled = excitation_optax.random_boost(jnp.array([0.1, 0.2, 0.3]), 1.0, key=jax.random.key(0))
       >>> jnp.sort(shuffled)
       Array([0.5, 1. , 1.5], dtype=float32)
@@ -195,8 +182,6 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
       The excitation, `[..., E]`, between 0 and E.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.inverted(jnp.array([0.1, 0.3]), 1.0).round(4)  # 1/u: 10, 10/3
       Array([1.5, 0.5], dtype=float32)
       >>> excitation_optax.inverted(jnp.array([0.0, 0.5, 0.5]), 1.0)
@@ -232,8 +217,6 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
         number.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.clipped(excitation_optax.zero_sum, 2.0)(jnp.array([0.0, 0.0, 0.0, 1.0]), 1.0)
       Array([0., 0., 0., 2.], dtype=float32)
     """

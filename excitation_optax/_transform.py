@@ -80,9 +80,6 @@ def scale_by_excitation(
         was made for other arguments.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> params = {"router": jnp.ones((2, 3)), "experts": jnp.ones((3, 2))}
       >>> tx = optax.chain(optax.sgd(0.1), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> state = tx.init(params)
@@ -157,8 +154,6 @@ def excitation(
         returns a wrong shape.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)
       {'experts': Array([0.5, 1. , 1.5], dtype=float32)}
 

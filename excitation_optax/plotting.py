@@ -115,7 +115,6 @@ def strategy_curves(strategies: Any, gamma: float = 1.0, *, num_experts: int = 8
       ValueError: if E is not an integer of at least 2, or a strategy is random.
 
     Example:
-      >>> import excitation_optax
       >>> from excitation_optax import plotting
       >>> ax = plotting.strategy_curves([excitation_optax.zero_sum, excitation_optax.positive_sum], num_experts=4)
       >>> float(ax.lines[0].get_ydata()[-1])  # all tokens to one of four experts

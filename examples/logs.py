@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import tqdm
 
-from excitation_optax import telemetry
+from excitation_optax import plotting, telemetry
 
 SECONDS_BETWEEN_LINES = 10  # of the progress, where standard error is not a terminal
 
@@ -153,6 +153,9 @@ class Log:
         with naming(self.path):
             self._file.close()
         if self._tensorboard is not None:
+            if steps := self._routing.steps:
+                figure = plotting.load_over_time(steps, self._routing.load).figure
+                self._tensorboard.add_figure("routing/load_over_time", figure, steps[-1])
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -248,11 +248,10 @@ def routing_metrics(
       step: the number of updates before, as `scale_by_excitation` counts them for the key of a random strategy.
       whole: adds the utilization and the excitation as `routing`, for TensorBoard and W&B.
     """
-    layers = jax.tree.leaves(utilization, is_leaf=lambda leaf: isinstance(leaf, excitation_optax.RoutingCounts))
-    over_layers = lambda metric: jnp.concatenate([jnp.ravel(metric(layer)) for layer in layers])
-    dead = over_layers(metrics.dead_experts)
+    flat = lambda tree: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    dead = flat(metrics.dead_experts(utilization))
     logged: dict[str, Any] = {
-        "max_over_mean_load": jnp.mean(over_layers(metrics.max_over_mean_load)),
+        "max_over_mean_load": jnp.mean(flat(metrics.max_over_mean_load(utilization))),
         "dead_experts": jnp.mean(dead),
         "dead_experts_worst_layer": jnp.max(dead),
     }
@@ -260,9 +259,8 @@ def routing_metrics(
     if strategy != "baseline":
         key = jax.random.fold_in(jax.random.key(seed), step)
         excitation = excitation_optax.excitation(utilization, getattr(excitation_optax, strategy), gamma, key=key)
-        ranges = [metrics.excitation_range(phi) for phi in jax.tree.leaves(excitation)]
-        logged["excitation_min"] = jnp.min(jnp.stack([jnp.min(low) for low, _ in ranges]))
-        logged["excitation_max"] = jnp.max(jnp.stack([jnp.max(high) for _, high in ranges]))
+        phi = flat(excitation)
+        logged |= {"excitation_min": jnp.min(phi), "excitation_max": jnp.max(phi)}
     return logged | ({"routing": (utilization, excitation)} if whole else {})
 
 

@@ -98,7 +98,8 @@ class Run:
             print(f"Nothing is left to train. To run them again, give an empty folder: --results {again}")
         if "fig1" in self.names:
             if toy.load(self.results / "fig1") is None:
-                toy.save(toy.run(), self.results / "fig1")
+                with logs.naming(self.results / "fig1"):
+                    toy.save(toy.run(), self.results / "fig1")
             print(f"fig1 is on file in {self.results / 'fig1'}")
         self.train_mlps([run for run in runs if isinstance(run, configs.MLPRun)], results)
         self.train_transformers([run for run in runs if not isinstance(run, configs.MLPRun)], results)

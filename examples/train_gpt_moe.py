@@ -52,7 +52,7 @@ class RunConfig(training.TrainingConfig):
     """Training steps."""
     batch_size: int = 16
     """Sequences of a step."""
-    eval_every: int = 200
+    eval_every: int = 100
     """Steps between evaluations; the last step is always evaluated."""
     learning_rate: float = 3e-3
     """The peak learning rate."""

@@ -253,9 +253,7 @@ def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> Non
         print(f"preempted at step {step} of {config.steps}; without --checkpoints, nothing is saved", flush=True)
     else:
         saved.wait()
-        print(
-            f"preempted: checkpoint of step {step} of {config.steps} saved; run the same command to resume", flush=True
-        )
+        print(f"preempted: saved step {step} of {config.steps}; run the same command to resume", flush=True)
     raise SystemExit(config.preemption_exit_code)
 
 

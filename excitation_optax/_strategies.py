@@ -129,7 +129,7 @@ def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) ->
     r"""Control: zero-sum's factors, shuffled among the experts of a layer at each step.
 
     .. math::
-      \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma), \quad \pi \text{ a permutation} \quad \text{(section 3.2.2)}
+      \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma), \; \pi \text{ a permutation} \qquad \text{(section 3.2.2)}
 
     Args:
       utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].

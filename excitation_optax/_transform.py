@@ -42,13 +42,15 @@ def scale_by_excitation(
     node that a pattern matches is scaled; every other is left untouched, bit for bit. Nested dicts and `/` mean the
     same, `None` is absent, `""` is the root of the tree. One entry is one layer, or one stack of layers.
 
-    | in a pattern | matches |
-    |---|---|
-    | `moe/experts` | these names |
-    | `*`, `?` | any characters, one character, within one name |
-    | `**` | as a whole name: any number of names, also none |
-    | `{w_in,w_out}` | either; both are one layer |
-    | `expert_{expert}` | a number: the whole subtree belongs to the expert with that number |
+    ===================  ========================================================================
+    in a pattern         matches
+    ===================  ========================================================================
+    ``moe/experts``      these names
+    ``*``, ``?``         any characters, one character, within one name
+    ``**``               as a whole name: any number of names, also none
+    ``{w_in,w_out}``     either; both are one layer
+    ``expert_{expert}``  a number: the whole subtree belongs to the expert with that number
+    ===================  ========================================================================
 
     Args:
       strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. One with an unbound keyword

@@ -147,7 +147,7 @@ def _find(tree: _paths.Tree, pattern: str, what: str) -> list[_paths.Match]:
     if not any(match.node.is_masked for match in matches) and not any(
         _paths.is_masked(tree.leaves[leaf]) or is_parameter(tree.leaves[leaf]) for leaf in whole
     ):
-        found = "only what is no floating-point array" if whole else "no parameter"
+        found = "no parameter" + (" (only None, integers, keys or functions)" if whole else "")
         raise ValueError(
             f"The {what} path {pattern or _paths.ROOT} matches {found}. {tree.nearest(pattern)} Paths start at the "
             "root of the tree that tx.update is given; `**` is any number of names. describe() shows what matches."

@@ -20,7 +20,7 @@ import difflib
 import functools
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -172,21 +172,20 @@ class Tree:
         return {other: match for other, match in matches.items() if match is not None}
 
     def nearest(self, pattern: str) -> str:
-        """For an error: names that end as the pattern does, or are spelt like it, and those at the top."""
-        wanted = tuple(_split(pattern))
-        known = [node.path for node in self._in_order if node.path]
-
-        def same_end(other):
-            shorter = min(len(wanted), len(other))
-            return shorter > 0 and wanted[-shorter:] == other[-shorter:]
-
-        same = sorted(filter(same_end, known), key=lambda other: (len(other), other))
-        # Spelling is compared by last names first: to compare whole paths takes seconds in a tree of thousands.
-        alike = difflib.get_close_matches("/".join(wanted[-1:]), sorted(self._named), n=3, cutoff=0.6)
-        spelt = [node.path for name in alike for node in self._named[name][:3]]
-        spelt = difflib.get_close_matches(show(wanted), map(show, spelt), n=3, cutoff=0.3)
-        near = ", ".join(list(dict.fromkeys([*map(show, same[:3]), *spelt]))[:3]) or "none"
-        return f"Nearest: {near}. At the top level are: {', '.join(sorted(self.root.children)) or 'no names'}."
+        """For an error: the nodes where a pattern leaves the tree, end as it does, or are spelt like it."""
+        names = _split(pattern) or [""]
+        node, depth = self.root, 0
+        while depth < len(names) and names[depth] in node.children:
+            node, depth = node.children[names[depth]], depth + 1
+        here = _alike(names[min(depth, len(names) - 1)], node.children) or (list(node.children)[:3] if depth else [])
+        here = [show((*node.path, name)) for name in here] or ([str(node)] if depth else [])
+        same_end = [str(other) for other in self._named.get(names[-1], [])[:3]]
+        alike = [str(other) for name in _alike(names[-1], self._named) for other in self._named[name][:1]]
+        top = [name for name, child in self.root.children.items() if not child.is_end]
+        return (
+            f"Nearest: {', '.join(list(dict.fromkeys([*here, *same_end, *alike]))[:3]) or 'none'}. "
+            f"At the top level are: {', '.join(sorted(top)) or 'no names'}."
+        )
 
 
 class _Name(NamedTuple):
@@ -238,6 +237,12 @@ def _split(pattern: str) -> list[str]:
     """The names of a pattern; `**` twice in a row is `**`."""
     names = [name for name in pattern.split("/") if name]
     return [name for name, before in zip(names, [None, *names], strict=False) if not name == before == "**"]
+
+
+def _alike(name: str, names: Iterable[str]) -> list[str]:
+    """Names that are spelt like a name, the closest first, whatever their case."""
+    folded = {other.lower(): other for other in names}
+    return [folded[other] for other in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.4)]
 
 
 def _within(node: Node, nodes: Sequence[Node], itself: bool = True) -> Sequence[Node]:

@@ -61,9 +61,6 @@ def accumulate_utilization(
         tracing an update, if utilization is missing or is not like `like`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> params = {"experts": jnp.ones((2, 1))}
       >>> counts = lambda a, b: {"experts": excitation_optax.RoutingCounts(jnp.array([a, b]), jnp.array(4.0))}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
@@ -126,9 +123,6 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
         utilization has other paths, shapes or dtypes than `like`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> params = {"experts": jnp.ones((2, 1))}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> tx = excitation_optax.hold_utilization(tx, like={"experts": jnp.zeros(2)})

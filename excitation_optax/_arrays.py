@@ -1,5 +1,7 @@
 """Small functions on arrays that several files share: dtypes, checks of values, and how an error shows what it got."""
 
+import contextlib
+import numbers
 import operator
 import reprlib
 from typing import Any, TypeVar
@@ -20,6 +22,28 @@ def float32_or_wider(x: ArrayLike) -> jax.Array:
     return x if wide else x.astype(jnp.float32)
 
 
+def widened(a: ArrayLike, b: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Converts both to float32, or to float64 if one of them is."""
+    a, b = float32_or_wider(a), float32_or_wider(b)
+    wide = np.promote_types(a.dtype, b.dtype)
+    return a.astype(wide), b.astype(wide)
+
+
+def one_if_zero(x: jax.Array) -> jax.Array:
+    """A safe denominator; the caller replaces the quotient where x is 0."""
+    return jnp.where(x == 0, 1, x)
+
+
+def is_array(x: Any) -> bool:
+    """Arrays, traced ones among them, and numbers; neither lists nor the shapes of arrays."""
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, numbers.Real))
+
+
+def shape_of(x: Any) -> tuple[int, ...] | None:
+    """The shape of an array, of a `jax.ShapeDtypeStruct` or of a number; None for anything else."""
+    return () if isinstance(x, numbers.Real) else getattr(x, "shape", None)
+
+
 def as_array(what: str, x: Any) -> jax.Array:
     """Converts an array, a number or nested lists of numbers; `what` names the argument in the error."""
     try:
@@ -34,7 +58,7 @@ def as_array(what: str, x: Any) -> jax.Array:
 def static_int(what: str, x: Any, at_least: int = 1) -> int:
     """Checks a number that sets a shape, so that it must be known while JAX traces."""
     try:
-        number = None if isinstance(x, bool) else operator.index(x)
+        number = None if isinstance(x, (bool, np.bool_)) else operator.index(x)
     except TypeError:  # a traced value raises this too
         number = None
     if number is None or number < at_least:
@@ -42,13 +66,13 @@ def static_int(what: str, x: Any, at_least: int = 1) -> int:
     return number
 
 
-def check_not_negative(what: str, x: ArrayLike, hint: str = "") -> None:
+def check_not_negative(what: str, x: ArrayLike) -> None:
     """Rejects negative values where they can be read. Traced arrays have none yet, and a NaN is left to the caller."""
     if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return
     values = np.asarray(x)  # jnp would trace the comparison under jax.jit
     if np.any(values < 0):
-        raise ValueError(f"{what} must not be negative; got {show_value(x)} with the value {np.nanmin(values)}.{hint}")
+        raise ValueError(f"{what} must not be negative; got {show_value(x)} with the value {np.nanmin(values)}.")
 
 
 def show_value(x: Any) -> str:
@@ -58,8 +82,6 @@ def show_value(x: Any) -> str:
 
 def exportable(cls: NamedTupleType) -> NamedTupleType:
     """Lets `jax.export` serialize functions whose inputs or outputs hold this NamedTuple; a class decorator."""
-    try:
+    with contextlib.suppress(ValueError):  # if the module is loaded twice, JAX keeps the first registration
         jax.export.register_namedtuple_serialization(cls, serialized_name=f"excitation_optax.{cls.__name__}")
-    except ValueError:
-        pass  # the module is loaded a second time, and JAX keeps the registration of the first
     return cls

@@ -40,7 +40,7 @@ def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[st
             f"Extra arguments received: {', '.join(other_arguments) or 'none'}."
         )
     for pattern, leaf in entries.items():
-        _check_utilization(pattern or _paths.ROOT, leaf)
+        _routing.check_utilization(pattern or _paths.ROOT, leaf)
     return entries
 
 
@@ -245,25 +245,3 @@ def shorten(items: Sequence[str]) -> str:
 def show_axes(axes: Axes) -> list[int | tuple[int, ...]]:
     """A spec as a user writes it."""
     return [group[0] if len(group) == 1 else group for group in axes]
-
-
-def _check_utilization(path: str, leaf: Any) -> None:
-    shape = utilization_shape(leaf)
-    if not shape or shape[-1] == 0:
-        raise ValueError(
-            f"Utilization at {path} must be an array of fractions [..., E] with an axis of experts; got "
-            f"{_arrays.show_value(leaf)}, of shape {list(shape)}. (A Python list is a node of the tree: make it an "
-            "array. Experts that are separate modules have one array [E], at a path with {expert}.)"
-        )
-    if isinstance(leaf, _routing.RoutingCounts):
-        if leaf.tokens is None or np.shape(leaf.tokens) != shape[:-1]:
-            raise ValueError(
-                f"RoutingCounts at {path} have counts of shape {list(shape)} and tokens of shape "
-                f"{list(np.shape(leaf.tokens))} ({_arrays.show_value(leaf.tokens)}); tokens must be "
-                f"{list(shape[:-1])}, one number for each layer."
-            )
-    elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            f"Utilization at {path} must be floating-point fractions in [0, 1]; got {leaf.dtype}{list(shape)}. "
-            "Tokens per expert go into RoutingCounts(counts, tokens)."
-        )

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from excitation_optax import _arrays
+
 Component = Literal["both", "direction", "norm"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
 
@@ -54,7 +56,7 @@ def scale_layer(
     else:
         ratio = jnp.expand_dims(_norm_ratio(phi, updates, placements), -1)  # [..., 1]
         # A ratio of 0 means that phi times the update is 0, and no quotient is needed.
-        direction = phi / jnp.where(ratio == 0, 1, ratio)
+        direction = phi.astype(ratio.dtype) / _arrays.one_if_zero(ratio)
         factor = direction if component == "direction" else jnp.broadcast_to(ratio, phi.shape)
 
     def scale(update: jax.Array, place: Placement) -> jax.Array:
@@ -80,22 +82,22 @@ def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[
     The largest entries are divided out before they are squared, since float32 squares overflow above 1e19 and vanish
     below 1e-23.
     """
-    absolute = [jnp.abs(u) for u in updates]
-    absolute = [a.astype(np.promote_types(phi.dtype, a.dtype)) for a in absolute]
+    wide = functools.reduce(np.promote_types, [jnp.abs(update).dtype for update in updates], phi.dtype)
+    absolute = [jnp.abs(update).astype(wide) for update in updates]
     largest = _per_expert(absolute, placements, phi.shape, jnp.max, jnp.maximum)
-    divisor = _one_if_zero(largest)
-    squares = [(a / _expand(divisor, a, p).astype(a.dtype)) ** 2 for a, p in zip(absolute, placements, strict=True)]
+    divisor = _arrays.one_if_zero(largest)
+    squares = [(a / _expand(divisor, a, p)) ** 2 for a, p in zip(absolute, placements, strict=True)]
     sums = _per_expert(squares, placements, phi.shape, jnp.sum, jnp.add)
     # Both cross the devices at once, and only here.
     largest, sums = replicated(jnp.stack([largest, sums]))
 
+    phi = phi.astype(sums.dtype)
     largest_phi = jnp.max(jnp.abs(phi), axis=-1, keepdims=True)
-    relative_phi = (phi / _one_if_zero(largest_phi)).astype(sums.dtype)
-    relative = sums * (largest / _one_if_zero(jnp.max(largest, axis=-1, keepdims=True))) ** 2
+    relative_phi = phi / _arrays.one_if_zero(largest_phi)
+    relative = sums * (largest / _arrays.one_if_zero(jnp.max(largest, axis=-1, keepdims=True))) ** 2
     before = jnp.sum(relative, axis=-1)
     after = jnp.sum(relative_phi**2 * relative, axis=-1)
-    ratio = jnp.sqrt(after / _one_if_zero(before)).astype(phi.dtype)
-    return jnp.where(before == 0, 1, largest_phi[..., 0] * ratio)
+    return jnp.where(before == 0, 1, largest_phi[..., 0] * jnp.sqrt(after / _arrays.one_if_zero(before)))
 
 
 def _per_expert(
@@ -110,7 +112,7 @@ def _per_expert(
     def reduced(array: jax.Array, place: Placement) -> jax.Array:
         axes = [axis for group in place.axes for axis in group]
         kept = reduce(array, axis=tuple(axis for axis in range(array.ndim) if axis not in axes))
-        kept = jnp.transpose(kept, np.argsort(np.argsort(axes)))
+        kept = jnp.transpose(kept, _order(_order(axes)))
         if len(axes) == len(place.axes):
             return kept
         return replicated(kept).reshape(shape if place.expert is None else shape[:-1])
@@ -130,10 +132,10 @@ def _expand(x: jax.Array, array: jax.Array, place: Placement) -> jax.Array:
     if place.expert is not None:
         x = x[..., place.expert]
     axes = [axis for group in place.axes for axis in group]
-    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), np.argsort(axes))
+    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), _order(axes))
     return jnp.expand_dims(x, [axis for axis in range(array.ndim) if axis not in axes])
 
 
-def _one_if_zero(x: jax.Array) -> jax.Array:
-    """A denominator that is safe; the caller replaces the quotient where x is 0."""
-    return jnp.where(x == 0, 1, x)
+def _order(axes: Sequence[int]) -> list[int]:
+    """The positions of axes from the first to the last."""
+    return sorted(range(len(axes)), key=axes.__getitem__)

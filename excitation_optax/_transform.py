@@ -1,7 +1,6 @@
 """The gradient transformation: each expert's update times its excitation."""
 
 import math
-import numbers
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -81,9 +80,6 @@ def scale_by_excitation(
         was made for other arguments.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> params = {"router": jnp.ones((2, 3)), "experts": jnp.ones((3, 2))}
       >>> tx = optax.chain(optax.sgd(0.1), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> state = tx.init(params)
@@ -158,8 +154,6 @@ def excitation(
         returns a wrong shape.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)
       {'experts': Array([0.5, 1. , 1.5], dtype=float32)}
 
@@ -191,8 +185,7 @@ def _sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Any]
 
 def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
-    u = leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf
-    u = _scaling.replicated(_arrays.float32_or_wider(u))
+    u = _scaling.replicated(_routing.fractions(leaf))
     phi = strategy(u, gamma) if key is None else strategy(u, gamma, key=key)
     if np.shape(phi) != u.shape:
         raise ValueError(
@@ -206,8 +199,9 @@ def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, ke
 def _check_gamma(gamma: Any) -> None:
     """Checks the type and shape of gamma, and its value unless it is traced."""
     is_number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
-    is_array = isinstance(gamma, np.generic | np.ndarray | jax.Array) and gamma.ndim == 0
-    if not (is_number or (is_array and jnp.issubdtype(gamma.dtype, jnp.number) and not jnp.iscomplexobj(gamma))):
+    if isinstance(gamma, np.generic | np.ndarray | jax.Array) and gamma.ndim == 0:
+        is_number = jnp.issubdtype(gamma.dtype, jnp.integer) or jnp.issubdtype(gamma.dtype, jnp.floating)
+    if not is_number:
         raise ValueError(
             f"gamma must be a scalar, the same for all experts; got {_arrays.show_value(gamma)}. "
             "For a schedule, excitation() takes its value at the step in question."
@@ -226,7 +220,7 @@ def _check_gamma(gamma: Any) -> None:
 
 
 def _check_seed(seed: Any) -> None:
-    is_integer = isinstance(seed, numbers.Integral) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
+    is_integer = isinstance(seed, int | np.integer) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
     is_array = isinstance(seed, jax.Array) and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer)
     if not (is_integer or is_array):
         raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")

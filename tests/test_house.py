@@ -6,7 +6,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import tomllib
 
 import pytest
 
@@ -39,8 +38,8 @@ def test_imports_run_one_way(package):
         assert not any(name.startswith("optax._src") for name in imported(path)), path
 
 
-# In addition to jax, optax and numpy. telemetry imports wandb only if it is given a run of W&B.
-MAY_NEED = {"flax.py": {"flax"}, "_sow.py": {"flax"}, "plotting.py": {"matplotlib"}, "telemetry.py": {"wandb"}}
+# In addition to jax, optax and numpy.
+MAY_NEED = {"flax.py": {"flax"}, "_sow.py": {"flax"}, "plotting.py": {"matplotlib"}}
 
 
 def test_the_library_needs_jax_optax_and_numpy_alone():
@@ -96,10 +95,9 @@ def test_every_public_name_of_the_models_is_documented_and_in_the_api(module):
             assert public.__doc__, name
 
 
-def test_versions_agree():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == excitation_optax.__version__
-    assert re.search(rf"^## {re.escape(project['version'])}", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+def test_the_changelog_has_the_version():
+    heading = rf"^## {re.escape(excitation_optax.__version__)}"
+    assert re.search(heading, (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
 def test_contributing_lists_targets_and_paths():

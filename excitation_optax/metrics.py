@@ -234,14 +234,14 @@ def _map(name: str, metric: Callable[[Any], jax.Array], tree: Any) -> Any:
     is_leaf = lambda x: _routing.is_counts(x) or _is_numbers(x)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     if not leaves:
-        raise ValueError(f"{name} requires an array, or a tree with at least one; got {_arrays.show_value(tree)}.")
+        raise ValueError(f"metrics.{name} requires an array or a tree of arrays; got {_arrays.show_value(tree)}.")
     results = []
     for path, leaf in leaves:
         try:
             results.append(metric(leaf))
         except ValueError as error:
             at = f" at {jax.tree_util.keystr(path, simple=True, separator='/')}" if path else ""
-            raise ValueError(f"{name}{at}: {error}") from error
+            raise ValueError(f"Wrong input to metrics.{name}{at}: {error}") from error
     return treedef.unflatten(results)
 
 

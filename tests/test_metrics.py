@@ -358,9 +358,9 @@ LABELS = np.zeros(3, np.int32)
             for wrong, message in [
                 (0.5, ": Utilization must be an array with an axis of experts"),
                 ("u", ": Utilization must be an array of numbers; got 'u'"),
-                ({}, r" requires an array, or a tree with at least one; got \{\}"),
-                ([], r" requires an array, or a tree with at least one; got \[\]"),
-                (None, " requires an array, or a tree with at least one; got None"),
+                ({}, r" requires an array or a tree of arrays; got \{\}"),
+                ([], r" requires an array or a tree of arrays; got \[\]"),
+                (None, " requires an array or a tree of arrays; got None"),
                 ({"moe": [LOAD, LOAD[0]]}, r" at moe/1: .* axis of experts, .* got float32\[\]"),
                 ({"moe": jax.ShapeDtypeStruct((4,), "float32")}, " at moe: Utilization must be an array of numbers"),
                 ([[0.5, 0.5], [1.0]], ": Utilization must be an array of numbers"),

@@ -30,18 +30,21 @@ def layer(**options):
     return moe.MoE(config, rngs=nnx.Rngs(0)), ROWS
 
 
-def gpt(seed=0, **options):
+def gpt(seed=0, scan_layers=True, **options):
     config = gpt_moe.GPTMoEConfig(
-        num_experts=4, experts_per_token=2, d_ff=12, d_model=8, num_layers=3, num_heads=2, context=8, vocab_size=11,
-        **options,
-    )  # fmt: skip
+        moe=moe.MoEConfig(d_model=8, d_ff=12, num_experts=4, experts_per_token=2, **options),
+        num_layers=3,
+        num_heads=2,
+        context=8,
+        vocab_size=11,
+        scan_layers=scan_layers,
+    )
     return gpt_moe.GPTMoE(config, rngs=nnx.Rngs(seed)), TOKENS
 
 
 def vit(**options):
-    config = moe_vit.MoEViTConfig(
-        num_experts=4, experts_per_token=1, d_model=8, d_ff=12, num_layers=2, num_heads=2, image_size=8, **options
-    )
+    layer = moe.MoEConfig(d_model=8, d_ff=12, num_experts=4, experts_per_token=1, **options)
+    config = moe_vit.MoEViTConfig(moe=layer, num_layers=2, num_heads=2, image_size=8)
     return moe_vit.MoEViT(config, rngs=nnx.Rngs(0)), IMAGES
 
 

@@ -19,10 +19,7 @@ def check_config(config: Any) -> None:
     if not isinstance(config.moe, moe.MoEConfig):
         raise ValueError(f"{type(config).__name__}: moe must be a MoEConfig; got {type(config.moe).__name__}.")
     if config.moe.d_model % config.num_heads:
-        raise ValueError(
-            f"{type(config).__name__}: moe.d_model must be divisible by num_heads = {config.num_heads}; "
-            f"got {config.moe.d_model}."
-        )
+        raise ValueError(f"d_model must be divisible by num_heads = {config.num_heads}; got {config.moe.d_model}.")
 
 
 class KVCache(NamedTuple):

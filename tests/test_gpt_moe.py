@@ -324,7 +324,7 @@ def test_seeds_of_generation():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_heads": 3}, "GPTMoEConfig: moe.d_model must be divisible by num_heads = 3; got 8"),
+        ({"num_heads": 3}, "d_model must be divisible by num_heads = 3; got 8"),
         ({"context": 0}, "GPTMoEConfig: context must be an integer of at least 1; got 0"),
         ({"vocab_size": -1}, "GPTMoEConfig: vocab_size must be an integer of at least 1; got -1"),
         ({"moe": {"d_model": 8}}, "GPTMoEConfig: moe must be a MoEConfig; got dict"),

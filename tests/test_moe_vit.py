@@ -108,7 +108,7 @@ def test_half_precision_computes_in_it_and_returns_float32():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_heads": 3}, "MoEViTConfig: moe.d_model must be divisible by num_heads = 3; got 8"),
+        ({"num_heads": 3}, "d_model must be divisible by num_heads = 3; got 8"),
         ({"patch_size": 3}, "image_size must be divisible by patch_size = 3; got 8"),
         ({"num_layers": 0}, "MoEViTConfig: num_layers must be an integer of at least 1; got 0"),
         ({"num_classes": 2.5}, "MoEViTConfig: num_classes must be an integer of at least 1; got 2.5"),

@@ -43,7 +43,7 @@ class RouterConfig:
                 f"experts_per_token must be at most num_experts = {self.num_experts}; got {self.experts_per_token}."
             )
         if self.num_experts % self.num_groups:
-            raise ValueError(f"num_groups must divide num_experts = {self.num_experts}; got {self.num_groups}.")
+            raise ValueError(f"num_groups must divide num_experts; got {self.num_groups} for {self.num_experts}.")
         held = self.groups_per_token * (self.num_experts // self.num_groups)
         if not self.experts_per_token <= held <= self.num_experts:
             raise ValueError(

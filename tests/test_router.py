@@ -294,7 +294,7 @@ def test_losses_of_unequal_micro_batches_add_up_to_those_of_the_batch():
     [
         ({"experts_per_token": 5}, "experts_per_token must be at most num_experts = 4; got 5"),
         ({"scores": "tanh"}, 'scores must be "softmax" or "sigmoid"; got \'tanh\''),
-        ({"num_groups": 3}, "num_groups must divide num_experts = 4; got 3"),
+        ({"num_groups": 3}, "num_groups must divide num_experts; got 3 for 4"),
         ({"num_groups": 0}, "RouterConfig: num_groups must be an integer of at least 1; got 0"),
         ({"num_groups": 2, "groups_per_token": 3}, "groups_per_token must be at most num_groups = 2, .*; got 3"),
         ({"num_groups": 4}, "enough for experts_per_token = 2 of 4 experts; got 1"),

@@ -35,7 +35,7 @@ test-pod: $(UV)  ## the training program of examples/pod on any mesh, through ev
 
 test-torch: $(UV)  ## the MoE layer against Hugging Face's transformers, and by tokamax; PyTorch only on Python 3.11
 	UV_PROJECT_ENVIRONMENT=.venv-torch $(UV) run --locked --extra flax --extra torch --extra tokamax \
-		pytest -n 2 -m "not slow" tests/test_transformers.py tests/test_dispatch.py
+		pytest -n 2 -m "not slow" tests/test_transformers.py tests/test_grouped.py
 
 test-tpu: $(UV)  ## what the training step sends, compiled for TPUs that are not there
 	UV_PROJECT_ENVIRONMENT=.venv-tpu $(RUN) --extra tpu pytest -n 2 -m tpu tests/test_pod_fit.py

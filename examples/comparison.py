@@ -45,14 +45,16 @@ def table(runs: Runs, measures: dict[str, tuple[str, int, int]]) -> str:
         "busiest expert / mean load": (LOAD, 1, 2),
         "experts without a token, %": ("dead_experts", 100, 1),
     }
-    lines = [row(f"at the end, {over_seeds(seeds)}", [""] * 0), row("", list(runs))]
+    lines = [f"at the end, {over_seeds(seeds)}", row("", list(runs))]
     for label, (name, factor, digits) in measures.items():
         found = {strategy: [factor * last(lines, name) for lines in logs] for strategy, logs in runs.items()}
         lines.append(row(label, [spread(values, digits) for values in found.values()]))
-    ends = ("excitation_min", "excitation_max")
-    ranges = {s: [np.mean([last(lines, end) for lines in logs]) for end in ends] for s, logs in runs.items()}
-    none = lambda low, high: "none" if np.isnan(low) else f"{low:.2f} to {high:.2f}"
-    return "\n".join([*lines, row("excitation, range", [none(*found) for found in ranges.values()])])
+    cells = []
+    for seeds_logs in runs.values():
+        low, high = (np.mean([last(lines, f"excitation_{end}") for lines in seeds_logs]) for end in ("min", "max"))
+        excited = any("excitation_min" in line for line in seeds_logs[0])
+        cells.append(f"{low:.2f} to {high:.2f}" if excited else "none")
+    return "\n".join([*lines, row("excitation, range", cells)])
 
 
 @contextlib.contextmanager
@@ -77,21 +79,21 @@ def curve(axes: Any, x: Any, values: Any, label: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def picture(runs: Runs, path: pathlib.Path, name: str, label: str, title: str) -> None:
-    """A measure along training, and the load of the busiest expert, of all strategies."""
+def finish(runs: Runs, path: pathlib.Path, measures: dict[str, tuple[str, int, int]], title: str) -> None:
+    """Prints the table, and draws the first measure and the load of the busiest expert along training."""
+    print(table(runs, measures))
+    (label, (name, factor, _)), *_ = measures.items()
     with figure(path, 10) as drawn:
-        for axes, metric, ylabel in zip(
-            drawn.subplots(1, 2), (name, LOAD), (label, "busiest expert / mean load"), strict=True
-        ):
+        panels = (name, label, factor), (LOAD, "busiest expert / mean load", 1)
+        for axes, (metric, ylabel, scale) in zip(drawn.subplots(1, 2), panels, strict=True):
             for strategy, seeds in runs.items():
                 steps = [line["step"] for line in seeds[0] if metric in line]
-                values = [
-                    [np.nan if line[metric] is None else line[metric] for line in s if metric in line] for s in seeds
-                ]
-                curve(axes, steps, np.array(values, float).T, strategy)
+                values = [[line[metric] for line in lines if metric in line] for lines in seeds]  # None is NaN
+                curve(axes, steps, scale * np.array(values, float).T, strategy)
             axes.set(xlabel="step", ylabel=ylabel)
         drawn.axes[0].legend()
         drawn.suptitle(title)
+    print(f"picture: {path.resolve()}, with the logs beside it")
 
 
 def ready(path: pathlib.Path) -> None:

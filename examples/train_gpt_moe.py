@@ -52,7 +52,7 @@ class RunConfig(training.TrainingConfig):
     """Training steps."""
     batch_size: int = 16
     """Sequences of a step."""
-    eval_every: int = 200
+    eval_every: int = 100
     """Steps between evaluations; the last step is always evaluated."""
     learning_rate: float = 3e-3
     """The peak learning rate."""
@@ -216,10 +216,8 @@ def main(config: Config) -> comparison.Runs:
             )
             print(f"sample of {strategy}: {texts.decode(np.asarray(sample[0]), config.tokenizer)}\n", flush=True)
     measures = {"evaluation loss, nats": ("evaluation_loss", 1, 3), "bits per byte": ("bits_per_byte", 1, 3)}
-    print(comparison.table(runs, measures))
-    print(f"(a code for single bytes takes {texts.unigram_entropy(text.evaluation_bytes):.3f} bits per byte)")
-    comparison.picture(runs, config.output, "evaluation_loss", "evaluation loss, nats", f"GPT-MoE, {size:,} parameters")
-    print(f"picture: {config.output.resolve()}, with the logs beside it")
+    comparison.finish(runs, config.output, measures, f"GPT-MoE, {size:,} parameters")
+    print(f"A code for single bytes takes {texts.unigram_entropy(text.evaluation_bytes):.3f} bits per byte.")
     print("next: python -m examples.train_gpt_moe --seeds 3 --learning-rate 0.01")
     print("      Excitation lengthens steps: compare it with the baseline at its own best learning rate.")
     return runs

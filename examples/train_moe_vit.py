@@ -167,9 +167,8 @@ def main(config: Config) -> comparison.Runs:
     runs: comparison.Runs = {}
     for strategy, seed in training.runs(config):
         runs.setdefault(strategy, []).append(training.train(config, task, strategy, seed)[1])
-    print(comparison.table(runs, {"test accuracy, %": ("test_accuracy", 100, 2)}))
-    comparison.picture(runs, config.output, "test_accuracy", "test accuracy", f"MoE-ViT, {size:,} parameters")
-    print(f"picture: {config.output.resolve()}, with the logs beside it")
+    measures = {"test accuracy, %": ("test_accuracy", 100, 2)}
+    comparison.finish(runs, config.output, measures, f"MoE-ViT, {size:,} parameters")
     here = f" --data-dir {config.data_dir}" if config.data_dir else ""
     print(f"next: python -m examples.train_moe_vit{here} --strategy baseline zero_sum positive_sum --seeds 3")
     return runs

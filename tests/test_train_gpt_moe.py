@@ -98,7 +98,7 @@ def test_a_run_ends_with_the_answer(run):
     assert "experts without a token, %" in printed
     assert "busiest expert / mean load" in printed
     assert re.search(r"excitation, range +none +1\.00 to \d\.\d\d\n", printed)
-    assert "(a code for single bytes takes 1.585 bits per byte)" in printed  # log2 3
+    assert "A code for single bytes takes 1.585 bits per byte." in printed  # log2 3
     for name in ("baseline", "positive_sum"):  # the prompt and what follows, as long as the context
         assert f"sample of {name}: abcabcabcabcabca\n" in printed
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")

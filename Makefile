@@ -5,7 +5,7 @@ RUN := $(UV) run --locked --extra examples
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
 # Tests that import jax, numpy and optax only, for test-oldest: test_NAME.py.
-CORE_TESTS = $(patsubst %,tests/test_%.py,describe errors metrics routing strategies transform)
+CORE_TESTS = $(patsubst %,tests/test_%.py,describe errors metrics paths routing scaling strategies transform)
 
 .PHONY: help demo site test test-latest test-oldest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
 

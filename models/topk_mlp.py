@@ -42,7 +42,7 @@ class TopKMLPConfig:
 
     @property
     def num_kept(self) -> int:
-        """K, how many neurons of a hidden layer a sample keeps: `round(width * (1 - sparsity))`, at least 1."""
+        """The number K of neurons that a hidden layer keeps per sample, `round(width * (1 - sparsity))`, at least 1."""
         return max(1, round(self.width * (1 - self.sparsity)))
 
 

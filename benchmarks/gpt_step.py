@@ -1,10 +1,10 @@
-"""A training step of a GPT-MoE: its memory, by XLA's figures and the system's, and its tokens per second.
+"""A training step of a GPT-MoE: its memory, by XLA's and the system's figures, and its tokens per second.
 
     python -m benchmarks.gpt_step                                      # 165M parameters: E=16, K=2, d_ff=512
     python -m benchmarks.gpt_step --num-experts 64 --d-ff 1024         # 871M, the largest of the paper's Table 2
 
-The step is that of `examples.train_gpt_moe`, with clipping, auxiliary losses and all that it logs, on random tokens.
-On a GPU or TPU use `--dtype bfloat16`, and compare `--backend tokamax`, `ragged_dot` and `padded`.
+The step is the one of `examples.train_gpt_moe`, with clipping, auxiliary losses and its log, on random tokens.
+On a GPU or TPU use `--dtype bfloat16`, and compare `--backend tokamax` and `padded`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import tyro
 from flax import nnx
 
 from examples import train_gpt_moe, training
-from models import dispatch, gpt_moe
+from models import gpt_moe, grouped
 
 GIB = 2**30
 
@@ -41,13 +41,14 @@ class Config(train_gpt_moe.RunConfig):
     batch_size: int = 8
     steps: int = 3
     """Timed, after one that warms up."""
-    backend: dispatch.Backend | None = None
-    """Of the MoE layers; by default the platform's."""
+    backend: grouped.Backend | None = None
+    """The backend of the MoE layers; by default the platform's."""
 
 
 def main(config: Config) -> None:
     """Compiles the step, tells its memory, takes it, and tells its time and what it left in memory."""
-    model_config = dataclasses.replace(config.model(config.vocab_size), backend=config.backend)
+    model_config = config.model(config.vocab_size)
+    model_config = dataclasses.replace(model_config, moe=dataclasses.replace(model_config.moe, backend=config.backend))
     make = lambda: nnx.split(gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed)))
     graphdef, abstract = nnx.eval_shape(make)
     excite: Any = {"strategy": config.strategy, "gamma": config.gamma, "seed": config.seed}

@@ -67,17 +67,20 @@ class RunConfig(training.TrainingConfig):
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
         """The model's config."""
-        return gpt_moe.GPTMoEConfig(
-            self.num_experts,
-            self.experts_per_token,
-            self.d_ff,
-            self.d_model,
-            self.num_layers,
-            self.num_heads,
-            self.context,
-            vocab_size,
-            remat=self.remat,
+        layer = moe.MoEConfig(
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
             dtype=jnp.dtype(self.dtype),
+        )
+        return gpt_moe.GPTMoEConfig(
+            moe=layer,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            context=self.context,
+            vocab_size=vocab_size,
+            remat=self.remat,
         )
 
 

@@ -59,15 +59,15 @@ class Config(training.ComparisonConfig):
 
     def model(self) -> moe_vit.MoEViTConfig:
         """The model's config."""
-        return moe_vit.MoEViTConfig(
-            self.num_experts,
-            self.experts_per_token,
-            self.d_model,
-            self.d_ff,
-            self.num_layers,
-            self.num_heads,
-            patch_size=self.patch_size,
+        layer = moe.MoEConfig(
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
             dtype=jnp.dtype(self.dtype),
+        )
+        return moe_vit.MoEViTConfig(
+            moe=layer, num_layers=self.num_layers, num_heads=self.num_heads, patch_size=self.patch_size
         )
 
 

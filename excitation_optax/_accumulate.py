@@ -40,10 +40,7 @@ def accumulate_utilization(
 
     with the counts c and the tokens t of the n micro-batches of an update. Alone, `optax.MultiSteps` passes only the
     extra arguments of the **last** micro-batch to its inner optimizer. Micro-batches that its `should_skip_update_fn`
-    rejects do not count here either.
-
-    If you write the loop over micro-batches yourself, as a `jax.lax.scan` that sums gradients and `RoutingCounts`, you
-    need neither of the two.
+    rejects do not count. A `jax.lax.scan` of your own that sums gradients and `RoutingCounts` needs neither of the two.
 
     Args:
       multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included; not its

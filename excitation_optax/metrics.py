@@ -50,19 +50,19 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
     num_classes = _arrays.static_int("class_counts: num_classes", num_classes)
     labels = _arrays.as_array("class_counts: labels", labels)
 
-    def counts(leaf):
-        mask = _arrays.as_array("active", leaf)
+    def counts(what, leaf):
+        mask = _arrays.as_array(what, leaf)
         if mask.dtype != jnp.bool_ or mask.ndim != 2:
-            raise ValueError(f"active must be boolean [T, E]; got {_arrays.show_value(mask)}. Pass `activations > 0`.")
+            raise ValueError(f"{what} must be boolean [T, E]; got {_arrays.show_value(mask)}. Pass `activations > 0`.")
         if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != mask.shape[:1]:
             raise ValueError(
-                f"labels must be integers [T] = [{mask.shape[0]}], one for each sample; got "
+                f"class_counts: labels must be integers [T] = [{mask.shape[0]}], one for each sample; got "
                 f"{_arrays.show_value(labels)}."
             )
         by_class = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
         return jnp.einsum("te,tc->ec", mask.astype(jnp.float32), by_class)
 
-    return _map("class_counts", counts, active)
+    return _map("class_counts: active", counts, active)
 
 
 def specialization_score(counts: Any) -> Any:
@@ -92,16 +92,16 @@ def specialization_score(counts: Any) -> Any:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 11.
     """
 
-    def score(leaf):
-        s = _arrays.as_array("counts", leaf)
+    def score(what, leaf):
+        s = _arrays.as_array(what, leaf)
         if s.ndim < 2 or 0 in s.shape[-2:]:
-            raise ValueError(f"counts must be an array [..., E, C]; got {_arrays.show_value(s)}. See class_counts.")
+            raise ValueError(f"{what} must be an array [..., E, C]; got {_arrays.show_value(s)}. See class_counts.")
         s = _arrays.float32_or_wider(s)
         total = jnp.sum(s, axis=-1)
         p = s / jnp.expand_dims(jnp.where(total == 0, 1, total), -1)
         return jnp.sum(p**2, axis=(-2, -1)) / jnp.sum(total > 0, axis=-1).astype(p.dtype)
 
-    return _map("specialization_score", score, counts)
+    return _map("specialization_score: counts", score, counts)
 
 
 def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
@@ -134,10 +134,10 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 4.4.
     """
 
-    def mean_entropy(leaf):
-        w = _arrays.as_array("weights", leaf)
+    def mean_entropy(what, leaf):
+        w = _arrays.as_array(what, leaf)
         if w.ndim == 0 or w.shape[-1] == 0:
-            raise ValueError(f"weights must be an array [T..., E]; got {_arrays.show_value(w)}.")
+            raise ValueError(f"{what} must be an array [T..., E]; got {_arrays.show_value(w)}.")
         w = _arrays.float32_or_wider(w)
         counted = jnp.sum(w, axis=-1) != 0
         if where is not None:
@@ -145,7 +145,7 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
         entropy = _entropy(w)
         return jnp.sum(entropy, where=counted) / jnp.sum(counted).astype(entropy.dtype)
 
-    return _map("routing_entropy", mean_entropy, weights)
+    return _map("routing_entropy: weights", mean_entropy, weights)
 
 
 def load_entropy(utilization: Any) -> Any:
@@ -169,12 +169,12 @@ def load_entropy(utilization: Any) -> Any:
       Array([0.5, 1. ], dtype=float32)
     """
 
-    def normalized_entropy(leaf):
-        u = _routing.fractions(leaf)
+    def normalized_entropy(what, leaf):
+        u = _routing.fractions(leaf, what)
         entropy = _entropy(u) / jnp.log(jnp.asarray(u.shape[-1], u.dtype))
         return jnp.where(jnp.sum(u, axis=-1) == 0, jnp.nan, entropy)
 
-    return _map("load_entropy", normalized_entropy, utilization)
+    return _map("load_entropy: utilization", normalized_entropy, utilization)
 
 
 def max_over_mean_load(utilization: Any) -> Any:
@@ -195,11 +195,11 @@ def max_over_mean_load(utilization: Any) -> Any:
       Array(1.5, dtype=float32)
     """
 
-    def max_over_mean(leaf):
-        u = _routing.fractions(leaf)
+    def max_over_mean(what, leaf):
+        u = _routing.fractions(leaf, what)
         return jnp.max(u, axis=-1) / jnp.mean(u, axis=-1)
 
-    return _map("max_over_mean_load", max_over_mean, utilization)
+    return _map("max_over_mean_load: utilization", max_over_mean, utilization)
 
 
 def dead_experts(utilization: Any, threshold: float = 0.0) -> Any:
@@ -221,28 +221,22 @@ def dead_experts(utilization: Any, threshold: float = 0.0) -> Any:
       Array(0.5, dtype=float32)
     """
 
-    def dead_share(leaf):
-        u = _routing.fractions(leaf)
+    def dead_share(what, leaf):
+        u = _routing.fractions(leaf, what)
         dead = (u <= threshold).astype(jnp.float32)
         return jnp.mean(jnp.where(jnp.isnan(u), jnp.nan, dead), axis=-1)
 
-    return _map("dead_experts", dead_share, utilization)
+    return _map("dead_experts: utilization", dead_share, utilization)
 
 
-def _map(name: str, metric: Callable[[Any], jax.Array], tree: Any) -> Any:
-    """The metric of every leaf, with the leaf's path in its error."""
+def _map(what: str, metric: Callable[[str, Any], jax.Array], tree: Any) -> Any:
+    """The metric of every leaf; the metric receives the name and the path of the argument for its errors."""
     is_leaf = lambda x: _routing.is_counts(x) or _is_numbers(x)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     if not leaves:
-        raise ValueError(f"{name} requires an array, or a tree with at least one; got {_arrays.show_value(tree)}.")
-    results = []
-    for path, leaf in leaves:
-        try:
-            results.append(metric(leaf))
-        except ValueError as error:
-            at = f" at {jax.tree_util.keystr(path, simple=True, separator='/')}" if path else ""
-            raise ValueError(f"{name}{at}: {error}") from error
-    return treedef.unflatten(results)
+        raise ValueError(f"{what} must be an array or a tree of arrays; got {_arrays.show_value(tree)}.")
+    at = lambda path: f" at {jax.tree_util.keystr(path, simple=True, separator='/')}" if path else ""
+    return treedef.unflatten([metric(f"{what}{at(path)}", leaf) for path, leaf in leaves])
 
 
 def _is_numbers(x: Any) -> bool:

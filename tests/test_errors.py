@@ -100,11 +100,11 @@ ROWS = {
         {"expert_axis": {"moe": 0, "moe/kernel": 1}},
     ),
     # Patterns.
-    "braces with nothing in them": Row({"moe/{}": U}, ["'moe/{}' is malformed", "nothing in them", "{expert}"]),
-    "a brace that is not closed": Row({"moe/{kernel": U}, ["'moe/{kernel' is malformed", "unbalanced braces"]),
-    "a brace that is not opened": Row({"moe/kernel}": U}, ["'moe/kernel}' is malformed", "unbalanced braces"]),
+    "braces with nothing in them": Row({"moe/{}": U}, ["'moe/{}' is malformed", "are empty", "{expert}"]),
+    "a brace that is not closed": Row({"moe/{kernel": U}, ["'moe/{kernel' is malformed", "unbalanced"]),
+    "a brace that is not opened": Row({"moe/kernel}": U}, ["'moe/kernel}' is malformed", "unbalanced"]),
     "a slash within braces": Row({"{moe/kernel,router}": U}, ["malformed", "A slash cannot stand inside braces"]),
-    "braces within braces": Row({"{moe,{router}}": U}, ["malformed", "braces within braces"]),
+    "braces within braces": Row({"{moe,{router}}": U}, ["malformed", "within braces"]),
     "two numbers of an expert": Row({"{expert}/{expert}": U}, ["more than once", "one number"]),
     "a malformed pattern of axes": Row({"moe": U}, ["malformed"], {"expert_axis": {"{": 0}}),
     "several layers by any names": Row(
@@ -207,14 +207,14 @@ ROWS = {
     "no experts": Row({"moe": jnp.ones((L, 0))}, ["at moe must", "float32[2, 0]", "axis of experts"]),
     "counts with tokens of each expert": Row(
         {"moe": RoutingCounts(U, U)},
-        ["RoutingCounts at moe", "counts of shape [3]", "tokens float32[3]", "must have the shape []"],
+        ["Utilization at moe has", "counts of shape [3]", "tokens float32[3]", "must have the shape []"],
     ),
     "stacked counts with tokens in all": Row(
         {"stack": {"kernel": RoutingCounts(UV, jnp.ones(()))}},
-        ["RoutingCounts at stack/kernel", "counts of shape [2, 3]", "tokens float32[]", "the shape [2]"],
+        ["Utilization at stack/kernel has", "counts of shape [2, 3]", "tokens float32[]", "the shape [2]"],
     ),
     "counts without an axis": Row(
-        {"moe": RoutingCounts(jnp.ones(()), jnp.ones(()))}, ["RoutingCounts at moe: counts must", "got float32[]"]
+        {"moe": RoutingCounts(jnp.ones(()), jnp.ones(()))}, ["at moe: the counts must", "got float32[]"]
     ),
     # Strategies.
     "strategy drops the layers": Row(

@@ -20,6 +20,7 @@ from examples.reproduction import configs, store, transformers
 from excitation_optax import flax as excitation_flax
 from models import gpt_moe, moe, moe_vit
 
+LAYER = moe.MoEConfig(d_model=8, d_ff=8, num_experts=4, experts_per_token=2)
 SIZES = {"num_experts": 4, "experts_per_token": 2, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads": 2}
 VIT = SIZES | {"dataset": "digits", "batch_size": 16, "epochs": 2, "subset": 60, "learning_rate": 0.03}
 GPT = SIZES | {"dataset": "abc", "batch_size": 4, "epochs": 2, "subset": 14, "learning_rate": 0.03, "context": 8}
@@ -117,7 +118,7 @@ CASES = [
 def test_a_vit_is_trained_as_by_a_plain_loop(digits, kwargs):
     result = train_vit(digits, **kwargs)
     run = result.run
-    config = moe_vit.MoEViTConfig(4, 2, 8, 8, 2, 2, image_size=8, patch_size=4, num_classes=10)
+    config = moe_vit.MoEViTConfig(moe=LAYER, num_layers=2, num_heads=2, image_size=8, patch_size=4, num_classes=10)
     key = jax.random.fold_in(jax.random.key(run.seed), 1)
     rgb = lambda images: jnp.asarray(np.tile(images, (1, 1, 1, 3)))
 
@@ -141,7 +142,7 @@ def test_a_vit_is_trained_as_by_a_plain_loop(digits, kwargs):
 
 def test_a_gpt_is_trained_as_by_a_plain_loop(text, gpt):
     run, result = gpt.run, gpt
-    config = gpt_moe.GPTMoEConfig(4, 2, 8, 8, 2, 2, context=8, vocab_size=256)
+    config = gpt_moe.GPTMoEConfig(moe=LAYER, num_layers=2, num_heads=2, context=8, vocab_size=256)
 
     def batches(number, indices):
         windows = jnp.stack([jnp.asarray(text.train[8 * i : 8 * i + 9]) for i in indices])

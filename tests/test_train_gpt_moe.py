@@ -194,8 +194,8 @@ def test_every_token_but_the_first_is_predicted_once(number, context, batch_size
 
 def test_flags_reach_the_model():
     model = train_gpt_moe.Config(dtype="bfloat16", remat=True, num_experts=8, d_ff=24, context=32).model(11)
-    assert (model.dtype, model.remat, model.num_experts, model.d_ff) == (jnp.bfloat16, True, 8, 24)
-    assert (model.context, model.vocab_size, model.d_model, model.num_layers) == (32, 11, 128, 4)
+    assert (model.moe.dtype, model.remat, model.moe.num_experts, model.moe.d_ff) == (jnp.bfloat16, True, 8, 24)
+    assert (model.context, model.vocab_size, model.moe.d_model, model.num_layers) == (32, 11, 128, 4)
 
 
 @pytest.mark.parametrize(

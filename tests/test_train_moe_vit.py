@@ -194,8 +194,9 @@ def test_every_test_image_counts_once(batch_size):
 
 def test_flags_reach_the_model():
     model = train_moe_vit.Config(dtype="bfloat16", num_experts=8, experts_per_token=3, d_ff=24, patch_size=4).model()
-    assert (model.dtype, model.num_experts, model.experts_per_token, model.d_ff) == (jnp.bfloat16, 8, 3, 24)
-    assert (model.d_model, model.num_layers, model.num_heads, model.num_patches) == (128, 4, 4, 64)
+    layer = model.moe
+    assert (layer.dtype, layer.num_experts, layer.experts_per_token, layer.d_ff) == (jnp.bfloat16, 8, 3, 24)
+    assert (layer.d_model, model.num_layers, model.num_heads, model.num_patches) == (128, 4, 4, 64)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,8 @@ LEFT = {
 }
 
 
-SIZES = {"num_experts": E, "experts_per_token": 2, "d_model": 4, "d_ff": 6, "num_layers": L, "num_heads": 2}
+LAYER = moe.MoEConfig(d_model=4, d_ff=6, num_experts=E, experts_per_token=2)
+SIZES = {"moe": LAYER, "num_layers": L, "num_heads": 2}
 
 
 def small_gpt_moe():

@@ -98,7 +98,8 @@ class Config(train_gpt_moe.RunConfig):
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
         """The model's config, with MoE layers that send tokens to experts along the mesh's axis."""
         axis = "expert" if self.parallel == "jit" else None
-        return dataclasses.replace(super().model(vocab_size), expert_parallel_axis=axis)
+        model = super().model(vocab_size)
+        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, expert_parallel_axis=axis))
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes from it must have in common."""

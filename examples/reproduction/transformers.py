@@ -151,30 +151,34 @@ def train_gpt(
 def vit_config(run: configs.ViTRun, image_size: int = 32, num_classes: int = 10) -> moe_vit.MoEViTConfig:
     """The config of the run's model."""
     return moe_vit.MoEViTConfig(
-        run.num_experts,
-        run.experts_per_token,
-        run.d_model,
-        run.d_ff,
-        run.num_layers,
-        run.num_heads,
-        image_size,
-        run.patch_size,
-        num_classes,
+        moe=moe.MoEConfig(
+            d_model=run.d_model,
+            d_ff=run.d_ff,
+            num_experts=run.num_experts,
+            experts_per_token=run.experts_per_token,
+        ),
+        num_layers=run.num_layers,
+        num_heads=run.num_heads,
+        image_size=image_size,
+        patch_size=run.patch_size,
+        num_classes=num_classes,
     )
 
 
 def gpt_config(run: configs.GPTRun, vocab_size: int = texts.VOCAB_SIZE["gpt2"]) -> gpt_moe.GPTMoEConfig:
     """The config of the run's model."""
     return gpt_moe.GPTMoEConfig(
-        run.num_experts,
-        run.experts_per_token,
-        run.d_ff,
-        run.d_model,
-        run.num_layers,
-        run.num_heads,
-        run.context,
-        vocab_size,
-        dtype=jnp.dtype(run.dtype),
+        moe=moe.MoEConfig(
+            d_model=run.d_model,
+            d_ff=run.d_ff,
+            num_experts=run.num_experts,
+            experts_per_token=run.experts_per_token,
+            dtype=jnp.dtype(run.dtype),
+        ),
+        num_layers=run.num_layers,
+        num_heads=run.num_heads,
+        context=run.context,
+        vocab_size=vocab_size,
     )
 
 

@@ -5,8 +5,8 @@ A layer calls `sow_routing`. Training code collects a nested dict of `RoutingCou
 * NNX: `capture_routing(model)(*inputs)`, or `pop_routing(model)` in a loop that calls the model itself.
 * Linen: `routing_from_intermediates(...)`, and `TrainState`, whose `apply_gradients` forwards `utilization`.
 
-`import excitation_optax` does not import this module, which needs Flax. The examples import it as `excitation_flax`, and
-use a layer whose neurons are experts:
+`import excitation_optax` does not import this module, which needs Flax. The examples import it as `excitation_flax`,
+and use a layer whose neurons are experts:
 
     >>> class Neurons(nnx.Linear):
     ...     def __call__(self, x):

@@ -53,11 +53,6 @@ def captured(module: Any) -> Any:
     return next((variable for variable in getattr(module, "__captures__", ()) if type(variable) is Routing), None)
 
 
-def _forget(module: nnx.Module) -> None:
-    if hasattr(module, "__captures__"):
-        del module.__captures__
-
-
 class Capture:
     """One call of capture_routing. It counts each module's sows, and compares with what arrives in the model."""
 
@@ -72,7 +67,6 @@ class Capture:
         self.latest: str | None = None  # the path of the module that sowed last; None before the call
 
     def record(self, root: Any, call: Callable[[], Any], *other_types: Any) -> Any:
-        """The output of the call, its routing, and what it sowed in other types."""
         token = _running.set(self)
         try:
             return nnx.capture(lambda _: self._run(call), Routing, *other_types)(root)
@@ -81,16 +75,18 @@ class Capture:
             raise
         finally:
             _running.reset(token)
-            for module in self.modules.values():  # nnx.capture does it only if the call succeeds
-                _forget(module)
+            for module in self.modules.values():
+                if hasattr(module, "__captures__"):  # nnx.capture leaves it there if the call fails
+                    del module.__captures__
 
     def _run(self, call: Callable[[], Any]) -> Any:
         self.latest = "the model"
         for path, module in self.modules.items():
+            if (variable := captured(module)) is None:
+                continue  # a container, to later versions of Flax
+            variable.set_metadata(module_path=path)  # which copies of the module keep
             if isinstance(module, CONTAINERS):
-                _forget(module)  # iteration over an nnx.Dict would find the variables, and sorting an nnx.List fails
-            else:
-                captured(module).set_metadata(module_path=path)  # which copies of the module keep
+                del module.__captures__  # iteration over an nnx.Dict would find it, and sorting an nnx.List fails
         output = call()
         for path in self.sows:
             self._check_kept(path, len(captured(self.modules[path]).get_value().get(_SOWN, ())))
@@ -98,8 +94,8 @@ class Capture:
 
     def note(self, variable: Any) -> None:
         """Notes a sow. Each lengthens the tuple in the variable, whose length all transforms keep."""
-        path, sows = variable.get_metadata("module_path"), len(variable[_SOWN])
-        self.latest = path
+        self.latest = path = variable.get_metadata("module_path")
+        sows = len(variable[_SOWN])
         if self.trace == tracers.current_trace():  # another one may be repeated, and then begins without these counts
             self._check_kept(path, sows - 1)
         self.sows[path] = max(self.sows.get(path, 0), sows)

@@ -29,7 +29,7 @@ def over_seeds(seeds: int) -> str:
 
 def row(label: str, cells: Sequence[str]) -> str:
     """A line of a table."""
-    return f"{label:<26}" + "".join(f"{cell:>22}" for cell in cells)
+    return f"{label:<24}" + "".join(f"{cell:>22}" for cell in cells)
 
 
 def last(lines: list[dict[str, Any]], name: str) -> float:
@@ -42,8 +42,8 @@ def table(runs: Runs, measures: dict[str, tuple[str, int, int]]) -> str:
     """The end of every run: the measures, each by its name in the log, a factor and digits, and the routing."""
     seeds = len(next(iter(runs.values())))
     measures = measures | {
-        "busiest expert / mean load": (LOAD, 1, 2),
-        "experts without a token, %": ("dead_experts", 100, 1),
+        "max / mean load": (LOAD, 1, 2),
+        "dead experts, %": ("dead_experts", 100, 1),
     }
     lines = [f"at the end, {over_seeds(seeds)}", row("", list(runs))]
     for label, (name, factor, digits) in measures.items():
@@ -84,7 +84,7 @@ def finish(runs: Runs, path: pathlib.Path, measures: dict[str, tuple[str, int, i
     print(table(runs, measures))
     (label, (name, factor, _)), *_ = measures.items()
     with figure(path, 10) as drawn:
-        panels = (name, label, factor), (LOAD, "busiest expert / mean load", 1)
+        panels = (name, label, factor), (LOAD, "max / mean load", 1)
         for axes, (metric, ylabel, scale) in zip(drawn.subplots(1, 2), panels, strict=True):
             for strategy, seeds in runs.items():
                 steps = [line["step"] for line in seeds[0] if metric in line]

@@ -95,8 +95,8 @@ def test_a_run_ends_with_the_answer(run):
     losses = [f"{runs[name][0][-1]['evaluation_loss']:.3f}" for name in ("baseline", "positive_sum")]
     lines = [line.split() for line in printed.splitlines()]
     assert ["evaluation", "loss,", "nats", *losses] in lines
-    assert "experts without a token, %" in printed
-    assert "busiest expert / mean load" in printed
+    assert "dead experts, %" in printed
+    assert "max / mean load" in printed
     assert re.search(r"excitation, range +none +1\.00 to \d\.\d\d\n", printed)
     assert "A code for single bytes takes 1.585 bits per byte." in printed  # log2 3
     for name in ("baseline", "positive_sum"):  # the prompt and what follows, as long as the context

@@ -68,13 +68,15 @@ def make_program(group):
     """The program of a group, as `train_group` makes it, with its members, seeds and data."""
     runs, shared = group.runs[0], engine._shared(group.runs[0][0])
     strategies = tuple(sorted({run.strategy for run in group}))
+    components = tuple(sorted({run.component for run in group}))
     members = engine.Member(
         jnp.array([strategies.index(run.strategy) for run in runs]),
+        jnp.array([components.index(run.component) for run in runs]),
         jnp.array([run.gamma for run in runs]),
         jnp.array([run.learning_rate for run in runs]),
     )
     steps = len(digits().train_labels[: shared.subset]) // shared.batch_size
-    program = engine.program_of(shared, strategies, 64, 10, steps)
+    program = engine.program_of(shared, strategies, components, 64, 10, steps)
     return program, members, jnp.array([row[0].seed for row in group.runs]), engine.put(digits(), shared)
 
 

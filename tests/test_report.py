@@ -72,7 +72,7 @@ def paired(tmp_path, vanilla, excited):
     """Results of the claim, one accuracy for each seed; None is a run that is missing."""
     experiment, results = experiment_of("table1", seeds=len(vanilla)), store.Results(tmp_path)
     for where, values in ((VANILLA, vanilla), (EXCITED, excited)):
-        runs = [(experiments.make_run(experiment, where, seed), value) for seed, value in enumerate(values)]
+        runs = [(experiment.make_run(where, seed), value) for seed, value in enumerate(values)]
         results.append([made_up(run, value) for run, value in runs if value is not None])
     return results, experiment
 
@@ -95,7 +95,7 @@ def test_four_runs_in_a_contrast(tmp_path):
     terms += [[1.0, 0.1, "vanilla", 0.25]]
     claim = CLAIM | {"contrast": [[c, {"sparsity": s, "strategy": name}] for c, s, name, _ in terms]}
     for (_, where), (*_, value) in zip(claim["contrast"], terms, strict=True):
-        results.append([made_up(experiments.make_run(experiment, where, seed), value) for seed in (0, 1)])
+        results.append([made_up(experiment.make_run(where, seed), value) for seed in (0, 1)])
     np.testing.assert_allclose(evidence.contrast(results, experiment, claim)[:4], [0.05, 0.05, 0.05, 2], atol=1e-12)
 
 
@@ -230,7 +230,7 @@ def test_perplexity_saved_and_the_picture_of_table_2(tmp_path, use):
     view, experiment = PAPER["table2"], table["table2"]
     where = {"num_experts": 8, "experts_per_token": 2, "d_ff": 256}
     perplexity = [
-        results[experiments.make_run(experiment, where | {"strategy": s}, 0)].measures["perplexity"]
+        results[experiment.make_run(where | {"strategy": s}, 0)].measures["perplexity"]
         for s in ("vanilla", "positive_sum")
     ]
     page = report.markdown(results)
@@ -437,7 +437,7 @@ def test_experiments_make_all_runs_of_their_view(name):
     assert experiment.kind == PAPER[name]["kind"]
     wheres = [row["where"] for row in PAPER[name]["rows"] if PAPER[name]["measure"] != "perplexity_reduction"]
     wheres += [where for claim in PAPER[name]["claims"] for _, where in claim["contrast"]]
-    runs = [experiments.make_run(experiment, where, seed) for where in wheres for seed in range(experiment.seeds)]
+    runs = [experiment.make_run(where, seed) for where in wheres for seed in range(experiment.seeds)]
     assert set(runs) == set(experiments.runs(experiment))
     assert len(set(runs)) == len(experiments.runs(experiment))
 

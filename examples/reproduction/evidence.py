@@ -51,7 +51,7 @@ def by_seed(results: store.Results, experiment: experiments.Experiment, spec: di
     """The linear combination that a claim is about, for each seed of which all runs are there; NaN if one diverged."""
     combinations = []
     for seed in range(experiment.seeds):
-        terms = [(factor, experiments.make_run(experiment, where, seed)) for factor, where in spec["contrast"]]
+        terms = [(factor, experiment.make_run(where, seed)) for factor, where in spec["contrast"]]
         if all(run in results for _, run in terms):
             combinations.append(sum(factor * measured(results[run], spec) for factor, run in terms))
     return combinations

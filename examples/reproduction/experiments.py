@@ -13,16 +13,8 @@ from examples.reproduction import configs
 PAPER = pathlib.Path(__file__).with_name("paper.json")
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A table or a figure: which rows of the paper, with which seeds, and what we set ourselves."""
-
-    name: str
-    title: str
-    kind: str = "mlp"
-    seeds: int = 3
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of every run, such as {"epochs": 30}
-    rows: tuple[dict[str, Any], ...] | None = None  # what differs between runs; by default those of paper.json
+Experiment = configs.Experiment
+_grid = configs.grid
 
 
 @functools.cache
@@ -55,12 +47,6 @@ def targets() -> list[dict[str, Any]]:
     ]
 
 
-def make_run(experiment: Experiment, where: dict[str, Any], seed: int) -> configs.Run:
-    """The run of a row: our settings, what the row says, and a seed."""
-    fields: dict[str, Any] = {**experiment.settings, **where, "seed": seed}
-    return configs.KINDS[experiment.kind](**fields)
-
-
 def runs(experiment: Experiment, **changes: Any) -> list[configs.Run]:
     """All runs of a table or figure, of its rows and of the claims about it, each once, with changes if any."""
     if experiment.rows is None:
@@ -71,7 +57,7 @@ def runs(experiment: Experiment, **changes: Any) -> list[configs.Run]:
         rows = experiment.rows
     wheres = [{**row, **changes} for row in rows]
     return list(
-        dict.fromkeys(make_run(experiment, where, seed) for where in wheres for seed in range(experiment.seeds))
+        dict.fromkeys(experiment.make_run(where, seed) for where in wheres for seed in range(experiment.seeds))
     )
 
 
@@ -82,10 +68,6 @@ def row_spec(view: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     signs = {"vanilla": 1.0, "positive_sum": -1.0}
     contrast = [[sign, row["where"] | {"strategy": strategy}] for strategy, sign in signs.items()]
     return {"measure": "perplexity", "contrast": contrast}
-
-
-def _grid(**choices: tuple) -> tuple[dict[str, Any], ...]:
-    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
 
 
 ADAM = {"optimizer": "adam", "learning_rate": 1e-4}

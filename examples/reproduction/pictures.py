@@ -231,7 +231,7 @@ def _grouped(items: Iterable[Any], key: Any) -> dict[Any, list[Any]]:
 
 def _of_row(results: store.Results, experiment: experiments.Experiment, row: dict[str, Any]) -> list[store.Result]:
     """The results of a row, for the seeds that are there."""
-    runs = [experiments.make_run(experiment, row["where"], seed) for seed in range(experiment.seeds)]
+    runs = [experiment.make_run(row["where"], seed) for seed in range(experiment.seeds)]
     return [results[run] for run in runs if run in results]
 
 

@@ -242,7 +242,7 @@ def _residuals(results: store.Results, experiment: experiments.Experiment) -> tu
         where = target["where"].items()
         for row in (row for row in experiment.rows or () if where <= row.items()):
             choice = ", ".join(f"{k} {v}" for k, v in row.items() if (k, v) not in where) or "none"
-            run = experiments.make_run(experiment, row, seed=0)
+            run = experiment.make_run(row, seed=0)
             accuracy = 100 * results[run].measures["accuracy"] if run in results else np.nan
             reached.setdefault(choice, []).append(accuracy)
     printed = np.array([target["value"] for target in targets])

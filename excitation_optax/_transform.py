@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from excitation_optax import _experts, _routing, _strategies
+from excitation_optax import _experts, _routing, _scaling, _strategies
 
 
 class ScaleByExcitationState(NamedTuple):
@@ -22,6 +22,7 @@ def scale_by_excitation(
     gamma: optax.ScalarOrSchedule = 1.0,
     *,
     expert_axis: Any = None,
+    component: _scaling.Component = "both",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each expert's update by its excitation, a function of how much of the batch was routed to it.
@@ -50,6 +51,10 @@ def scale_by_excitation(
         a Dense kernel and bias). A tuple of ints, one for each axis of utilization, the experts' last (`(1, 0)`:
         parameters `[E, L, ...]` for utilization `[L, E]`). `children(pattern)`: the experts are separate children of
         the path. Where layers differ, a partial prefix tree of these; or a callable of the updates that returns one.
+      component: `"both"` applies Phi. `"direction"` divides by r, so that the step of the layer keeps its length and
+        only moves between experts. `"norm"` multiplies every expert of the layer by r, so that only the length changes.
+        r is the norm of the layer's excited update over that of the plain one. With these two, a NaN in one expert
+        makes the whole layer NaN, and inside `shard_map` and `pmap` every array must be whole on each device.
       seed: for random strategies.
 
     Returns:
@@ -81,6 +86,8 @@ def scale_by_excitation(
     counts_steps = is_random or callable(gamma)
     if not callable(gamma):
         _check_gamma(gamma)
+    if component not in _scaling.COMPONENTS:
+        raise ValueError(f"component must be one of {', '.join(_scaling.COMPONENTS)}; got {component!r}.")
     if not _experts.is_function(expert_axis):
         _experts.specs_by_path(expert_axis)
 
@@ -97,15 +104,23 @@ def scale_by_excitation(
 
         entries = _experts.utilization_by_path(utilization, other_arguments=extra_args)
         matches = _experts.match_experts(updates, entries, expert_axis)
-        excitations = {path: _excite(path, leaf, strategy, step_gamma, key) for path, leaf in entries.items()}
         leaves, treedef = jax.tree.flatten(updates, is_leaf=_experts.is_masked)
-        scaled = [
-            leaf if match is None else _scale(leaf, excitations[match.entry], match)
-            for leaf, match in zip(leaves, matches.values(), strict=True)
-        ]
+        layers: dict[_experts.Path, list[tuple[int, _scaling.Placement]]] = {path: [] for path in entries}
+        for number, match in enumerate(matches.values()):
+            if match is not None:
+                place = _scaling.Placement(tuple((axis,) for axis in match.axes), match.child)
+                layers[match.entry].append((number, place))
+        for path, layer in layers.items():
+            phi = _excite(path, entries[path], strategy, step_gamma, key)
+            if layer:
+                numbers, placements = zip(*layer, strict=True)
+                arrays = [jnp.asarray(leaves[number]) for number in numbers]
+                scaled = _scaling.scale_layer(phi, arrays, placements, component)
+                for number, update in zip(numbers, scaled, strict=True):
+                    leaves[number] = update
         if counts_steps:
             state = ScaleByExcitationState(optax.safe_increment(state.count))
-        return treedef.unflatten(scaled), state
+        return treedef.unflatten(leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -156,7 +171,7 @@ def excitation(
 def _excite(path: _experts.Path, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
     u = leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf
-    u = _replicated(_strategies.float32_or_wider(u))
+    u = _scaling.replicated(_strategies.float32_or_wider(u))
     phi = strategy(u, gamma) if key is None else strategy(u, gamma, key=key)
     if np.shape(phi) != u.shape:
         raise ValueError(
@@ -164,29 +179,7 @@ def _excite(path: _experts.Path, leaf: Any, strategy: _strategies.Strategy, gamm
             f"{list(u.shape)} into {_experts.show_value(phi)}. It must return the excitation of every expert, "
             f"{list(u.shape)}."
         )
-    return _replicated(_strategies.float32_or_wider(phi))
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-    """Kept whole on a mesh: left to itself, XLA splits it as the experts are, and sums over them cross devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return x
-    whole = jax.sharding.PartitionSpec()
-    return jax.reshard(x, whole) if mesh.explicit_axes else jax.lax.with_sharding_constraint(x, whole)
-
-
-def _scale(update: jax.Array, phi: jax.Array, match: _experts.Match) -> jax.Array:
-    """Phi times the update, in float32 or wider, cast back to the update's dtype."""
-    if match.child is not None:
-        phi = phi[..., match.child]
-    in_order = sorted(range(len(match.axes)), key=match.axes.__getitem__)
-    phi = jnp.expand_dims(
-        jnp.transpose(phi, in_order), [axis for axis in range(jnp.ndim(update)) if axis not in match.axes]
-    )
-    update = jnp.asarray(update)
-    wide = np.promote_types(update.dtype, phi.dtype)
-    return (phi.astype(wide) * update.astype(wide)).astype(update.dtype)
+    return _scaling.replicated(_strategies.float32_or_wider(phi))
 
 
 def _check_gamma(gamma: Any) -> None:

@@ -19,7 +19,18 @@ import tqdm
 import tyro
 
 from examples import datasets, training
-from examples.reproduction import configs, engine, evidence, experiments, overhead, report, store, toy, transformers
+from examples.reproduction import (
+    configs,
+    engine,
+    evidence,
+    experiments,
+    minis,
+    overhead,
+    report,
+    store,
+    toy,
+    transformers,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATASETS = ("cifar10", "cifar100", "svhn_cropped")
@@ -98,7 +109,8 @@ class Run:
                 toy.save(toy.run(), self.results / "fig1")
             print(f"fig1 is on file in {self.results / 'fig1'}")
         self.train_mlps([run for run in runs if isinstance(run, configs.MLPRun)], results)
-        self.train_transformers([run for run in runs if not isinstance(run, configs.MLPRun)], results)
+        self.train_minis([run for run in runs if isinstance(run, configs.MiniGPTRun)], results)
+        self.train_transformers([run for run in runs if isinstance(run, configs.ViTRun | configs.GPTRun)], results)
         if "table8" in self.names:  # benchmarks may import examples, but not the other way round
             command = [sys.executable, "-m", "benchmarks.overhead", "--results", str(self.results)]
             subprocess.run(command, cwd=ROOT, check=True)
@@ -117,7 +129,7 @@ class Run:
         experiment = experiments.EXPERIMENTS[experiments.paper().get(name, {}).get("same_as", name)]
         if self.seeds is not None:
             experiment = dataclasses.replace(experiment, seeds=self.seeds)
-        known = tuple(transformers.TEXTS) if experiment.kind == "gpt" else DATASETS
+        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.FILES)}.get(experiment.kind, DATASETS)
         if self.dataset is not None and self.dataset not in known:
             raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
         return experiments.runs(experiment, **flags)
@@ -127,7 +139,17 @@ class Run:
         if any(run not in results for run in runs):
             total = sum(run.epochs for run in runs)
             with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
-                engine.train(runs, lambda name: datasets.load_tfds(name, self.data_dir), results, bar)
+                engine.train(runs, self.load_images, results, bar)
+
+    def load_images(self, name: str) -> datasets.ImageData:
+        """Reads a data set of images; digits come with scikit-learn."""
+        return datasets.load_digits() if name == "digits" else datasets.load_tfds(name, self.data_dir)
+
+    def train_minis(self, runs: list[configs.MiniGPTRun], results: store.Results) -> None:
+        """GPT-MoEs in miniature, in groups."""
+        if any(run not in results for run in runs):
+            with tqdm.tqdm(total=sum(run.epochs for run in runs), unit="epoch", mininterval=1, delay=1) as bar:
+                minis.train(runs, lambda name: minis.load_text(name, self.data_dir), results, bar.update)
 
     def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
         """One after the other."""

@@ -26,16 +26,13 @@ Strategy = Literal["vanilla", "zero_sum", "positive_sum", "exp_diff", "global_ex
 Component = Literal["both", "direction", "norm"]  # see `excitation_optax.scale_by_excitation`
 
 
-def _added(default: Any) -> Any:
-    """A field that came after the first results: at its default it is left out of the JSON, so that keys do not change."""
-    return dataclasses.field(default=default, metadata={"added": True})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """What runs of every kind have."""
 
     kind: ClassVar[str]
+    # Fields that came after the first results. At their defaults the JSON leaves them out, so that keys stay the same.
+    added: ClassVar[tuple[str, ...]] = ()
 
     dataset: str = "cifar10"
     strategy: Strategy = "vanilla"
@@ -65,12 +62,10 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """The config with its kind, as it stands in the results."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if not _left_out(self, field)}
-        return {"kind": self.kind, **fields}
-
-
-def _left_out(run: Run, field: dataclasses.Field) -> bool:
-    return "added" in field.metadata and getattr(run, field.name) == field.default
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in defaults}
+        late = [name for name in self.added if values[name] == defaults[name]]
+        return {"kind": self.kind, **{name: value for name, value in values.items() if name not in late}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +73,7 @@ class MLPRun(Run):
     """A Top-K MLP on images (sections 4.1 to 4.4 and 4.6)."""
 
     kind: ClassVar[str] = "mlp"
+    added: ClassVar[tuple[str, ...]] = ("component", "residual", "layer_norm")
 
     width: int = 128
     depth: int = 3  # hidden layers: the paper's "4-layer MLP", its output layer counted (see the report's search)
@@ -90,9 +86,9 @@ class MLPRun(Run):
     normalization: Literal["unit", "standard"] = "standard"  # pixels in [0, 1], or by channel's mean and deviation
     initialization: Literal["lecun_normal", "he_normal", "torch"] = "lecun_normal"
     activation: Literal["relu", "none"] = "relu"  # before Top-K
-    component: Component = _added("both")
-    residual: bool = _added(False)  # each hidden layer but the first is added to its input
-    layer_norm: bool = _added(False)  # the input of each layer but the first is normalized
+    component: Component = "both"
+    residual: bool = False  # each hidden layer but the first is added to its input
+    layer_norm: bool = False  # the input of each layer but the first is normalized
 
     def __post_init__(self):
         if self.augmentation is None:

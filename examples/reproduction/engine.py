@@ -60,20 +60,23 @@ class Group:
         return sum(run.epochs for run in self)
 
 
-def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 600) -> list[Group]:
-    """Groups for the runs, in their order: each holds every run once, and stays small in memory and in time.
+def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 300) -> list[Group]:
+    """Groups for the runs, in their order: together they hold every run once, and each is small in memory and in time.
 
     Args:
       runs: what to train; repeated ones count once.
       max_runs: the most that are stacked.
-      max_epochs: the most epochs of a group, over all of its runs: what a group has done is lost if it is interrupted.
+      max_epochs: the most epochs of 50,000 images of a group, over all of its runs. An interruption loses the epochs of
+        the groups that are training.
     """
     stackable: dict[configs.MLPRun, dict[int, list[configs.MLPRun]]] = {}
     for run in dict.fromkeys(runs):
         stackable.setdefault(_shared(run), {}).setdefault(run.seed, []).append(run)
     groups = []
     for shared, by_seed in stackable.items():
-        limit = max(1, min(max_runs, max_epochs // shared.epochs))
+        images = 1_437 if shared.dataset == "digits" else 50_000
+        work = shared.epochs * min(images, shared.subset or images)
+        limit = max(1, min(max_runs, 50_000 * max_epochs // work))
         rows = [tuple(row[i : i + limit]) for row in by_seed.values() for i in range(0, len(row), limit)]
         alike: dict[tuple, list[tuple[configs.MLPRun, ...]]] = {}
         for row in rows:
@@ -93,9 +96,9 @@ class Member(NamedTuple):
     """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
 
     strategy: jax.Array  # its number in the program's strategies
-    component: jax.Array  # its number in the program's components
     gamma: jax.Array
     learning_rate: jax.Array
+    component: jax.Array | None = None  # its number in the program's components, unless there is only one
 
 
 class Data(NamedTuple):
@@ -105,10 +108,10 @@ class Data(NamedTuple):
     train_labels: jax.Array
     test_images: jax.Array  # uint8
     test_labels: jax.Array
-    held_out_images: jax.Array  # uint8, training images that a subset leaves out, at most `HELD_OUT`
-    held_out_labels: jax.Array
     mean: jax.Array  # [1, 1, 1, channels] of the training pixels in [0, 1], or 0
     deviation: jax.Array  # or 1
+    held_out_images: jax.Array | None = None  # uint8, training images that a subset leaves out, at most `HELD_OUT`
+    held_out_labels: jax.Array | None = None
 
 
 class Measures(NamedTuple):
@@ -139,8 +142,8 @@ def any_of(strategies: Sequence[str], number: jax.Array) -> Any:
     return chosen_with_key if "random_boost" in strategies else chosen
 
 
-def one_of(transforms: Sequence[optax.GradientTransformationExtraArgs], number: jax.Array) -> Any:
-    """The transform of this number, which may be traced. All of them must have states alike."""
+def one_of(transforms: Sequence[optax.GradientTransformationExtraArgs], number: jax.Array | None) -> Any:
+    """The transform of this number, which may be traced, or the only one. All of them must have states alike."""
     if len(transforms) == 1:
         return transforms[0]
 
@@ -158,7 +161,7 @@ def _vanilla(utilization, gamma):
 
 
 class VariantMLP(topk_mlp.TopKMLP):
-    """A Top-K MLP with a residual connection around each hidden layer but the first, or LayerNorm before it, or both."""
+    """A Top-K MLP with a residual connection around each hidden layer but the first, LayerNorm before it, or both."""
 
     def __init__(self, config: topk_mlp.TopKMLPConfig, residual: bool, layer_norm: bool, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -193,20 +196,20 @@ class Program:
     Args:
       shared: the config of every run of the group, but for its `Member` and seed.
       strategies: the strategies that members choose from, by number.
-      components: the components that members choose from, by number.
       input_dim: values of an image.
       num_classes: C.
       steps_per_epoch: full batches in the training images.
+      components: the components that members choose from, by number.
     """
 
     def __init__(
         self,
         shared: configs.MLPRun,
         strategies: tuple[str, ...],
-        components: tuple[configs.Component, ...],
         input_dim: int,
         num_classes: int,
         steps_per_epoch: int,
+        components: tuple[configs.Component, ...] = ("both",),
     ):
         self.shared, self.num_classes, self.steps_per_epoch = shared, num_classes, steps_per_epoch
         self.strategies, self.components = strategies, components
@@ -327,15 +330,14 @@ class Program:
     def _evaluate(self, params, data: Data) -> Measures:
         """Measures of every run on the test images."""
         images = self.normalize(data.test_images, data)
-        held_out = self.normalize(data.held_out_images, data)
 
         def evaluate(params):
             model = nnx.merge(self.graphdef, params)
             hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
             logits, validation = model.logits(hidden), None
-            if len(held_out):
+            if data.held_out_images is not None:
                 model.eval()
-                validation = _accuracy(model(held_out), data.held_out_labels)
+                validation = _accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
             active = [h != 0 for h in hidden]
             loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
             classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
@@ -363,7 +365,8 @@ def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
     """The data set on JAX's default device, prepared for the runs of a group."""
     train_images, train_labels = data.train_images[: shared.subset], data.train_labels[: shared.subset]
     held_out = slice(len(train_labels), len(train_labels) + HELD_OUT)
-    held_out_images, held_out_labels = data.train_images[held_out], data.train_labels[held_out]
+    left_out = (data.train_images[held_out], data.train_labels[held_out])
+    left_out = left_out if len(left_out[1]) else ()
     mean, deviation = np.float32(0), np.float32(1)
     if shared.normalization == "standard":
         values = np.arange(256) / 255
@@ -376,7 +379,7 @@ def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
         train_images = np.pad(train_images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
     channels = mean.reshape(1, 1, 1, -1), deviation.reshape(1, 1, 1, -1)
     test = data.test_images, data.test_labels
-    return Data(*map(jnp.asarray, (train_images, train_labels, *test, held_out_images, held_out_labels, *channels)))
+    return Data(*map(jnp.asarray, (train_images, train_labels, *test, *channels, *left_out)))
 
 
 def train_group(
@@ -405,13 +408,13 @@ def train_group(
     components = tuple(sorted({run.component for run in group}))
     members = Member(
         jnp.array([strategies.index(run.strategy) for run in group.runs[0]]),
-        jnp.array([components.index(run.component) for run in group.runs[0]]),
         jnp.array([run.gamma for run in group.runs[0]], jnp.float32),
         jnp.array([run.learning_rate for run in group.runs[0]], jnp.float32),
+        jnp.array([components.index(run.component) for run in group.runs[0]]) if len(components) > 1 else None,
     )
     seeds = jnp.array([row[0].seed for row in group.runs])
     steps_per_epoch = examples // shared.batch_size
-    program = program_of(shared, strategies, components, data.input_dim, data.num_classes, steps_per_epoch)
+    program = program_of(shared, strategies, data.input_dim, data.num_classes, steps_per_epoch, components)
     on_device = put(data, shared)
     states = program.init(members, seeds)
     curve = []
@@ -435,6 +438,13 @@ def train_group(
         for s, row in enumerate(group.runs)
         for m, run in enumerate(row)
     ]
+
+
+def _missing(group: Group, results: store.Results) -> Group:
+    """The group without the seeds and the members of which all runs are on file."""
+    rows = [row for row in group.runs if any(run not in results for run in row)]
+    columns = [column for column in zip(*rows, strict=True) if any(run not in results for run in column)]
+    return Group(tuple(zip(*columns, strict=True)))
 
 
 def evaluated_epochs(epochs: int) -> range:
@@ -486,15 +496,15 @@ def train(
       OSError: if a result could not be written.
     """
     pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    # Groups are made of all the runs, finished or not: a command that is repeated gives a run the same company, and so
-    # the same digits.
+    # Groups are planned from all runs, finished or not: a repeated command trains a run beside the same others, and so
+    # gives it the same digits.
     needed = {}  # data sets
     for group in plan(runs, **limits):
-        if any(run not in results for run in group):
-            pending.put(group)
+        missing = _missing(group, results)
+        progress.update(group.epochs - missing.epochs)
+        if missing.runs:
+            pending.put(missing)
             needed |= {group.runs[0][0].dataset: None}
-        else:
-            progress.update(group.epochs)
     sets = {name: load(name) for name in needed}
     stop, lock, errors = threading.Event(), threading.Lock(), []
 

@@ -1,14 +1,12 @@
 """The paper's tables and figures as runs: one row for each, with our choices where the paper leaves them open."""
 
-import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import tomllib
 from typing import Any
 
-from examples.reproduction import configs
+from examples.reproduction import configs, study
 
 PAPER = pathlib.Path(__file__).with_name("paper.json")
 
@@ -56,9 +54,7 @@ def runs(experiment: Experiment, **changes: Any) -> list[configs.Run]:
     else:
         rows = experiment.rows
     wheres = [{**row, **changes} for row in rows]
-    return list(
-        dict.fromkeys(experiment.make_run(where, seed) for where in wheres for seed in range(experiment.seeds))
-    )
+    return list(dict.fromkeys(experiment.make_run(where, seed) for where in wheres for seed in range(experiment.seeds)))
 
 
 def row_spec(view: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +145,6 @@ EXPERIMENTS = {
             rows=tuple({**row["where"], **choice} for choice in _CANDIDATES for row in targets()),
         ),
     ]
-}
+} | study.STUDIES
 # What a reader of the report should know, by section.
 REMARKS: dict[str, str] = tomllib.loads(PAPER.with_name("remarks.toml").read_text(encoding="utf-8"))

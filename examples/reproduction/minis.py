@@ -37,11 +37,11 @@ class Member(NamedTuple):
     """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
 
     strategy: jax.Array  # its number in the program's strategies
-    component: jax.Array  # its number in the program's components
     gamma: jax.Array
     learning_rate: jax.Array
     expert_rate: jax.Array
     load_balancing: jax.Array
+    component: jax.Array  # its number in the program's components
 
 
 class Text(NamedTuple):
@@ -137,9 +137,7 @@ class Program:
             return total, (loss, utilization)
 
         grads, (loss, utilization) = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = self.make_optimizer(member, seed).update(
-            grads, opt_state, params, utilization=utilization
-        )
+        updates, opt_state = self.make_optimizer(member, seed).update(grads, opt_state, params, utilization=utilization)
         return (optax.apply_updates(params, updates), opt_state), loss
 
     def loss(self, params, tokens):
@@ -222,8 +220,8 @@ def train_group(
     numbers = lambda name: jnp.array([getattr(run, name) for run in group], jnp.float32)
     members = Member(
         jnp.array([strategies.index(run.strategy) for run in group]),
+        *map(numbers, Member._fields[1:-1]),
         jnp.array([components.index(run.component) for run in group]),
-        *map(numbers, Member._fields[2:]),
     )
     program, on_device = program_of(shared, strategies, components), put(text, shared.context)
     states, curve = program.init(members, seed), []
@@ -273,4 +271,3 @@ def train(
 
 def _is_counts(node: Any) -> bool:
     return isinstance(node, excitation_optax.RoutingCounts)
-

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import evidence, experiments, store, toy
+from examples.reproduction import evidence, experiments, store, study, toy
 
 # Factor and digits that a measure is shown with; accuracies are fractions in the results and percent in the paper.
 SHOWN = {"accuracy": (100, 2), "perplexity": (1, 2), "perplexity_reduction": (1, 2)}
 UNIT = {
     "accuracy": "test accuracy (%)",
+    "loss": "test loss (nats per byte)",
     "entropy": "routing entropy (nats)",
     "perplexity_reduction": "perplexity saved",
 }
@@ -151,13 +152,91 @@ DRAW = {  # by view: how it is drawn
 }
 
 
+def _over_rates(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any], figure: Any) -> None:
+    """What a study's rows reached, over the learning rate: means and standard deviations, a panel for each setting."""
+    measure = view["measure"]
+    apart = ("learning_rate", *VARIANT)
+    panels = _grouped(view["rows"], lambda row: study.label({k: v for k, v in row.items() if k not in apart}))
+    for axes, (title, rows) in _panels(figure, panels):
+        axes.set(title=title, xscale="log", xlabel="learning rate", ylabel=UNIT[measure])
+        for name, line in _grouped(rows, lambda row: study.label({k: row[k] for k in VARIANT if k in row})).items():
+            values = [_finite(evidence.by_seed(results, experiment, _measure_of(measure, row))) for row in line]
+            style = STYLES.get(name, {"color": f"C{len(axes.containers) % 10}", "linestyle": ":"})
+            _points(axes, [row["learning_rate"] for row in line], measure, values, name, **style)
+        if axes.containers:
+            axes.legend(fontsize="x-small")
+
+
+def _over_depth(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any], figure: Any) -> None:
+    """Accuracy over depth, each at its best learning rate on held-out data."""
+    ((axes, _),) = _panels(figure, {"": None})
+    axes.set(xlabel="hidden layers", ylabel=f"{UNIT['accuracy']} at the best learning rate")
+    depths = sorted({row["depth"] for row in view["rows"]})
+    for strategy in ("vanilla", "zero_sum", "positive_sum"):
+        where = [{"strategy": strategy, "depth": depth, "learning_rate": "best"} for depth in depths]
+        values = [_finite(evidence.by_seed(results, experiment, _measure_of("accuracy", row))) for row in where]
+        _points(axes, depths, "accuracy", values, study.label({"strategy": strategy}), color=COLORS[strategy])
+    axes.legend(fontsize="x-small")
+
+
+def _measure_of(measure: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {"measure": measure, "contrast": [[1.0, row]]}
+
+
+def _points(axes: Any, places: Any, measure: str, values: list[np.ndarray], label: str, **style: Any) -> None:
+    """A line through the means, with standard deviations, where there are any."""
+    factor, _ = SHOWN.get(measure, (1, 3))
+    there = [(place, factor * v) for place, v in zip(places, values, strict=True) if len(v)]
+    if there:
+        means, spreads = [v.mean() for _, v in there], [v.std(ddof=1) if len(v) > 1 else 0.0 for _, v in there]
+        style = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2} | style
+        axes.errorbar([place for place, _ in there], means, spreads, label=label, **style)
+
+
+VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing")  # lines of a picture, not panels
+STYLES: dict[str, dict[str, Any]] = {
+    "baseline": {"color": COLORS["vanilla"]},
+    **{s: {"color": COLORS[s]} for s in ("zero_sum", "positive_sum")},
+    **{
+        f"{s}, {c}": {"color": COLORS[s], "linestyle": line}
+        for s in ("zero_sum", "positive_sum")
+        for c, line in (("both", "-"), ("direction", "--"), ("norm", ":"))
+    },
+}
+STUDIES = {
+    "mechanism": _over_rates,
+    "mechanism_digits": _over_rates,
+    "deep_digits": _over_rates,
+    "deep_ways_out": _over_rates,
+    "depth_digits": _over_depth,
+    "rescue": _over_rates,
+    "rescue_sgd": _over_rates,
+    "mini_tuned": _over_rates,
+}
+
+
+def is_drawn(experiment: experiments.Experiment) -> bool:
+    """Whether there are enough seeds for a picture: a smoke test has none."""
+    return experiment.seeds >= evidence.MIN_SEEDS
+
+
 def draw_all(results: store.Results, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws the pictures of all views with runs."""
+    """Draws the pictures of all views and studies with runs.
+
+    Raises:
+      ValueError: if a picture shows no data.
+    """
     paths = []
+    for name, draw in STUDIES.items():
+        experiment = experiments.EXPERIMENTS.get(name)
+        if experiment and evidence.found(results, experiment):
+            paths.append(folder / file_name(name))
+            measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+            _save(paths[-1], draw, results, experiment, {"rows": experiment.rows, "measure": measure})
     for name, draw in DRAW.items():
         name_of_rows = experiments.paper()[name].get("same_as", name)
         view, experiment = experiments.paper()[name_of_rows], experiments.EXPERIMENTS.get(name_of_rows)
-        if experiment and evidence.found(results, experiment):
+        if experiment and is_drawn(experiment) and evidence.found(results, experiment):
             paths.append(folder / file_name(name))
             _save(paths[-1], draw, results, experiment, view)
     if outcome := toy.load(results.folder / "fig1"):
@@ -181,8 +260,20 @@ def _save(path: pathlib.Path, draw: Any, *arguments: Any) -> None:
     with plt.style.context(["default", {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}]):
         figure = plt.figure(layout="constrained")
         draw(*arguments, figure)
+        if not any(_shows_data(line) for axes in figure.axes for line in axes.lines):
+            raise ValueError(f"The picture {path.name} shows no data.")
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(figure)
+
+
+def _shows_data(line: Any) -> bool:
+    """Whether a line has a point to be seen: one with a marker, or two that are joined."""
+    finite = np.isfinite(np.asarray(line.get_xydata(), float)).all(axis=-1)
+    marked = line.get_marker() not in (None, "None", "", " ")
+    joined = line.get_linestyle() != "None" and bool((finite[1:] & finite[:-1]).any())
+    return bool(line.get_label() and (joined or (marked and finite.any()))) and not line.get_label().startswith(
+        "_child"
+    )
 
 
 def _panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, Any]]]:

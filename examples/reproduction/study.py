@@ -76,6 +76,18 @@ def at_each(prefix: str, values: tuple[float, ...], measure: str = "accuracy", *
     return claims
 
 
+def label(row: Row) -> str:
+    """A row without its learning rate, in words."""
+    names = [row[key] for key in ("strategy", "component") if key in row]
+    words = ["baseline" if name == "vanilla" else name for name in names]
+    rest = [
+        f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
+        for key, value in row.items()
+        if key not in ("strategy", "component", "learning_rate")
+    ]
+    return ", ".join(rest + words)
+
+
 def _mechanism(
     name: str, title: str, settings: Row, seeds: int, by_optimizer: dict[str, tuple[float, ...]], tune: bool
 ):

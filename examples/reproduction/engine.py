@@ -382,6 +382,29 @@ def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
     return Data(*map(jnp.asarray, (train_images, train_labels, *test, *channels, *left_out)))
 
 
+def prepare(group: Group, data: datasets.ImageData) -> tuple[Program, Member, jax.Array, Data]:
+    """The program of a group, its members, its seeds, and its data on JAX's default device.
+
+    Raises:
+      ValueError: if there is not a single full batch.
+    """
+    runs, shared = group.runs[0], _shared(group.runs[0][0])
+    examples = len(data.train_labels[: shared.subset])
+    if shared.batch_size > examples:
+        raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
+    strategies = tuple(sorted({run.strategy for run in group}))
+    components = tuple(sorted({run.component for run in group}))
+    members = Member(
+        jnp.array([strategies.index(run.strategy) for run in runs]),
+        jnp.array([run.gamma for run in runs], jnp.float32),
+        jnp.array([run.learning_rate for run in runs], jnp.float32),
+        jnp.array([components.index(run.component) for run in runs]) if len(components) > 1 else None,
+    )
+    sizes = data.input_dim, data.num_classes, examples // shared.batch_size
+    program = program_of(shared, strategies, *sizes, components)
+    return program, members, jnp.array([row[0].seed for row in group.runs]), put(data, shared)
+
+
 def train_group(
     group: Group, data: datasets.ImageData, advance: Callable[[int], None], stopped: Callable[[], bool]
 ) -> list[store.Result] | None:
@@ -401,21 +424,7 @@ def train_group(
     """
     start = time.perf_counter()
     shared = _shared(group.runs[0][0])
-    examples = len(data.train_labels[: shared.subset])
-    if shared.batch_size > examples:
-        raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
-    strategies = tuple(sorted({run.strategy for run in group}))
-    components = tuple(sorted({run.component for run in group}))
-    members = Member(
-        jnp.array([strategies.index(run.strategy) for run in group.runs[0]]),
-        jnp.array([run.gamma for run in group.runs[0]], jnp.float32),
-        jnp.array([run.learning_rate for run in group.runs[0]], jnp.float32),
-        jnp.array([components.index(run.component) for run in group.runs[0]]) if len(components) > 1 else None,
-    )
-    seeds = jnp.array([row[0].seed for row in group.runs])
-    steps_per_epoch = examples // shared.batch_size
-    program = program_of(shared, strategies, data.input_dim, data.num_classes, steps_per_epoch, components)
-    on_device = put(data, shared)
+    program, members, seeds, on_device = prepare(group, data)
     states = program.init(members, seeds)
     curve = []
     for epoch in range(1, shared.epochs + 1):

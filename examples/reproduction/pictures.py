@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import evidence, experiments, store, study, toy
+from examples.reproduction import evidence, experiments, inside, store, study, toy
 
 # Factor and digits that a measure is shown with; accuracies are fractions in the results and percent in the paper.
 SHOWN = {"accuracy": (100, 2), "perplexity": (1, 2), "perplexity_reduction": (1, 2)}
@@ -179,6 +179,23 @@ def _over_depth(results: store.Results, experiment: experiments.Experiment, view
     axes.legend(fontsize="x-small")
 
 
+def _answer(results: store.Results, figure: Any) -> None:
+    """The picture of does-it-help.md: zero_sum and its components against the baseline, over the learning rate."""
+    variants = [study.BASELINE, *({**study.ZERO_SUM, "component": c} for c in study.COMPONENTS)]
+    for axes, (title, (name, common)) in _panels(figure, study.ANSWER):
+        experiment = experiments.EXPERIMENTS[name]
+        measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+        rows = [row for row in experiment.rows or () if common.items() <= row.items()]
+        rates = sorted({row["learning_rate"] for row in rows})
+        axes.set(title=title.partition(" (")[0], xscale="log", xlabel="learning rate", ylabel=UNIT[measure])
+        for variant in variants:
+            specs = [_measure_of(measure, {**common, **variant, "learning_rate": rate}) for rate in rates]
+            values = [_finite(evidence.by_seed(results, experiment, spec)) for spec in specs]
+            _points(axes, rates, measure, values, study.label(variant), **STYLES[study.label(variant)])
+        if axes.containers:
+            axes.legend(fontsize="x-small")
+
+
 def _measure_of(measure: str, row: dict[str, Any]) -> dict[str, Any]:
     return {"measure": measure, "contrast": [[1.0, row]]}
 
@@ -239,6 +256,13 @@ def draw_all(results: store.Results, folder: pathlib.Path) -> list[pathlib.Path]
         if experiment and is_drawn(experiment) and evidence.found(results, experiment):
             paths.append(folder / file_name(name))
             _save(paths[-1], draw, results, experiment, view)
+    answered = [experiments.EXPERIMENTS.get(name) for name, _ in study.ANSWER.values()]
+    if all(answered) and any(evidence.found(results, experiment) for experiment in answered if experiment):
+        paths.append(folder / file_name("answer"))
+        _save(paths[-1], _answer, results)
+    if outcome := inside.load(results.folder):
+        paths.append(folder / file_name("inside"))
+        _save(paths[-1], inside.draw, outcome)
     if outcome := toy.load(results.folder / "fig1"):
         paths.append(folder / file_name("fig1"))
         _save(paths[-1], toy.draw, outcome)

@@ -11,10 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import configs, evidence, experiments, overhead, pictures, store, study, toy, transformers
+from examples.reproduction import (
+    configs,
+    evidence,
+    experiments,
+    inside,
+    overhead,
+    pictures,
+    store,
+    study,
+    toy,
+    transformers,
+)
 
 IMAGES = pathlib.PurePosixPath("images/reproduction")  # in the folder of the page
 MARKERS = "<!-- reproduction -->", "<!-- /reproduction -->"
+ANSWER = "<!-- answer -->", "<!-- /answer -->"
 
 INTRODUCTION = """\
 # The paper's tables and figures
@@ -51,6 +63,9 @@ def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Pat
     (docs_folder / IMAGES).mkdir(parents=True, exist_ok=True)
     page = docs_folder / "reproduction.md"
     page.write_text(markdown(results), encoding="utf-8")
+    answer = docs_folder / "does-it-help.md"
+    if answer.is_file():
+        update(answer, ANSWER, answer_markdown(results))
     return [page, *pictures.draw_all(results, docs_folder / IMAGES)]
 
 
@@ -210,6 +225,8 @@ def _study(results: store.Results, experiment: experiments.Experiment) -> str:
     if experiment.name in pictures.STUDIES:
         parts.append(f"![{experiment.title}]({IMAGES / pictures.file_name(experiment.name)})")
     parts.append(_by_rate(results, experiment))
+    if experiment.name == "deep_digits" and inside.load(results.folder):
+        parts.append(f"![Inside the networks]({IMAGES / pictures.file_name('inside')})")
     judged = evidence.judge(results, experiment, {"claims": experiment.claims})
     if judged:
         corrected = evidence.holm([ours.p_value if ours.n >= evidence.MIN_SEEDS else np.nan for _, ours in judged])
@@ -488,14 +505,39 @@ def _differences(results: store.Results, experiment: experiments.Experiment, vie
     return [(f"{label}, {length}", *(by["zero_sum"]), *(by["positive_sum"])) for label, by in cells.items()]
 
 
-def update_readme(path: pathlib.Path, results: store.Results) -> None:
-    """Puts the README's part between the markers of a text.
+def answer_markdown(results: store.Results) -> str:
+    """The table of does-it-help.md: gains over the baseline, each at its best learning rate on held-out data."""
+    rows = []
+    for text, (name, common) in study.ANSWER.items():
+        experiment = experiments.EXPERIMENTS[name]
+        measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+        for strategy in ("zero_sum", "positive_sum"):
+            cells = []
+            for component in study.COMPONENTS:
+                better = {"strategy": strategy, "component": component}
+                claim = study.beats("", better, study.BASELINE, measure, learning_rate="best", **common)
+                ours = evidence.contrast(results, experiment, claim | {"printed": 0.0})
+                verdict = evidence.verdict(ours, claim["sign"])
+                bold = "**" if verdict in ("confirmed", "contradicted") else ""
+                delta = _deltas({}, claim | {"printed": 0.0}, ours)[1]
+                cells.append(f"{bold}{delta}{bold}" if not verdict.startswith("not tested") else "not tested")
+            rows.append((text, f"`{strategy}`", *cells))
+    return _table(("", "", *study.COMPONENTS), rows, numbers=3)
+
+
+def update(path: pathlib.Path, markers: tuple[str, str], part: str) -> None:
+    """Puts a part between the markers of a text.
 
     Raises:
-      ValueError: if the text has not each marker once, in order.
+      ValueError: if the text does not have each marker once, in order.
     """
-    text, (begin, end) = path.read_text(encoding="utf-8"), MARKERS
+    text, (begin, end) = path.read_text(encoding="utf-8"), markers
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path.name} must have the markers {begin} and {end} once each, in this order.")
     before, after = text[: text.index(begin)], text[text.index(end) :]
-    path.write_text(f"{before}{begin}\n{summary_markdown(results)}\n{after}", encoding="utf-8")
+    path.write_text(f"{before}{begin}\n{part}\n{after}", encoding="utf-8")
+
+
+def update_readme(path: pathlib.Path, results: store.Results) -> None:
+    """Puts the README's part between the markers of a text."""
+    update(path, MARKERS, summary_markdown(results))

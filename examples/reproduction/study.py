@@ -365,3 +365,11 @@ STUDIES: dict[str, configs.Experiment] = {
         _mini_table2(),
     )
 }
+
+# The rows of the table in docs/does-it-help.md: a study, and what all of the row's runs have in common.
+ANSWER: dict[str, tuple[str, Row]] = {
+    "3 layers, digits, SGD (points)": ("mechanism_digits", {"optimizer": "sgd"}),
+    "3 layers, digits, Adam (points)": ("mechanism_digits", {"optimizer": "adam"}),
+    "14 layers, digits, Adam (points)": ("deep_digits", {}),
+    "GPT-MoE, text, AdamW (nats; less is better)": ("mini_tuned", {}),
+}

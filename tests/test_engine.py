@@ -32,7 +32,7 @@ GROUPS = {
     ),
     "adamw": (
         ("vanilla", "zero_sum", "zero_sum:direction", "zero_sum:norm"),
-        {"normalization": "unit", "initialization": "he_normal"},
+        {"normalization": "unit", "initialization": "he_normal", "epsilon": 1e-4},
     ),
     "rmsprop": (("vanilla", "zero_sum"), {"schedule": "constant", "augmentation": "none"}),
     "adagrad": (("vanilla", "zero_sum"), {"augmentation": "none", "initialization": "he_normal"}),
@@ -163,7 +163,7 @@ def excite(run, step, u):
     }[run.strategy]
 
 
-def update(optimizer, rate, step, param, grad, state):
+def update(optimizer, rate, step, param, grad, state, epsilon=1e-8):
     """The equations of PyTorch's documentation, at its defaults. `state` is a dict of the parameter's own."""
     if optimizer == "sgd":
         return -rate * grad
@@ -180,7 +180,7 @@ def update(optimizer, rate, step, param, grad, state):
     state["v"] = 0.999 * state.get("v", 0) + 0.001 * grad**2
     m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
     decay = 0.01 * param if optimizer == "adamw" else 0
-    return -rate * (m / (np.sqrt(v) + 1e-8) + decay)
+    return -rate * (m / (np.sqrt(v) + epsilon) + decay)
 
 
 def component(run, phi, deltas):
@@ -207,7 +207,7 @@ def plain_loop(run, model):
             for j in (0, 1):
                 state = states.setdefault((i, j), {})
                 rate = cosine * run.learning_rate
-                deltas.append(update(run.optimizer, rate, step, layer[j], grads[i][j], state))
+                deltas.append(update(run.optimizer, rate, step, layer[j], grads[i][j], state, run.epsilon))
             factor = component(run, phi, deltas)
             layer[:] = [value + factor * delta for value, delta in zip(layer, deltas, strict=True)]
     return model, np.reshape(losses, (run.epochs, -1)).mean(1)
@@ -473,9 +473,9 @@ def test_fields_that_came_later_are_left_out_of_the_key_at_their_defaults():
     assert run.key == "b0c1c5082bf18f67"  # as on file
     assert configs.from_json(run.to_json()) == run
     assert configs.MLPRun(strategy="vanilla", component="norm") == configs.MLPRun()
-    changes = ({"component": "norm"}, {"residual": True}, {"layer_norm": True})
+    changes = ({"component": "norm"}, {"residual": True}, {"layer_norm": True}, {"epsilon": 1e-16})
     others = [dataclasses.replace(run, **change) for change in changes]
-    assert len({run.key, *(other.key for other in others)}) == 4
+    assert len({run.key, *(other.key for other in others)}) == 5
     for change, other in zip(changes, others, strict=True):
         assert other.to_json() == run.to_json() | change
         assert configs.from_json(other.to_json()) == other

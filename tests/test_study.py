@@ -147,7 +147,7 @@ def test_a_tiny_version(name, monkeypatch):
 
 def test_the_table_of_the_answer(tmp_path, monkeypatch):
     """It stands between its markers in docs/does-it-help.md, and says so where there is nothing to say."""
-    monkeypatch.setattr(experiments, "EXPERIMENTS", {"look": STUDY})
+    monkeypatch.setitem(experiments.EXPERIMENTS, "look", STUDY)
     monkeypatch.setattr(study, "ANSWER", {"Looks": ("look", {})})
     gain = lambda row, seed: (0.5 + (0.1 + 0.01 * seed) * (row["strategy"] == "zero_sum"), row["learning_rate"])
     docs = tmp_path / "docs"
@@ -176,8 +176,8 @@ def test_inside_is_that_of_the_models(tmp_path):
     model = program.make_model(seeds[0])
     model.eval()
     h = np.asarray(program.normalize(on_device.train_images, on_device)).reshape(64, -1)
-    for number, hidden in enumerate(model.hidden(h)):
-        active = np.asarray(hidden) != 0
+    for number, hidden in enumerate(map(np.asarray, model.hidden(h))):
+        active = hidden != 0
         pairs = [[np.sum(a & b) for b in active] for a in active]
         assert row["shared"][0][1][number] == pytest.approx(np.sum(pairs) / 64 / np.sum(active), rel=1e-2)
         assert row["dead"][0][1][number] == pytest.approx(np.mean(~active.any(0)), abs=1e-3)

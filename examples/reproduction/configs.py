@@ -16,7 +16,7 @@ _RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (("epochs", "subset", "width", "depth", "batch_size"), lambda value: value >= 1),
     "at least 0": (("seed",), lambda value: value >= 0),
     "finite and not negative": (("gamma", "load_balancing"), lambda value: 0 <= value < math.inf),
-    "finite and positive": (("learning_rate", "expert_rate"), lambda value: 0 < value < math.inf),
+    "finite and positive": (("learning_rate", "expert_rate", "epsilon"), lambda value: 0 < value < math.inf),
     "a share, in [0, 1]": (("sparsity", "warmup"), lambda value: 0 <= value <= 1),
 }
 
@@ -73,7 +73,7 @@ class MLPRun(Run):
     """A Top-K MLP on images (sections 4.1 to 4.4 and 4.6)."""
 
     kind: ClassVar[str] = "mlp"
-    added: ClassVar[tuple[str, ...]] = ("component", "residual", "layer_norm")
+    added: ClassVar[tuple[str, ...]] = ("component", "residual", "layer_norm", "epsilon")
 
     width: int = 128
     depth: int = 3  # hidden layers: the paper's "4-layer MLP", its output layer counted (see the report's search)
@@ -89,6 +89,7 @@ class MLPRun(Run):
     component: Component = "both"
     residual: bool = False  # each hidden layer but the first is added to its input
     layer_norm: bool = False  # the input of each layer but the first is normalized
+    epsilon: float = 1e-8  # of Adam and AdamW
 
     def __post_init__(self):
         if self.augmentation is None:

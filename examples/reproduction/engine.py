@@ -254,8 +254,9 @@ class Program:
             )
             for component in self.components
         ]
+        epsilon = {"eps": self.shared.epsilon} if self.shared.optimizer in ("adam", "adamw") else {}
         return optax.chain(
-            OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count)),
+            OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count), **epsilon),
             one_of(excitations, member.component),
         )
 

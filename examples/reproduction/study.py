@@ -118,6 +118,7 @@ WAYS: dict[str, Row] = {
     "He-normal": {"initialization": "he_normal"},
     "residual": {"initialization": "torch", "residual": True},
     "LayerNorm": {"initialization": "torch", "layer_norm": True},
+    "Adam's epsilon 1e-16": {"initialization": "torch", "epsilon": 1e-16},
 }
 
 

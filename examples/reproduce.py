@@ -74,7 +74,8 @@ class Run:
     names: tyro.conf.Positional[tuple[str, ...]]
     """Such as table1; several are trained in this order, and share runs."""
     dataset: str | None = None
-    """Instead of the paper's: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid."""
+    """Instead of ours: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid; for the transformers in
+    miniature tinyshakespeare or python-reference."""
     data_dir: pathlib.Path | None = None
     """Where TensorFlow Datasets has its prepared data, or the folder of text files; by default as TFDS has it."""
     seeds: int | None = None
@@ -245,7 +246,7 @@ def describe(run: configs.Run, result: store.Result) -> str:
     default = configs.KINDS[run.kind](dataset=run.dataset)
     fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
     apart = [f"{name} {value}" for name, value in fields.items() if value != getattr(default, name)]
-    measure, factor = ("perplexity", 1) if run.kind == "gpt" else ("accuracy", 100)
+    measure, factor = {"gpt": ("perplexity", 1), "mini_gpt": ("loss", 1)}.get(run.kind, ("accuracy", 100))
     return f"{', '.join([run.dataset, *apart])}: {measure} {factor * result.measures[measure]:.2f}"
 
 

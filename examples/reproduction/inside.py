@@ -100,19 +100,23 @@ def load(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def draw(outcome: dict[str, Any], figure: Any) -> None:
-    """Accuracy along training; and by layer at the end, the signal, the neurons that images share, and dead ones."""
+    """Accuracy along training; by layer, the signal after ten epochs, and shared and dead neurons at the end."""
     figure.set_size_inches(12, 3.4)
     panels = figure.subplots(1, 4)
     for (label, row), color in zip(outcome["rows"].items(), ("0.4", "0.7", "C0", "C1", "C3", "C2"), strict=True):
         style = {"label": label, "color": color, "marker": ".", "linewidth": 1.2}
         panels[0].plot(outcome["epoch"], 100 * np.mean(row["accuracy"], axis=-1), **style)
-        for axes, name in zip(panels[1:], ("signal", "shared", "dead"), strict=True):
-            values = np.mean(row[name][-1], axis=0)
+        for axes, name, at in zip(panels[1:], ("signal", "shared", "dead"), (1, -1, -1), strict=True):
+            values = np.mean(row[name][at], axis=0)
             axes.plot(np.arange(1, len(values) + 1), values, **style)
     panels[0].set(xlabel="epoch", ylabel="test accuracy (%)")
-    panels[1].set(xlabel="hidden layer", title="share of the signal that\ndiffers between images", yscale="log")
-    panels[2].set(xlabel="hidden layer", title="share of an image's active neurons\nthat another image activates too")
-    panels[3].set(xlabel="hidden layer", title="dead neurons (share)")
+    panels[1].set(
+        xlabel="hidden layer", title="share of the signal that\ndiffers by image, epoch 10", yscale="log"
+    )
+    panels[2].set(
+        xlabel="hidden layer", title="share of an image's active neurons\nthat another image activates too, at the end"
+    )
+    panels[3].set(xlabel="hidden layer", title="share of dead neurons,\nat the end")
     for axes in panels:
         axes.grid(alpha=0.3)
     panels[0].legend(fontsize="x-small")

@@ -284,8 +284,12 @@ def _save(path: pathlib.Path, draw: Any, *arguments: Any) -> None:
     with plt.style.context(["default", {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}]):
         figure = plt.figure(layout="constrained")
         draw(*arguments, figure)
-        if not any(_shows_data(line) for axes in figure.axes for line in axes.lines):
+        empty = [axes for axes in figure.axes if not any(map(_shows_data, axes.lines))]
+        if len(empty) == len(figure.axes):
             raise ValueError(f"The picture {path.name} shows no data.")
+        for axes in empty:
+            axes.set_axis_off()
+            axes.set_title(f"{axes.get_title()}: not run" if axes.get_title() else "")
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(figure)
 

@@ -74,7 +74,7 @@ class Run:
     names: tyro.conf.Positional[tuple[str, ...]]
     """Such as table1; several are trained in this order, and share runs."""
     dataset: str | None = None
-    """Instead of ours: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid; for the transformers in
+    """Instead of ours: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid; for transformers in
     miniature tinyshakespeare or python-reference."""
     data_dir: pathlib.Path | None = None
     """Where TensorFlow Datasets has its prepared data, or the folder of text files; by default as TFDS has it."""

@@ -1,52 +1,64 @@
-"""Utilization of more than one batch: of the micro-batches of an update, or averaged over updates.
+"""Utilization over the micro-batches of an update, and utilization that is held in the optimizer state.
 
 Axis letters: E experts.
 """
 
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from excitation_optax import _experts, _routing
+from excitation_optax import _arrays, _experts, _paths, _routing
 
 
+@_arrays.exportable
 class AccumulateUtilizationState(NamedTuple):
     """State of `accumulate_utilization`."""
 
     multi_steps: optax.MultiStepsState
-    utilization: Any  # tree of RoutingCounts, of the micro-batches since the last update
+    accumulated: Any  # tree of RoutingCounts, of the micro-batches since the last update
 
 
-def accumulate_utilization(multi_steps: optax.MultiSteps, like: Any) -> optax.GradientTransformationExtraArgs:
+@_arrays.exportable
+class HoldUtilizationState(NamedTuple):
+    """State of `hold_utilization`."""
+
+    utilization: Any  # like the tree `like`; set by the user, used by the next updates
+    inner_state: Any
+
+
+def accumulate_utilization(
+    multi_steps: optax.MultiSteps, like: Any, axis_name: Hashable | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an `optax.MultiSteps` so that its update is excited by the utilization of **all** its micro-batches.
 
     .. math::
       u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
 
-    with the counts c and the tokens t of the n micro-batches of an update. By itself, `optax.MultiSteps` hands its
-    inner optimizer the extra arguments of the **last** micro-batch, and says nothing. Micro-batches that its
-    `should_skip_update_fn` rejects do not count here either; it sees gradients only, so that a NaN in the counts of one
-    micro-batch stays until the update and reaches the parameters. `apply_if_all_finite`, around all of this, leaves
-    such a micro-batch out.
+    with the counts c and the tokens t of the n micro-batches of an update. Alone, `optax.MultiSteps` passes only the
+    extra arguments of the **last** micro-batch to its inner optimizer. Micro-batches that its `should_skip_update_fn`
+    rejects do not count here either.
 
-    Where you can write the loop over micro-batches yourself, as a `jax.lax.scan` that adds up gradients and
-    `RoutingCounts`, you need neither of the two: see the page on gradient accumulation.
+    If you write the loop over micro-batches yourself, as a `jax.lax.scan` that sums gradients and `RoutingCounts`, you
+    need neither of the two.
 
     Args:
-      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation in it; not its
+      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included; not its
         `gradient_transformation()`.
-      like: the tree of `RoutingCounts` that every update will be given, or their shapes, since a state's structure is
-        fixed by `init`. In Flax NNX, `excitation_optax.flax.routing_like(model, *inputs)` makes it.
+      like: the tree of `RoutingCounts` that every update will be given, or their shapes, since `init` fixes the
+        structure of the state. In Flax NNX, `excitation_optax.flax.routing_like(model, *inputs)` makes it.
+      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`: counts are summed over it
+        before they are stored, so that the state is the same on all devices.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`. Its state's `multi_steps` is what `multi_steps.has_updated`
-      takes.
+      A :class:`optax.GradientTransformationExtraArgs`. `multi_steps.has_updated` takes its state's `multi_steps`.
 
     Raises:
-      ValueError: here, if `multi_steps` is none or `like` holds anything but `RoutingCounts`; while tracing an update,
-        if utilization is missing or is not like `like`.
+      ValueError: here, if `multi_steps` is no `optax.MultiSteps` or `like` holds anything but `RoutingCounts`; while
+        tracing an update, if utilization is missing or is not like `like`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,103 +80,117 @@ def accumulate_utilization(multi_steps: optax.MultiSteps, like: Any) -> optax.Gr
             "accumulate_utilization takes the optax.MultiSteps itself, as in accumulate_utilization(optax.MultiSteps("
             f"tx, 4), like=...); got {type(multi_steps).__name__}."
         )
-    _counts_by_path(like, "like")
+    expected = _entries_like(like)
+    _check_counts("like", expected)
+    structure = jax.tree.structure(like, is_leaf=_routing.is_counts)
 
     def init_fn(params):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), _float_of(leaf)), like)
-        return AccumulateUtilizationState(multi_steps.init(params), zeros)
+        zeros = lambda leaf: jnp.zeros_like(jax.eval_shape(_arrays.float32_or_wider, leaf))
+        return AccumulateUtilizationState(multi_steps.init(params), jax.tree.map(zeros, like))
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
+        received = _experts.entries_of(utilization, other_arguments=extra_args)
+        _check_counts("utilization", received)
+        _check_like(received, expected)
+        if axis_name is not None:
+            received = jax.lax.psum(received, axis_name)
         before = state.multi_steps
-        add = lambda a, b: jax.tree.map(lambda x, y: x + jnp.asarray(y, x.dtype), a, b)
-        total = _map(add, state.utilization, utilization, "like")
+        of_this_batch = structure.unflatten([received[path] for path in expected])
+        total = jax.tree.map(lambda x, y: x + jnp.asarray(y, x.dtype), state.accumulated, of_this_batch)
         updates, after = multi_steps.update(updates, before, params, utilization=total, **extra_args)
         emitted = after.gradient_step != before.gradient_step
         skipped = ~emitted & (after.mini_step == before.mini_step)
         keep = lambda old, new: jnp.where(emitted, 0, jnp.where(skipped, old, new))
-        return updates, AccumulateUtilizationState(after, jax.tree.map(keep, state.utilization, total))
+        return updates, AccumulateUtilizationState(after, jax.tree.map(keep, state.accumulated, total))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def ema(previous: Any, counts: Any, decay: float | jax.Array) -> Any:
-    r"""An exponential moving average of routing, for batches too small to be a consensus.
+def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> optax.GradientTransformationExtraArgs:
+    """Holds the utilization in the optimizer state, for trainers that call `tx.update` themselves.
 
-    .. math::
-      \bar{c}_t = \beta \bar{c}_{t-1} + (1 - \beta) c_t, \qquad \bar{u}_t = \bar{c}_t / \bar{t}_t
-
-    Tokens are averaged as counts are, so that a batch weighs as much as it has tokens, and utilization, their
-    quotient, has no bias towards the zeros that the average starts from. A pure function: carry what it returns to the
-    next step, and give it to `utilization=`. A NaN stays in it for good; a training loop that skips a step keeps
-    `previous` too.
+    Set it inside the jitted step, as you set a learning rate under `optax.inject_hyperparams`:
+    `opt_state = optax.tree.set(opt_state, utilization=counts)`. It starts as zeros, which is no excitation, and stays
+    until you set it again. If an update is passed `utilization=`, it uses that, and does not store it.
 
     Args:
-      previous: a tree of `RoutingCounts`: what the last step returned; before the first, zeros of float32, as
-        `jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), counts)`.
-      counts: a tree of `RoutingCounts`, of this step.
-      decay: beta, in [0, 1); 0 is no average. About 1 / (1 - decay) steps count.
+      tx: the optimizer, Excitation included.
+      like: the tree of `RoutingCounts` or fractions that you will set, or their shapes, since `init` fixes the
+        structure of the state.
 
     Returns:
-      A tree of `RoutingCounts`, like `previous`, in float32 or wider.
+      A :class:`optax.GradientTransformationExtraArgs`, whose state has a field `utilization`.
 
     Raises:
-      ValueError: if the trees differ or hold anything but `RoutingCounts`, or decay is out of range.
+      ValueError: here, if `tx` takes no extra arguments or `like` is no utilization; while tracing an update, if the
+        utilization has other paths, shapes or dtypes than `like`.
 
     Example:
-      >>> import jax
       >>> import jax.numpy as jnp
+      >>> import optax
       >>> import excitation_optax
-      >>> average = {"experts": excitation_optax.RoutingCounts(jnp.zeros(2), jnp.array(0.0))}
-      >>> for counts in ([4.0, 0.0], [0.0, 4.0]):
-      ...     counts = {"experts": excitation_optax.RoutingCounts(jnp.array(counts), jnp.array(4.0))}
-      ...     average = excitation_optax.ema(average, counts, decay=0.5)
-      >>> average["experts"].utilization
-      Array([0.33333334, 0.6666667 ], dtype=float32)
+      >>> params = {"experts": jnp.ones((2, 1))}
+      >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+      >>> tx = excitation_optax.hold_utilization(tx, like={"experts": jnp.zeros(2)})
+      >>> state = optax.tree.set(tx.init(params), utilization={"experts": jnp.array([0.75, 0.25])})
+      >>> updates, state = tx.update(params, state, params)
+      >>> updates["experts"]
+      Array([[-1.5],
+             [-0.5]], dtype=float32)
     """
-    if not isinstance(decay, jax.core.Tracer) and not 0 <= float(decay) < 1:
-        raise ValueError(f"ema: decay must be in [0, 1); got {decay!r}.")
-
-    def decayed(x, y):
-        dtype = _float_of(x)
-        return jnp.asarray(decay * jnp.asarray(x, dtype) + (1 - decay) * jnp.asarray(y, dtype), dtype)
-
-    return _map(lambda a, b: jax.tree.map(decayed, a, b), previous, counts, "previous")
-
-
-def _float_of(leaf: Any) -> Any:
-    """The dtype for sums and averages of it: an average of integers would be cut off, and be zero."""
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-
-
-def _map(function: Any, like: Any, utilization: Any, name: str) -> Any:
-    """A function of the `RoutingCounts` of two trees, by path; the result has the structure of the first."""
-    ours, theirs = _counts_by_path(like, name), _counts_by_path(utilization, "utilization")
-    if different := ours.keys() ^ theirs.keys():
-        path = min(different, key=_experts.show)
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(
-            f"The utilization must have the layers of `{name}`: {_experts.show(path)} is "
-            f"{'missing from the utilization' if path in ours else f'not in `{name}`'}."
+            "hold_utilization passes utilization= to an optimizer that takes extra arguments; this one takes none: "
+            f"{_arrays.show_value(tx)}. (optax.MultiSteps(...).gradient_transformation() is one of these: put "
+            "hold_utilization inside of optax.MultiSteps.)"
         )
-    for path in ours:
-        shapes = [jnp.shape(tree[path].counts) for tree in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"The utilization at {_experts.show(path)} has counts of shape {list(shapes[1])}; in `{name}` they are "
-                f"{list(shapes[0])}."
-            )
-    treedef = jax.tree.structure(like, is_leaf=_routing.is_counts)
-    return treedef.unflatten([function(counts, theirs[path]) for path, counts in ours.items()])
+    expected = _entries_like(like)
+    structure = jax.tree.structure(like, is_leaf=_routing.is_counts)
+
+    def init_fn(params):
+        return HoldUtilizationState(jax.tree.map(jnp.zeros_like, like), tx.init(params))
+
+    def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
+        held = _experts.entries_of(state.utilization)
+        _check_like(held, expected, dtypes=True)
+        if utilization is None:
+            utilization = state.utilization
+        else:
+            _check_like(_experts.entries_of(utilization), expected)
+        updates, inner_state = tx.update(updates, state.inner_state, params, utilization=utilization, **extra_args)
+        # A user may set another kind of tree; the structure of the state must not change.
+        return updates, HoldUtilizationState(structure.unflatten([held[path] for path in expected]), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _counts_by_path(tree: Any, name: str) -> dict[_experts.Path, _routing.RoutingCounts]:
-    """The leaves of a tree that holds `RoutingCounts` only."""
-    if name != "utilization" and not jax.tree.leaves(tree):
-        raise ValueError(f"{name} must be a tree of RoutingCounts, of at least one layer; got {tree!r}.")
-    entries = _experts.utilization_by_path(tree)
+def _entries_like(like: Any) -> dict[str, Any]:
+    if not jax.tree.leaves(like):
+        raise ValueError(f"like must be a tree of RoutingCounts or fractions, of at least one layer; got {like!r}.")
+    return _experts.entries_of(like)
+
+
+def _check_counts(what: str, entries: Mapping[str, Any]) -> None:
     for path, leaf in entries.items():
         if not isinstance(leaf, _routing.RoutingCounts):
             raise ValueError(
-                f"{name} at {_experts.show(path)} is {_experts.show_value(leaf)}: pass RoutingCounts, as from "
-                "count_routing. Fractions of batches of unequal size cannot be added up."
+                f"{what} at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: pass RoutingCounts, as from "
+                "count_routing. Fractions of batches of unequal size cannot be summed."
             )
-    return entries
+
+
+def _check_like(received: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = False) -> None:
+    """Raises ValueError unless a utilization has the paths and shapes of `like`, and its dtypes if asked."""
+    if different := received.keys() ^ expected.keys():
+        path = min(different)
+        where = "missing from the utilization" if path in expected else "not in `like`"
+        raise ValueError(f"The utilization must have the layers of `like`: {path or _paths.ROOT} is {where}.")
+
+    def kind(leaf):
+        numbers = [leaf.counts, leaf.tokens] if isinstance(leaf, _routing.RoutingCounts) else [leaf]
+        return [(np.shape(x), np.dtype(x.dtype) if dtypes else None) for x in numbers]
+
+    for path, leaf in expected.items():
+        if kind(received[path]) != kind(leaf):
+            shown = [", ".join(map(_arrays.show_value, jax.tree.leaves(x))) for x in (received[path], leaf)]
+            raise ValueError(f"The utilization at {path or _paths.ROOT} is {shown[0]}; in `like` it is {shown[1]}.")

@@ -1,332 +1,247 @@
-"""Which parameters are experts, and along which axis: utilization paths matched to parameter paths.
+"""Which parameters are experts, and along which axes: utilization entries matched to the arrays of a tree.
 
-A *path* is a tuple of plain names: dictionary keys, attribute names and list positions as strings, so that a nested
-dict addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module alike. A slash in a name separates two
-names: Haiku's flat `{"moe/experts": ...}` is `{"moe": {"experts": ...}}`. Braces around names with commas between stand
-for each of them: `{"moe": {"{up,down}": u}}` is one layer of two parameters. Nothing is guessed from shapes.
+Nothing is guessed from shapes or names: a pattern says which nodes hold experts, and `expert_axis` along which axes.
 
 Axis letters: E experts, L layers.
 """
 
-import dataclasses
-import difflib
-import fnmatch
-import functools
 import itertools
 import numbers
-import re
-import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from excitation_optax import _routing
+from excitation_optax import _arrays, _paths, _routing, _scaling
 
-Path = tuple[str, ...]
 Shape = tuple[int, ...]
+Axes = tuple[tuple[int, ...], ...]  # for each axis of the utilization, the axes of the array that it is spread over
 
 
-@dataclasses.dataclass(frozen=True)
-class children:  # noqa: N801  (it reads as a function where it is used)
-    """Experts that are separate children of a path, instead of entries of one array.
+class Layer(NamedTuple):
+    """The arrays that one utilization entry covers."""
 
-    As `expert_axis` it says: of the path where utilization `[E]` stands (or where this spec stands, if that is deeper),
-    the children whose names match are the experts, in natural order (`expert_2` before `expert_10`), one entry of
-    utilization each. With utilization `[L, E]`, the layers are the leading axes of every child's parameters.
-
-    Attributes:
-      pattern: a shell-style pattern over the names of the children: `"expert_*"`, or `"*"` for a list of experts. With
-        slashes, over those of grandchildren: `"~/expert_*"`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
-      >>> params = {"moe": {"router": jnp.ones(2), "expert_0": jnp.ones(1), "expert_1": jnp.ones(1)}}
-      >>> tx = excitation_optax.scale_by_excitation(expert_axis=excitation_optax.children("expert_*"))
-      >>> updates, _ = tx.update(params, tx.init(params), utilization={"moe": jnp.array([0.75, 0.25])})
-      >>> updates["moe"]["expert_0"], updates["moe"]["expert_1"], updates["moe"]["router"]
-      (Array([1.5], dtype=float32), Array([1.], dtype=float32), Array([1., 1.], dtype=float32))
-    """
-
-    pattern: str
-
-    def __post_init__(self):
-        if not isinstance(self.pattern, str):
-            raise ValueError(f"children takes one pattern, such as children('expert_*'); got {self.pattern!r}.")
+    leaves: tuple[int, ...]  # their positions in the tree's leaves
+    placements: tuple[_scaling.Placement, ...]
+    nodes: tuple[str, ...]  # that its pattern matches
 
 
-Spec = int | tuple[int, ...] | children
-
-
-class Match(NamedTuple):
-    """How one parameter leaf is scaled: by which utilization leaf, whose axes run along which of its axes."""
-
-    entry: Path
-    axes: tuple[int, ...]
-    child: int | None = None  # the one expert that the whole leaf belongs to; `axes` are then those of the layers
-
-
-def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
-    """The leaves of a tree by their paths, in the order of `jax.tree.leaves`."""
-    leaves: dict[Path, Any] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        names = (jax.tree_util.keystr((key,), simple=True) for key in key_path)
-        path = tuple(part for name in names for part in re.split(r"/(?![^{]*})", name))  # not at slashes within braces
-        if path in leaves:
-            raise ValueError(
-                f"Two leaves have the same path {show(path)}: names must differ by more than their type, or where "
-                "slashes stand."
-            )
-        leaves[path] = leaf
-    return leaves
-
-
-def nested(leaves: Mapping[tuple[Any, ...], Any]) -> Any:
-    """The nested dict that has these leaves at these paths; of a single leaf at the root, the leaf."""
-    if () in leaves:
-        return leaves[()]
-    tree: dict[Any, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def utilization_by_path(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[Path, Any]:
-    """The utilization leaves by their paths: arrays `[..., E]` and `RoutingCounts`, or the shapes of such."""
-    entries = leaves_by_path(utilization, _routing.is_counts)
+def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[str, Any]:
+    """The entries of a utilization by their patterns: arrays `[..., E]`, `RoutingCounts`, or the shapes of such."""
+    entries = _paths.join(utilization, _routing.is_counts)
     if not entries:
         raise ValueError(
             f"Excitation needs the utilization of at least one layer; got {utilization!r}. Pass it at every update: "
-            "tx.update(grads, state, params, utilization={'path': {'of': {'experts': counts}}}), or, in Flax NNX, "
-            "optimizer.update(model, grads, utilization=...). If you did, a wrapper around this transformation dropped "
-            f"it: it must forward extra arguments. Those that came: {', '.join(other_arguments) or 'none'}."
+            "tx.update(grads, state, params, utilization={'path/of/experts': counts}), or, in Flax NNX, "
+            "optimizer.update(model, grads, utilization=...). If you did, it was dropped on the way: by Flax's own "
+            "TrainState.apply_gradients (use excitation_optax.flax.TrainState), or by a wrapper, which must forward "
+            "extra arguments. If your trainer calls tx.update itself, use hold_utilization. "
+            f"Extra arguments received: {', '.join(other_arguments) or 'none'}."
         )
-    for path, leaf in entries.items():
-        _check_utilization(path, leaf)
+    for pattern, leaf in entries.items():
+        _routing.check_utilization(pattern or _paths.ROOT, leaf)
     return entries
 
 
 def utilization_shape(leaf: Any) -> Shape:
+    """`[..., E]` of an entry."""
     return np.shape(leaf.counts if isinstance(leaf, _routing.RoutingCounts) else leaf)
 
 
-def _check_utilization(path: Path, leaf: Any) -> None:
-    shape = utilization_shape(leaf)
-    if not shape or shape[-1] == 0:
-        raise ValueError(
-            f"Utilization at {show(path)} must be an array of fractions [..., E] with an axis of experts; got "
-            f"{show_value(leaf)}, of shape {list(shape)}. (A Python list is a node of the tree: make it an array. "
-            "Experts that are separate children have one array [E] at their parent, and expert_axis=children(...).)"
-        )
-    if isinstance(leaf, _routing.RoutingCounts):
-        if leaf.tokens is None or np.shape(leaf.tokens) != shape[:-1]:
-            raise ValueError(
-                f"RoutingCounts at {show(path)} have counts of shape {list(shape)} and tokens of shape "
-                f"{list(np.shape(leaf.tokens))} ({show_value(leaf.tokens)}); tokens must be {list(shape[:-1])}, one "
-                "number for each layer."
-            )
-    elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            f"Utilization at {show(path)} must be floating-point fractions in [0, 1]; got {leaf.dtype}{list(shape)}. "
-            "Tokens per expert go into RoutingCounts(counts, tokens)."
-        )
+def is_parameter(x: Any) -> bool:
+    """Whether it can be scaled: floating-point arrays, their shapes, and floats; not integers, keys or functions."""
+    return isinstance(x, float | complex) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def specs_by_path(expert_axis: Any) -> dict[Path, Spec]:
-    """The specs of an `expert_axis` that is not a callable, by the paths at which they stand."""
+def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, Layer]:
+    """Finds the arrays of each entry, and where the axes of its utilization lie in them.
+
+    Args:
+      tree: the parameters, their updates, or their shapes.
+      entries: from each pattern to its utilization, or its shape.
+      expert_axis: as `scale_by_excitation` takes it.
+
+    Returns:
+      A layer for each entry.
+
+    Raises:
+      ValueError: if a pattern or an axis does not fit, with the path, the shapes received, and what to do.
+    """
+    spec_of = specs_by_leaf(tree, expert_axis)
+    owner: dict[int, str] = {}  # leaf to pattern
+    layers = {}
+    for pattern, utilization in entries.items():
+        shape = utilization_shape(utilization)
+        matches = _find(tree, pattern, "utilization")
+        experts = _number_experts(pattern, matches, shape) if _paths.EXPERT in pattern else {}
+        matches = [match for match in matches if match.is_whole]
+        _check_one_layer(pattern, matches)
+        leaves, placements = [], []
+        for match in matches:
+            expert = experts.get(int(match.digits)) if match.digits is not None else None
+            for leaf in tree.leaves_below(match.node):
+                if is_parameter(tree.leaves[leaf]):
+                    _claim(leaf, pattern, owner, tree, "utilization")
+                    leaves.append(leaf)
+                    placements.append(_place(tree, leaf, pattern, shape, spec_of.get(leaf), expert))
+        layers[pattern] = Layer(tuple(leaves), tuple(placements), tuple(str(match.node) for match in matches))
+    return layers
+
+
+def check_spec(expert_axis: Any) -> None:
+    """Raises ValueError for an `expert_axis` that is malformed whatever the parameters are."""
+    if not callable(expert_axis):
+        _specs(expert_axis)
+
+
+def _specs(expert_axis: Any) -> dict[str, Axes | None]:
+    """The specs of an `expert_axis` by their patterns, in one form."""
+    if not isinstance(expert_axis, Mapping):
+        return {"": _normalized("expert_axis", expert_axis)}
+    specs = {}
+    for path, spec in _paths.join(dict(expert_axis), is_leaf=lambda x: not isinstance(x, Mapping)).items():
+        specs[path] = _normalized(f"expert_axis at {path or _paths.ROOT}", spec)
+    return specs
+
+
+def _normalized(what: str, spec: Any) -> Axes | None:
+    """A spec with a tuple for each axis of the utilization."""
 
     def is_int(x):
         return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
-    def is_spec(x):  # a tuple of ints is a spec; any other tuple is a node of the tree
-        return type(x) is tuple and all(isinstance(axis, numbers.Integral) for axis in x)
+    if spec is None:
+        return None
+    elements = spec if isinstance(spec, tuple) else (spec,)
+    groups = [element if isinstance(element, tuple) else (element,) for element in elements]
+    if not all(group and all(map(is_int, group)) for group in groups):
+        raise ValueError(
+            f"{what} must be an int, a tuple with an element for each axis of the utilization, experts last, or a "
+            f"mapping from path patterns to these; got {_arrays.show_value(spec)}. (Under optax.inject_hyperparams, "
+            "name expert_axis in static_args.)"
+        )
+    return tuple(tuple(int(axis) for axis in group) for group in groups)
 
-    specs = leaves_by_path(expert_axis, is_spec)
-    for path, spec in specs.items():
-        if not (isinstance(spec, children) or all(map(is_int, spec if is_spec(spec) else (spec,)))):
+
+def specs_by_leaf(tree: _paths.Tree, expert_axis: Any) -> dict[int, Axes]:
+    """The spec of each leaf that has one."""
+    specs = _specs(expert_axis(tree.treedef.unflatten(tree.leaves)) if callable(expert_axis) else expert_axis)
+    if list(specs) == [""]:
+        return {} if specs[""] is None else dict.fromkeys(range(len(tree.leaves)), specs[""])
+    owner: dict[int, str] = {}
+    spec_of: dict[int, Axes] = {}
+    for pattern, spec in specs.items():
+        for match in _find(tree, pattern, "expert_axis"):
+            for leaf in tree.leaves_below(match.node):
+                _claim(leaf, pattern, owner, tree, "expert_axis")
+                if spec is not None:
+                    spec_of[leaf] = spec
+    return spec_of
+
+
+def _find(tree: _paths.Tree, pattern: str, what: str) -> list[_paths.Match]:
+    """The matches of a pattern; that there is no parameter among them is an error, unless they are masked."""
+    matches = tree.find(pattern)
+    whole = [leaf for match in matches if match.is_whole for leaf in tree.leaves_below(match.node)]
+    if not any(match.node.is_masked for match in matches) and not any(
+        _paths.is_masked(tree.leaves[leaf]) or is_parameter(tree.leaves[leaf]) for leaf in whole
+    ):
+        found = "no parameter" + (" (only None, integers, keys or functions)" if whole else "")
+        raise ValueError(
+            f"The {what} path {pattern or _paths.ROOT} matches {found}. {tree.nearest(pattern)} Paths start at the "
+            "root of the tree that tx.update is given; `**` is any number of names. describe() shows what matches."
+        )
+    return matches
+
+
+def _claim(leaf: int, pattern: str, owner: dict[int, str], tree: _paths.Tree, what: str) -> None:
+    """Notes that a pattern covers a leaf, which no other may."""
+    if leaf in owner:
+        raise ValueError(
+            f"The {what} paths {owner[leaf] or _paths.ROOT} and {pattern or _paths.ROOT} both cover "
+            f"{tree.nodes[leaf]}: every parameter must be covered once. Make one of them narrower."
+        )
+    owner[leaf] = pattern
+
+
+def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
+    """Raises ValueError if a wildcard stands for different names, other than the last, in the nodes of an entry."""
+    first: dict[tuple[int, int], tuple[str, _paths.Node]] = {}
+    for match in matches:
+        for i, groups in enumerate(match.wildcards[:-1]):
+            for j, text in enumerate(groups):
+                if text is not None and text != first.setdefault((i, j), (text, match.node))[0]:
+                    raise ValueError(
+                        f"The utilization path {pattern} matches {first[i, j][1]} and {match.node}, which are "
+                        "different layers. Each layer needs counts of its own: write one entry for each. (If they are "
+                        "one layer, name them in braces, {a,b}; if they are experts, write {expert} for the number.)"
+                    )
+
+
+def _number_experts(pattern: str, matches: list[_paths.Match], shape: Shape) -> dict[int, int]:
+    """From the numbers in the names of experts to their positions on the axis of experts."""
+    written: dict[int, set[str]] = {}
+    for match in matches:
+        if match.digits is not None:
+            written.setdefault(int(match.digits), set()).add(match.digits)
+    for digits in written.values():
+        if len(digits) > 1:
             raise ValueError(
-                f"expert_axis at {show(path)} must be an int, a tuple of ints or children(pattern); got "
-                f"{show_value(spec)}. (Under optax.inject_hyperparams, name it in static_args.)"
+                f"The utilization path {pattern} matches the same number written as {' and '.join(sorted(digits))}: "
+                "which expert is meant?"
             )
-    return specs
+    if written and len(written) != shape[-1]:
+        found = shorten([str(number) for number in sorted(written)])
+        raise ValueError(
+            f"The utilization path {pattern} finds {len(written)} experts, with the numbers {found}; its utilization "
+            f"{list(shape)} has E = {shape[-1]}. Correct the path, or count as many experts as there are."
+        )
+    return {number: position for position, number in enumerate(sorted(written))}
 
 
-def is_function(expert_axis: Any) -> bool:
-    """Whether it is a callable of the updates; a module that holds specs may be callable too, but is a tree."""
-    is_class = isinstance(expert_axis, type)
-    return callable(expert_axis) and not is_class and jax.tree_util.all_leaves([expert_axis])
-
-
-def match_experts(params: Any, entries: dict[Path, Any], expert_axis: Any) -> dict[Path, Match | None]:
-    """Says of each parameter leaf how it is scaled, or None if it is left as it is.
-
-    Args:
-      params: the parameters, or their updates, or their shapes.
-      entries: the leaves of the utilization, by path.
-      expert_axis: as `scale_by_excitation` takes it.
-
-    Returns:
-      A dict from the path of each leaf, in the order of `jax.tree.leaves` with `optax.MaskedNode`s as leaves.
-
-    Raises:
-      ValueError: if a path or an axis does not fit, with the path, the shapes received, and what to do.
-    """
-    leaves = leaves_by_path(params, is_masked)
-    specs = specs_by_path(expert_axis(params) if is_function(expert_axis) else expert_axis)
-    entry_at = _without_braces("utilization", entries)
-    spec_at = _without_braces("expert_axis", specs)
-    _check_paths("utilization", entry_at, leaves)
-    _check_paths("expert_axis", spec_at, leaves)
-
-    @functools.cache
-    def number_children(parent: Path, pattern: str, shape: Shape) -> dict[Path, int]:
-        frozen_too = leaves_by_path(params, lambda x: x is None or is_masked(x))  # which keep their numbers
-        return _number_children(parent, pattern, shape, frozen_too)
-
-    def match(path: Path, leaf: Any) -> Match | None:
-        entry_path = _covering(path, entry_at)
-        if entry_path is None or not is_parameter(leaf):
-            return None
-        entry = entry_at[entry_path]
-        shape = utilization_shape(entries[entry])
-        spec_path = _covering(path, spec_at)
-        spec = tuple(range(len(shape))) if spec_path is None else specs[spec_at[spec_path]]
-        if not isinstance(spec, children):
-            return Match(entry, _place(path, np.shape(leaf), entry, shape, spec))
-        parent = entry_path if spec_path is None else max(entry_path, spec_path, key=len)
-        below = len(parent) + 1 + spec.pattern.count("/")
-        child = number_children(parent, spec.pattern, shape).get(path[:below])
-        if child is None:
-            return None
-        layer_axes = tuple(range(len(shape) - 1))
-        return Match(entry, _place(path, np.shape(leaf), entry, shape[:-1], layer_axes), child)
-
-    return {path: match(path, leaf) for path, leaf in leaves.items()}
-
-
-def is_masked(x: Any) -> bool:
-    """`optax.masked` and `optax.partition` put this where a parameter is another transformation's."""
-    return isinstance(x, optax.MaskedNode)
-
-
-def is_parameter(x: Any) -> bool:
-    """Floating-point arrays, their shapes, and numbers; not integers, keys, or the functions that some modules hold."""
-    return isinstance(x, numbers.Number) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
-
-
-def _without_braces(what: str, paths: Iterable[Path]) -> dict[Path, Path]:
-    """Every path that a path with braces stands for, itself where it has none, and where each came from."""
-    found: dict[Path, Path] = {}
-    for path in paths:
-        alternatives = (name[1:-1].split(",") if name[:1] + name[-1:] == "{}" else (name,) for name in path)
-        for names in itertools.product(*alternatives):
-            one = tuple(part for name in names for part in name.split("/"))
-            if one in found:
-                raise ValueError(
-                    f"The {what} paths {show(found[one])} and {show(path)} both cover {show(one)}: every parameter "
-                    "must be covered once."
-                )
-            found[one] = path
-    return found
-
-
-def _covering(path: Path, prefixes: Iterable[Path]) -> Path | None:
-    """The prefix of a path that is in `prefixes`, the shortest."""
-    return next((path[:n] for n in range(len(path) + 1) if path[:n] in prefixes), None)
-
-
-def _check_paths(what: str, paths: Iterable[Path], leaves: dict[Path, Any]) -> None:
-    """That each is the path of some parameters, and none below another, as can be where names have slashes."""
-    known = {path[:n] for path in leaves for n in range(len(path) + 1)}
-    masked = {path for path, leaf in leaves.items() if is_masked(leaf)}
-    for path in paths:
-        if path and (above := _covering(path[:-1], paths)) is not None:
-            raise ValueError(
-                f"The {what} path {show(path)} is below another, {show(above)}: every parameter must be covered once. "
-                "(A slash in a name separates two names.)"
-            )
-        if path not in known and _covering(path, masked) is None:
-            raise ValueError(
-                f"The {what} path {show(path)} matches no parameter. Nearest: {nearest(path, known)}. At the top "
-                f"level are: {', '.join(sorted({p[0] for p in leaves if p})) or 'no names'}. Paths start at the root "
-                "of the tree that is given to tx.update; describe() shows how they match. (A list is a node of a tree: "
-                "axes go in a tuple.)"
-            )
-
-
-def nearest(path: Path, known: Iterable[Path]) -> str:
-    """Paths that end as this one does, or with which it ends; then those of similar spelling."""
-
-    def same_end(other):
-        shorter = min(len(path), len(other))
-        return shorter > 0 and path[-shorter:] == other[-shorter:]
-
-    similar = difflib.get_close_matches(show(path), map(show, sorted(known)), n=3, cutoff=0.3)
-    same = sorted(filter(same_end, known), key=lambda other: (len(other), other))
-    return ", ".join(list(dict.fromkeys([*map(show, same), *similar]))[:3]) or "none"
-
-
-def _place(path: Path, shape: Shape, entry: Path, sizes: Shape, spec: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The parameter axes, counted from the front, that the utilization axes of these sizes run along."""
-    spec = spec if isinstance(spec, tuple) else (spec,)
+def _place(
+    tree: _paths.Tree, leaf: int, pattern: str, shape: Shape, spec: Axes | None, expert: int | None
+) -> _scaling.Placement:
+    """Where the axes of a utilization of this shape lie in one array."""
+    sizes = shape if expert is None else shape[:-1]
+    array = np.shape(tree.leaves[leaf])
+    axes = tuple((axis,) for axis in range(len(sizes))) if spec is None else spec
     problem = (
-        f"The parameter {show(path)} {list(shape)} cannot be scaled by the utilization at {show(entry)}, whose axes "
-        f"{list(sizes)} run along its axes {list(spec)}:"
+        f"The parameter {tree.nodes[leaf]} {list(array)} cannot be scaled by the utilization at "
+        f"{pattern or _paths.ROOT}, whose axes {list(sizes)} run along its axes {show_axes(axes)}:"
     )
-    if len(spec) != len(sizes):
+    if len(axes) != len(sizes):
+        layers_only = "" if expert is None else " With {expert} in the path, it names the layers' axes only."
         raise ValueError(
-            f"{problem} expert_axis must name as many axes as the utilization has, {len(sizes)}, the experts' last; it "
-            f"names {len(spec)}."
+            f"{problem} expert_axis must have one element for each axis of the utilization, {len(sizes)}, experts "
+            f"last; it has {len(axes)}.{layers_only}"
         )
-    if any(not -len(shape) <= axis < len(shape) for axis in spec):
+    flat = list(itertools.chain.from_iterable(axes))
+    if any(not -len(array) <= axis < len(array) for axis in flat):
         raise ValueError(
-            f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the utilization path end "
-            "where there are experts only. Separate modules are children('expert_*')."
+            f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the path end where there "
+            "are experts only. Separate modules are addressed by 'expert_{expert}'."
         )
-    axes = tuple(int(axis) % len(shape) for axis in spec)
-    if len(set(axes)) != len(axes):
-        raise ValueError(f"{problem} one axis is named twice in expert_axis.")
-    found = [shape[axis] for axis in axes]
+    placed = tuple(tuple(axis % len(array) for axis in group) for group in axes)
+    flat = list(itertools.chain.from_iterable(placed))
+    if len(set(flat)) != len(flat):
+        raise ValueError(f"{problem} expert_axis names one axis twice.")
+    found = [int(np.prod([array[axis] for axis in group])) for group in placed]
     if found != list(sizes):
         raise ValueError(
             f"{problem} these have {found} entries, not {list(sizes)}. Count as many experts as there are; let the "
-            "utilization path end where there are experts only; or set expert_axis (-1 for the neurons of a Dense "
-            "layer of kernel [in, out], (1, 0) for [E, L, ...], children('expert_*') for separate modules, "
-            "children('*') for a list of them)."
+            "path end where there are experts only; or set expert_axis (-1 for the neurons of a Dense kernel, "
+            "(1, 0) for [E, L, ...]). Separate modules are addressed by 'expert_{expert}', a list by '{expert}'."
         )
-    return axes
+    return _scaling.Placement(placed, expert)
 
 
-def _number_children(parent: Path, pattern: str, shape: Shape, leaves: Iterable[Path]) -> dict[Path, int]:
-    """Numbers the paths below a path that match a pattern, name by name, in natural order."""
-    patterns = pattern.split("/")
-    above, below = len(parent), len(parent) + len(patterns)
-    children = {path[:below] for path in leaves if path[:above] == parent and len(path) >= below}
-    in_order = sorted(children, key=lambda path: [natural_order(name) for name in path])
-    experts = [path for path in in_order if all(map(fnmatch.fnmatchcase, path[above:], patterns))]
-    if len(experts) != shape[-1]:
-        found = ", ".join(show(path[above:]) for path in in_order) or "(none)"
-        raise ValueError(
-            f"children({pattern!r}) finds {len(experts)} experts at {show(parent)}, whose children are {found}; its "
-            f"utilization {list(shape)} has E = {shape[-1]}. Mend the pattern, or the path of the utilization."
-        )
-    return {path: number for number, path in enumerate(experts)}
+def shorten(items: Sequence[str]) -> str:
+    """A list of items as it is printed, without most of a long one."""
+    return ", ".join(items if len(items) < 8 else [*items[:4], "...", items[-1]])
 
 
-def natural_order(name: str) -> tuple[list[str | int], str]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
-
-
-def show(path: Path) -> str:
-    return "/".join(path) or "(root)"
-
-
-def show_value(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else reprlib.repr(x)
+def show_axes(axes: Axes) -> list[int | tuple[int, ...]]:
+    """A spec as a user writes it."""
+    return [group[0] if len(group) == 1 else group for group in axes]

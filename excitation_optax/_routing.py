@@ -1,32 +1,43 @@
-"""Routing counts: how many tokens each expert was given, kept as sums so that they add up before they are divided.
+"""Routing counts: how many tokens each expert received. Counts are sums, so they add up before they are divided.
 
 Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any number), E experts, K experts per token.
 """
 
-import dataclasses
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from excitation_optax import _strategies
+from excitation_optax import _arrays
+
+_HINT = (
+    " A list is a node of the tree: convert it to an array. Experts in separate modules share one array [E], at a path "
+    "that ends in a name such as expert_{expert}."
+)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RoutingCounts:
-    r"""Tokens per expert and tokens in all; utilization is their quotient, taken once, at the end.
+@_arrays.exportable
+class RoutingCounts(NamedTuple):
+    r"""The number of tokens that each expert received, and the number of all tokens.
 
     .. math::
       u_k = \frac{1}{|\mathcal{B}|} \sum_{x \in \mathcal{B}} \mathbb{1}[k \in \mathcal{A}(x)]
 
-    Adding two of them is right for micro-batches, and `jax.lax.psum` of one is right across devices, however unequal
-    their padding: numerators and denominators add up, which averages of fractions do not. Under `jax.pmap` or
-    `jax.shard_map` this sum is yours to write: **without it every replica scales its update by its own share of the
-    batch, and the replicas drift apart in silence.** Under `jax.jit` with sharded inputs counts are global already.
+    Add the counts of micro-batches, and use `jax.lax.psum` across devices: numerators and denominators add up, also
+    where padding differs. Averages of fractions do not. Under `jax.jit` with sharded inputs the counts are global
+    already. **Under `jax.pmap` or `jax.shard_map` sum them over the mapped axis; otherwise each replica scales its
+    update by its own share of the batch, and the replicas drift apart without an error.**
 
     Attributes:
       counts: `[..., E]` float32, tokens routed to each expert. Leading axes, if any, are layers.
-      tokens: `[...]` float32, tokens in all, those that `where` left out not counted.
+      tokens: `[...]` float32, all tokens, without those that `where` left out.
+
+    Addition requires arrays of equal shapes. Integers and half-precision floats are added in float32.
+
+    Raises:
+      ValueError: if the shapes differ in an addition, or a summand is not `RoutingCounts` of arrays.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,35 +54,79 @@ class RoutingCounts:
     counts: jax.Array
     tokens: jax.Array
 
-    def __add__(self, other: "RoutingCounts") -> "RoutingCounts":
-        if not isinstance(other, RoutingCounts):
-            return NotImplemented
-        return RoutingCounts(self.counts + other.counts, self.tokens + other.tokens)
+    __array_ufunc__ = None  # otherwise NumPy converts the pair to one array
+    __mul__ = __rmul__ = None  # a tuple repeats  # pyrefly: ignore[bad-override-mutable-attribute]
 
-    def __radd__(self, other: int) -> "RoutingCounts":
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # so that sum() works
+    def __add__(self, other: "RoutingCounts") -> "RoutingCounts":  # pyrefly: ignore[bad-override]
+        if not isinstance(other, RoutingCounts):
+            raise ValueError(f"Only RoutingCounts can be added to RoutingCounts; got {_arrays.show_value(other)}.")
+        return RoutingCounts(*(_add(name, getattr(self, name), getattr(other, name)) for name in self._fields))
+
+    def __radd__(self, other: Any) -> "RoutingCounts":
+        return self if isinstance(other, int) and other == 0 else self + other  # sum() starts at 0
 
     @property
     def utilization(self) -> jax.Array:
-        """`[..., E]`, the fraction in [0, 1] of the tokens that each expert was given; 0 where there were no tokens."""
-        counts, tokens = (_strategies.float32_or_wider(x) for x in (self.counts, self.tokens))
+        """`[..., E]`, the fraction in [0, 1] of the tokens that each expert received; 0 where there were no tokens."""
+        counts, tokens = _arrays.widened(*self)
         tokens = jnp.expand_dims(tokens, -1)
         return jnp.where(tokens == 0, 0, counts / jnp.where(tokens == 0, 1, tokens))
 
 
 def is_counts(x: object) -> bool:
-    """For `is_leaf=`: where a tree of utilization ends."""
+    """Says where a tree of utilization ends, as `is_leaf=`."""
     return isinstance(x, RoutingCounts)
 
 
-def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts from the experts that each token chose.
+def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
+    """Converts an array of fractions or `RoutingCounts` to an array `[..., E]`, in float32 or wider."""
+    if isinstance(utilization, RoutingCounts):
+        _check_shapes("RoutingCounts", utilization)
+        utilization = utilization.utilization
+    u = _arrays.as_array("Utilization", utilization)
+    _check_experts("Utilization", u)
+    _arrays.check_not_negative("Utilization", u)
+    return _arrays.float32_or_wider(u)
 
-    An expert that a token names twice is counted once (equation 1 counts tokens, not choices); an index outside
-    `[0, E)`, as some routers give to dropped tokens, counts for no expert.
+
+def check_utilization(path: str, leaf: Any) -> None:
+    """Checks one leaf of `utilization=`: an array, `RoutingCounts`, or the shapes of either.
 
     Args:
-      expert_indices: `[T..., K]` integers, the experts of each token, before any token is dropped for capacity. From
+      path: how the error names the leaf.
+      leaf: fractions `[..., E]`, or `RoutingCounts` of `[..., E]` and `[...]`.
+
+    Raises:
+      ValueError: if there is no axis of experts, the shapes of `RoutingCounts` differ, fractions are not
+        floating-point, or a value that can be read is negative.
+    """
+    counted = isinstance(leaf, RoutingCounts)
+    what = f"{'RoutingCounts' if counted else 'Utilization'} at {path}"
+    if counted:
+        _check_shapes(what, leaf)
+    else:
+        _check_experts(what, leaf, _HINT)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "
+                "Put tokens per expert into RoutingCounts(counts, tokens)."
+            )
+    for x in leaf if counted else (leaf,):
+        if _arrays.is_array(x):
+            _arrays.check_not_negative(what, x)
+
+
+def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
+    """Counts tokens per expert from the experts that each token chose.
+
+    Equation 1 counts tokens, not choices: an expert that a token names twice is counted once. An index outside
+    `[0, E)`, as some routers give to dropped tokens, counts for no expert.
+
+    Do not pass the token numbers `[E, C]` of expert-choice routing. There every expert chooses C tokens, so all
+    experts have the same load and Excitation has no effect.
+
+    Args:
+      expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity. From
         an argmax `[T...]`, pass `indices[..., None]`.
       num_experts: E.
       where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
@@ -80,8 +135,8 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
       The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
 
     Raises:
-      ValueError: if the indices are not integers, `num_experts` is not positive, K is more than E, or `where` does not
-        fit.
+      ValueError: if the indices are not integers, `num_experts` is not a positive integer, K is more than E, or
+        `where` does not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,22 +148,21 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 1.
     """
-    expert_indices = jnp.asarray(expert_indices)
+    expert_indices = _arrays.as_array("count_routing: expert_indices", expert_indices)
+    num_experts = _arrays.static_int("count_routing: num_experts", num_experts)
     if not jnp.issubdtype(expert_indices.dtype, jnp.integer):
         raise ValueError(
-            f"count_routing: expert_indices must be integers [..., K]; got {_describe(expert_indices)}. "
-            "For the router's scores use count_logits, for a mask of active experts count_active."
+            f"count_routing: expert_indices must be integers [..., K]; got {_arrays.show_value(expert_indices)}. "
+            "For router logits use count_logits, for a mask of active experts count_active."
         )
     if expert_indices.ndim == 0:
         raise ValueError(
-            "count_routing: expert_indices must have an axis of the K experts of a token, [..., K]; got []."
+            "count_routing: expert_indices must have an axis of the K experts per token, [..., K]; got []."
         )
-    if num_experts < 1:
-        raise ValueError(f"count_routing: num_experts must be at least 1; got {num_experts}.")
     if expert_indices.shape[-1] > num_experts:
         raise ValueError(
-            f"count_routing: the last axis of expert_indices {_describe(expert_indices)} holds the K experts of one "
-            f"token, at most num_experts = {num_experts}. With one expert per token, pass expert_indices[..., None]."
+            f"count_routing: expert_indices {_arrays.show_value(expert_indices)} has more experts per token on its "
+            f"last axis than num_experts = {num_experts}. With one expert per token, pass expert_indices[..., None]."
         )
     # As int32, since E may be more than an 8-bit index can count to.
     chosen = jax.nn.one_hot(expert_indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
@@ -116,7 +170,7 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
 
 
 def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts from a mask of active experts, such as the neurons that a Top-K layer retained.
+    """Counts tokens per expert from a mask of active experts, such as the neurons that a Top-K layer retained.
 
     Args:
       active: `[T..., E]` boolean, whether the expert is active for the token.
@@ -138,28 +192,28 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 1.
     """
-    active = jnp.asarray(active)
+    active = _arrays.as_array("count_active: active", active)
     if active.dtype != jnp.bool_ or active.ndim == 0:
         raise ValueError(
-            f"count_active: active must be a boolean mask [..., E]; got {_describe(active)}. "
+            f"count_active: active must be a boolean mask [..., E]; got {_arrays.show_value(active)}. "
             "Pass `activations != 0`, or use count_routing for expert indices."
         )
     token_axes = tuple(range(active.ndim - 1))
     if where is None:
         tokens = jnp.asarray(active.size // max(active.shape[-1], 1), jnp.float32)
     else:
-        where = _broadcast_where(where, active.shape[:-1])
+        where = token_mask(where, active.shape[:-1])
         active &= jnp.expand_dims(where, -1)
         tokens = jnp.sum(where, dtype=jnp.float32)
-    # As int8, which XLA's CPU reductions read as it is, so that the mask is written to memory in bytes, not in words.
+    # As int8, which XLA's CPU reductions read directly, so that the mask is written to memory in bytes, not in words.
     return RoutingCounts(jnp.sum(active.astype(jnp.int8), axis=token_axes, dtype=jnp.float32), tokens)
 
 
 def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts from a router's scores: each token goes to the K experts with the highest, as `jax.lax.top_k` ranks them.
+    """Counts tokens per expert from router logits: each token goes to its K highest, as `jax.lax.top_k` ranks them.
 
-    For models that give out their router logits and nothing else. A model that routes otherwise (a bias added before
-    the ranking, groups of experts, expert choice) must be counted from its own choice, by `count_routing`.
+    Use it for models that return their router logits and nothing else. A model that adds a bias before the ranking, or
+    chooses among groups of experts, must be counted from its own choice with `count_routing`.
 
     Args:
       router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).
@@ -170,7 +224,7 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
       The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
 
     Raises:
-      ValueError: if K is not between 1 and E, or `where` does not fit.
+      ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -178,25 +232,55 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
       >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization
       Array([0.5, 0.5, 0. ], dtype=float32)
     """
-    router_logits = jnp.asarray(router_logits)
-    num_experts = router_logits.shape[-1] if router_logits.ndim else 0
-    if not 1 <= experts_per_token <= num_experts:
+    router_logits = _arrays.as_array("count_logits: router_logits", router_logits)
+    experts_per_token = _arrays.static_int("count_logits: experts_per_token", experts_per_token)
+    if not jnp.issubdtype(router_logits.dtype, jnp.floating):
         raise ValueError(
-            f"count_logits: experts_per_token must be between 1 and E = {num_experts}, the last axis of the router "
-            f"logits {_describe(router_logits)}; got {experts_per_token}."
+            f"count_logits: router_logits must be floating-point [..., E]; got {_arrays.show_value(router_logits)}. "
+            "For expert indices use count_routing, for a mask of active experts count_active."
+        )
+    num_experts = router_logits.shape[-1] if router_logits.ndim else 0
+    if experts_per_token > num_experts:
+        raise ValueError(
+            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of router_logits "
+            f"{_arrays.show_value(router_logits)}; got {experts_per_token}."
         )
     return count_routing(jax.lax.top_k(router_logits, experts_per_token)[1], num_experts, where)
 
 
-def _broadcast_where(where: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    where = jnp.asarray(where)
+def token_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts a mask to the tokens' shape."""
+    where = _arrays.as_array("where", where)
     if where.dtype != jnp.bool_:
-        raise ValueError(f"where must be boolean; got {_describe(where)}. Pass `mask != 0`.")
+        raise ValueError(f"where must be boolean; got {_arrays.show_value(where)}. Pass `mask != 0`.")
     try:
         return jnp.broadcast_to(where, shape)
     except ValueError as error:
-        raise ValueError(f"where {_describe(where)} does not fit the tokens {list(shape)} it is to mask.") from error
+        raise ValueError(f"where {_arrays.show_value(where)} does not fit the tokens {list(shape)}.") from error
 
 
-def _describe(x: jax.Array) -> str:
-    return f"{x.dtype}{list(x.shape)}"
+def _check_shapes(what: str, counts: RoutingCounts) -> None:
+    _check_experts(f"{what}: counts", counts.counts)
+    shape = list(counts.counts.shape)
+    if _arrays.shape_of(counts.tokens) != counts.counts.shape[:-1]:
+        raise ValueError(
+            f"{what} have counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
+            f"shape {shape[:-1]}, one number for each layer."
+        )
+
+
+def _check_experts(what: str, x: Any, hint: str = "") -> None:
+    shape = _arrays.shape_of(x)
+    if not shape or shape[-1] == 0:
+        raise ValueError(
+            f"{what} must be an array with an axis of experts, [..., E]; got {_arrays.show_value(x)}.{hint}"
+        )
+
+
+def _add(name: str, a: Any, b: Any) -> jax.Array:
+    if not (_arrays.is_array(a) and _arrays.is_array(b) and jnp.shape(a) == jnp.shape(b)):
+        raise ValueError(
+            f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {_arrays.show_value(a)} and "
+            f"{_arrays.show_value(b)}."
+        )
+    return operator.add(*_arrays.widened(a, b))

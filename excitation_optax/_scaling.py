@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from excitation_optax import _arrays
+
 Component = Literal["both", "direction", "norm"]
 COMPONENTS: tuple[str, ...] = get_args(Component)
 
@@ -54,7 +56,7 @@ def scale_layer(
     else:
         ratio = jnp.expand_dims(_norm_ratio(phi, updates, placements), -1)  # [..., 1]
         # A ratio of 0 means that phi times the update is 0, and no quotient is needed.
-        direction = phi / jnp.where(ratio == 0, 1, ratio)
+        direction = phi.astype(ratio.dtype) / _arrays.one_if_zero(ratio)
         factor = direction if component == "direction" else jnp.broadcast_to(ratio, phi.shape)
 
     def scale(update: jax.Array, place: Placement) -> jax.Array:
@@ -80,22 +82,22 @@ def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[
     The largest entries are divided out before they are squared, since float32 squares overflow above 1e19 and vanish
     below 1e-23.
     """
-    absolute = [jnp.abs(u) for u in updates]
-    absolute = [a.astype(np.promote_types(phi.dtype, a.dtype)) for a in absolute]
+    wide = functools.reduce(np.promote_types, [jnp.abs(update).dtype for update in updates], phi.dtype)
+    absolute = [jnp.abs(update).astype(wide) for update in updates]
     largest = _per_expert(absolute, placements, phi.shape, jnp.max, jnp.maximum)
-    divisor = _one_if_zero(largest)
-    squares = [(a / _expand(divisor, a, p).astype(a.dtype)) ** 2 for a, p in zip(absolute, placements, strict=True)]
+    divisor = _arrays.one_if_zero(largest)
+    squares = [(a / _expand(divisor, a, p)) ** 2 for a, p in zip(absolute, placements, strict=True)]
     sums = _per_expert(squares, placements, phi.shape, jnp.sum, jnp.add)
     # Both cross the devices at once, and only here.
     largest, sums = replicated(jnp.stack([largest, sums]))
 
+    phi = phi.astype(sums.dtype)
     largest_phi = jnp.max(jnp.abs(phi), axis=-1, keepdims=True)
-    relative_phi = (phi / _one_if_zero(largest_phi)).astype(sums.dtype)
-    relative = sums * (largest / _one_if_zero(jnp.max(largest, axis=-1, keepdims=True))) ** 2
+    relative_phi = phi / _arrays.one_if_zero(largest_phi)
+    relative = sums * (largest / _arrays.one_if_zero(jnp.max(largest, axis=-1, keepdims=True))) ** 2
     before = jnp.sum(relative, axis=-1)
     after = jnp.sum(relative_phi**2 * relative, axis=-1)
-    ratio = jnp.sqrt(after / _one_if_zero(before)).astype(phi.dtype)
-    return jnp.where(before == 0, 1, largest_phi[..., 0] * ratio)
+    return jnp.where(before == 0, 1, largest_phi[..., 0] * jnp.sqrt(after / _arrays.one_if_zero(before)))
 
 
 def _per_expert(
@@ -132,8 +134,3 @@ def _expand(x: jax.Array, array: jax.Array, place: Placement) -> jax.Array:
     axes = [axis for group in place.axes for axis in group]
     x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), np.argsort(axes))
     return jnp.expand_dims(x, [axis for axis in range(array.ndim) if axis not in axes])
-
-
-def _one_if_zero(x: jax.Array) -> jax.Array:
-    """A denominator that is safe; the caller replaces the quotient where x is 0."""
-    return jnp.where(x == 0, 1, x)

@@ -1,11 +1,24 @@
-"""The strategies: what Phi(u, gamma) is, one equation each (arXiv 2602.21798, section 3.2).
+"""The strategies: one function for each equation of Phi(u, gamma) (arXiv 2602.21798, section 3.2).
 
 Shapes: E experts of one layer, on the last axis; leading axes, such as a stack of layers, are independent. Every
 expectation E[.] of the paper runs over the experts of one layer, that is, over the last axis.
 
-Numerics: a power law does not change when utilization is scaled, nor an exponential's share when it is shifted, so the
-largest entry is divided out (subtracted, in `exp_diff`) first, and every strategy is finite for every utilization in
-[0, 1] and every gamma up to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN.
+Numerics: scaling utilization does not change a power law, and shifting it does not change the quotient of exponentials.
+So the largest entry is divided out first (in `exp_diff` subtracted), and every strategy is finite for every utilization
+in [0, 1] and every gamma up to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN, and negative
+utilization is an error where its values can be read.
+
+A strategy of your own is a function of `(utilization, gamma)`. Some models pad the experts' axis, for example with 6
+experts in 8 slots. The empty slots would lower the mean, so slice them off:
+
+    >>> import jax.numpy as jnp
+    >>> import excitation_optax
+    >>> def positive_sum_of_six(utilization, gamma):
+    ...     excitation = excitation_optax.positive_sum(utilization[..., :6], gamma)
+    ...     return jnp.concatenate([excitation, jnp.ones_like(utilization[..., 6:])], axis=-1)
+    >>> utilization = jnp.array([0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.0, 0.0])
+    >>> positive_sum_of_six(utilization, 1.0)  # the mean of the six is 0.2
+    Array([1. , 1. , 1.5, 1. , 1. , 1.5, 1. , 1. ], dtype=float32)
 """
 
 import functools
@@ -18,9 +31,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from excitation_optax import _arrays, _routing
+
 # What `scale_by_excitation` calls: `(utilization [..., E], gamma) -> excitation [..., E]`. Any function of this form
-# is a strategy. One that has a parameter named `key` is random, and is handed a PRNG key.
+# is a strategy. A strategy with an unbound keyword `key` is random and receives a PRNG key.
 Strategy = Callable[..., jax.Array]
+
+_KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
@@ -45,14 +62,14 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 6.
     """
-    u = float32_or_wider(utilization)
+    u = _routing.fractions(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
-    power = _power(jnp.where(largest == 0, 1, u / _one_if_zero(largest)), gamma)
+    power = _power(jnp.where(largest == 0, 1, u / _arrays.one_if_zero(largest)), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
 
 
 def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    r"""Amplifies busy experts and leaves the others as they are: zero-sum, but never below 1.
+    r"""Amplifies busy experts and leaves the others unchanged: zero-sum with a lower bound of 1.
 
     .. math::
       \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma))
@@ -77,10 +94,10 @@ def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
 
 def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    r"""Amplifies by the difference in utilization, where zero-sum goes by the ratio; the mean of a layer is 1.
+    r"""Amplifies by differences in utilization instead of ratios; the mean excitation of a layer is 1.
 
-    It is the one strategy for which it matters whether utilization sums to K over the experts, as the paper's does, or
-    to 1, as other libraries' load often does.
+    Its factors depend on the scale of utilization. The paper's utilization sums to K over the experts; the load that
+    other libraries report often sums to 1.
 
     .. math::
       \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]}
@@ -101,13 +118,13 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 8.
     """
-    u = float32_or_wider(utilization)
+    u = _routing.fractions(utilization)
     exponential = jnp.exp(_like(gamma, u) * (u - jnp.max(u, axis=-1, keepdims=True)))
     return exponential / jnp.mean(exponential, axis=-1, keepdims=True)
 
 
 def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    r"""Control: one factor for all experts of a layer, as a higher learning rate would be.
+    r"""Control: one factor for all experts of a layer, which acts like a higher learning rate.
 
     .. math::
       \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))]
@@ -128,13 +145,13 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 9.
     """
-    u = float32_or_wider(utilization)
+    u = _routing.fractions(utilization)
     above = jax.nn.relu(u - jnp.mean(u, axis=-1, keepdims=True))
     return jnp.broadcast_to(jnp.mean(jnp.exp(_like(gamma, u) * above), axis=-1, keepdims=True), u.shape)
 
 
 def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) -> jax.Array:
-    r"""Control: zero-sum's factors, shuffled among the experts of a layer anew at each step.
+    r"""Control: zero-sum's factors, shuffled among the experts of a layer at each step.
 
     .. math::
       \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma), \qquad \pi \text{ a random permutation}
@@ -142,10 +159,10 @@ def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) ->
     Args:
       utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
       gamma: scalar, not negative; 0 is the identity.
-      key: a PRNG key. `scale_by_excitation` passes `fold_in(key(seed), step)`, the same to every layer.
+      key: a PRNG key. `scale_by_excitation` passes `fold_in(key(seed), step)`, the same key to every layer.
 
     Returns:
-      The excitation, `[..., E]`; layers on leading axes are shuffled independently.
+      The excitation, `[..., E]`; each layer on the leading axes has its own permutation.
 
     Example:
       >>> import jax
@@ -162,13 +179,13 @@ def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) ->
 
 
 def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    r"""Control: amplifies idle experts and holds back busy ones; the mean excitation of a layer is 1.
+    r"""Control: amplifies idle experts and slows busy ones; the mean excitation of a layer is 1.
 
     .. math::
       \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]}
 
     Where experts are idle (u = 0) it is the limit of the equation as their utilization falls to zero together: the
-    idle ones share all of the excitation, the others get none.
+    idle experts share all of the excitation, and the others get 0.
 
     Args:
       utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
@@ -188,9 +205,9 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     References:
       Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 10.
     """
-    u = float32_or_wider(utilization)
+    u = _routing.fractions(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
-    power = _power(jnp.where(u == 0, 1, smallest / _one_if_zero(u)), gamma)
+    power = _power(jnp.where(u == 0, 1, smallest / _arrays.one_if_zero(u)), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
 
 
@@ -200,8 +217,8 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
     .. math::
       \Phi(u_k, \gamma) = \min(m, \Phi_{strategy}(u_k, \gamma))
 
-    Zero-sum reaches E when one expert takes the whole batch; with many experts that is a learning rate E times the one
-    that was chosen. Bounding it gives up "mean 1" where the bound holds.
+    Zero-sum reaches E where one expert takes the whole batch. With many experts that expert then trains at E times the
+    learning rate that you chose. The mean of a bounded strategy is below 1 where the bound holds.
 
     Args:
       strategy: the strategy to bound; a random one stays random.
@@ -211,7 +228,8 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
       The bounded strategy.
 
     Raises:
-      ValueError: if `maximum` is not a positive finite number.
+      ValueError: if `strategy` is not a callable of `(utilization, gamma)`, or `maximum` is not a positive finite
+        number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -219,38 +237,51 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
       >>> excitation_optax.clipped(excitation_optax.zero_sum, 2.0)(jnp.array([0.0, 0.0, 0.0, 1.0]), 1.0)
       Array([0., 0., 0., 2.], dtype=float32)
     """
-    if not isinstance(maximum, numbers.Real) or isinstance(maximum, bool) or not 0 < maximum < math.inf:
-        raise ValueError(f"clipped: maximum must be a positive finite number; got {maximum!r}.")
+    is_random(strategy)  # raises if it is no strategy
+    try:
+        bound = float(maximum) if isinstance(maximum, numbers.Real) and not isinstance(maximum, bool) else math.nan
+    except OverflowError:  # an integer that no float can hold
+        bound = math.inf
+    if not 0 < bound < math.inf:
+        raise ValueError(f"clipped: maximum must be a positive finite number; got {_arrays.show_value(maximum)}.")
 
     @functools.wraps(strategy)  # so that is_random sees the parameters of the strategy inside
     def clipped_strategy(utilization, gamma, **key):
-        return jnp.minimum(strategy(utilization, gamma, **key), float(maximum))
+        return jnp.minimum(strategy(utilization, gamma, **key), bound)
 
     return clipped_strategy
 
 
 def is_random(strategy: Strategy) -> bool:
-    """Whether a strategy is to be handed a PRNG key, that is, has a parameter named `key`."""
+    """Whether a strategy requires a PRNG key: its keyword `key` is not bound, or its default is None.
+
+    Raises:
+      ValueError: if it is not a callable of `(utilization, gamma)`, with or without `key`.
+    """
     if not callable(strategy):
         raise ValueError(
             f"strategy must be a callable (utilization, gamma) -> excitation; got {strategy!r}. "
-            "Pass one such as excitation_optax.zero_sum, not its name."
+            "Pass a function such as excitation_optax.zero_sum, not its name."
         )
     try:
-        return "key" in inspect.signature(strategy).parameters
+        signature = inspect.signature(strategy)
     except ValueError:  # some callables written in C have no signature
         return False
+    key = signature.parameters.get("key")
+    # functools.partial(strategy, key=k) has a `key` with the default k.
+    random = key is not None and key.kind in _KEYWORD and (key.default is key.empty or key.default is None)
+    try:
+        signature.bind(None, None, **({"key": None} if random else {}))
+    except TypeError as error:
+        raise ValueError(
+            f"strategy must be a callable (utilization, gamma) -> excitation; {name(strategy)}{signature} cannot be "
+            f"called like this: {error}. Bind its other arguments with functools.partial."
+        ) from error
+    return random
 
 
 def name(strategy: Strategy) -> str:
     return getattr(strategy, "__name__", repr(strategy))
-
-
-def float32_or_wider(x: ArrayLike) -> jax.Array:
-    """An array in float32, or as it is if it is wider."""
-    x = jnp.asarray(x)  # jnp.promote_types would raise under strict promotion
-    wide = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32
-    return x if wide else x.astype(jnp.float32)
 
 
 def _like(gamma: ArrayLike, u: jax.Array) -> jax.Array:
@@ -260,8 +291,3 @@ def _like(gamma: ArrayLike, u: jax.Array) -> jax.Array:
 def _power(ratio: jax.Array, gamma: ArrayLike) -> jax.Array:
     """`ratio ** gamma`, but NaN ** 0 stays NaN, where IEEE 754 says 1."""
     return jnp.where(jnp.isnan(ratio), ratio, ratio ** _like(gamma, ratio))
-
-
-def _one_if_zero(x: jax.Array) -> jax.Array:
-    """A denominator that does not divide by zero; the caller's `where` replaces the quotient there."""
-    return jnp.where(x == 0, 1, x)

@@ -1,6 +1,8 @@
-"""The gradient transformation: every expert's update times its excitation."""
+"""The gradient transformation: each expert's update times its excitation."""
 
 import math
+import numbers
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from excitation_optax import _experts, _routing, _scaling, _strategies
+from excitation_optax import _arrays, _experts, _paths, _routing, _scaling, _strategies
 
 
+@_arrays.exportable
 class ScaleByExcitationState(NamedTuple):
-    """State where gamma is a schedule or the strategy is random; otherwise it is `optax.EmptyState`."""
+    """The state if gamma is a schedule or the strategy is random; otherwise it is `optax.EmptyState`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=jnp.int32, updates made so far
 
@@ -23,6 +26,7 @@ def scale_by_excitation(
     *,
     expert_axis: Any = None,
     component: _scaling.Component = "both",
+    axis_name: Hashable | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each expert's update by its excitation, a function of how much of the batch was routed to it.
@@ -30,40 +34,51 @@ def scale_by_excitation(
     .. math::
       \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)}
 
-    Chain it **after** any optimizer whose update is simply added to the parameters (so that it scales the whole update,
-    decoupled weight decay included), and **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which
-    keep parameters of their own. It has no state of a parameter's size and no learnable parameter.
+    Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
+    weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which keep
+    parameters of their own. It has no state of a parameter's size and no learnable parameter.
 
-    Every update needs the utilization of the batch that its gradients came from, as the keyword `utilization`: a
-    *partial tree prefix* of the parameters. A leaf at path p scales every parameter at or below p; what no path covers
-    is left untouched, bit for bit. A leaf is an array of fractions `[..., E]`, or a `RoutingCounts`; None counts as
-    absent. Paths are compared by plain names, so that a nested dict addresses any kind of tree; a slash in a name
-    separates two, as in Haiku's, so that `{"moe/experts": u}` is `{"moe": {"experts": u}}`, and `{"moe/{up,down}": u}`
-    names two parameters of one layer.
+    Every update needs the keyword `utilization`, the routing of the batch that its gradients came from. It is a mapping
+    (or any tree) from path patterns to arrays of fractions `[..., E]` or `RoutingCounts`. Every parameter at or below a
+    node that a pattern matches is scaled; every other is left untouched, bit for bit. Nested dicts and `/` mean the
+    same, `None` is absent, `""` is the root of the tree. One entry is one layer, or one stack of layers.
+
+    | in a pattern | matches |
+    |---|---|
+    | `moe/experts` | these names |
+    | `*`, `?` | any characters, one character, within one name |
+    | `**` | as a whole name: any number of names, also none |
+    | `{w_in,w_out}` | either; both are one layer |
+    | `expert_{expert}` | a number: the whole subtree belongs to the expert with that number |
 
     Args:
-      strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. One with a keyword `key` is
-        random: its state is a count of steps, its key `fold_in(key(seed), count)`, the same for all layers.
+      strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. One with an unbound keyword
+        `key` is random: its state is a count of steps, its key `fold_in(key(seed), count)`, the same for all layers.
       gamma: the intensity, not negative; a number, a traced scalar, or a schedule of the step (the state is then a
         count of steps).
-      expert_axis: the parameter axes that utilization's axes run along. None: the leading ones in order (parameters
-        `[E, ...]` for utilization `[E]`, `[L, E, ...]` for `[L, E]`). An int, for utilization `[E]` (-1: the neurons of
-        a Dense kernel and bias). A tuple of ints, one for each axis of utilization, the experts' last (`(1, 0)`:
-        parameters `[E, L, ...]` for utilization `[L, E]`). `children(pattern)`: the experts are separate children of
-        the path. Where layers differ, a partial prefix tree of these; or a callable of the updates that returns one.
-      component: `"both"` applies Phi. `"direction"` divides by r, so that the step of the layer keeps its length and
-        only moves between experts. `"norm"` multiplies every expert of the layer by r, so that only the length changes.
-        r is the norm of the layer's excited update over that of the plain one. With these two, a NaN in one expert
-        makes the whole layer NaN, and inside `shard_map` and `pmap` every array must be whole on each device.
+      expert_axis: the axes of a parameter that the axes of its utilization run along. None: the leading axes in order
+        (parameters `[E, ...]` for utilization `[E]`, `[L, E, ...]` for `[L, E]`). An int, for utilization `[E]` (-1:
+        the neurons of a Dense kernel and bias). A tuple with an element for each axis of the utilization, experts last
+        (`(1, 0)`: parameters `[E, L, ...]` for utilization `[L, E]`); an element that is a tuple spreads one axis over
+        several, the first counting most (`((0, 1),)`: parameters `[E1, E2, ...]` for utilization `[E1 * E2]`). A
+        mapping from path patterns to these; or a callable of the updates that returns one. For entries with `{expert}`
+        it names the axes of the layers only.
+      component: which part of the effect to apply. Let r be the norm of a layer's excited update over that of its
+        plain update. `"both"` multiplies by Phi. `"direction"` multiplies by Phi / r: step size moves between experts,
+        and the layer's step keeps its length. `"norm"` multiplies every expert by r: the layer's step changes its
+        length and keeps its direction. With these two, a NaN in one expert makes the whole layer NaN, masked arrays
+        are not in the norm, and inside `jax.shard_map` and `jax.pmap` every array must be whole on each device.
+      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`. `RoutingCounts` are summed
+        over it. Counts that you summed yourself stay right, since their quotient does not change.
       seed: for random strategies.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: here, if strategy, gamma or expert_axis is malformed; while tracing an update, if utilization is
-        missing, a path matches no parameter, an axis does not fit, the strategy returns a wrong shape, or the state was
-        made for other arguments.
+      ValueError: here, if an argument is malformed; while tracing an update, if utilization is missing, a pattern
+        matches no parameter or several layers, an axis does not fit, the strategy returns a wrong shape, or the state
+        was made for other arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -88,8 +103,8 @@ def scale_by_excitation(
         _check_gamma(gamma)
     if component not in _scaling.COMPONENTS:
         raise ValueError(f"component must be one of {', '.join(_scaling.COMPONENTS)}; got {component!r}.")
-    if not _experts.is_function(expert_axis):
-        _experts.specs_by_path(expert_axis)
+    _experts.check_spec(expert_axis)
+    _check_seed(seed)
 
     def init_fn(params):
         del params
@@ -102,25 +117,20 @@ def scale_by_excitation(
         _check_gamma(step_gamma)
         key = jax.random.fold_in(jax.random.key(seed), state.count) if is_random else None
 
-        entries = _experts.utilization_by_path(utilization, other_arguments=extra_args)
-        matches = _experts.match_experts(updates, entries, expert_axis)
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=_experts.is_masked)
-        layers: dict[_experts.Path, list[tuple[int, _scaling.Placement]]] = {path: [] for path in entries}
-        for number, match in enumerate(matches.values()):
-            if match is not None:
-                place = _scaling.Placement(tuple((axis,) for axis in match.axes), match.child)
-                layers[match.entry].append((number, place))
-        for path, layer in layers.items():
-            phi = _excite(path, entries[path], strategy, step_gamma, key)
-            if layer:
-                numbers, placements = zip(*layer, strict=True)
-                arrays = [jnp.asarray(leaves[number]) for number in numbers]
-                scaled = _scaling.scale_layer(phi, arrays, placements, component)
-                for number, update in zip(numbers, scaled, strict=True):
-                    leaves[number] = update
+        entries = _experts.entries_of(utilization, other_arguments=extra_args)
+        tree = _paths.Tree(updates)
+        layers = _experts.match_experts(tree, entries, expert_axis)
+        entries = entries if axis_name is None else _sum_over(axis_name, entries)
+        leaves = list(tree.leaves)
+        for pattern, layer in layers.items():
+            phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
+            arrays = [jnp.asarray(leaves[leaf]) for leaf in layer.leaves]
+            scaled = _scaling.scale_layer(phi, arrays, layer.placements, component) if arrays else []
+            for leaf, update in zip(layer.leaves, scaled, strict=True):
+                leaves[leaf] = update
         if counts_steps:
             state = ScaleByExcitationState(optax.safe_increment(state.count))
-        return treedef.unflatten(leaves), state
+        return tree.treedef.unflatten(leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -162,49 +172,72 @@ def excitation(
     _check_gamma(gamma)
     excitations = [
         _excite(path, leaf, strategy, gamma, key if is_random else None)
-        for path, leaf in _experts.utilization_by_path(utilization).items()
+        for path, leaf in _experts.entries_of(utilization).items()
     ]
     treedef = jax.tree.structure(utilization, is_leaf=_routing.is_counts)
     return treedef.unflatten(excitations)
 
 
-def _excite(path: _experts.Path, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
+def _sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The counts of all devices along a mapped axis, in one reduction for all layers."""
+    for path, leaf in entries.items():
+        if not isinstance(leaf, _routing.RoutingCounts):
+            raise ValueError(
+                f"Utilization at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: with axis_name={axis_name!r}, "
+                "pass RoutingCounts, as from count_routing. A sum of fractions over devices is no fraction."
+            )
+    return jax.lax.psum(dict(entries), axis_name)
+
+
+def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
-    u = leaf.utilization if isinstance(leaf, _routing.RoutingCounts) else leaf
-    u = _scaling.replicated(_strategies.float32_or_wider(u))
+    u = _scaling.replicated(_routing.fractions(leaf))
     phi = strategy(u, gamma) if key is None else strategy(u, gamma, key=key)
     if np.shape(phi) != u.shape:
         raise ValueError(
-            f"The strategy {_strategies.name(strategy)} turned the utilization at {_experts.show(path)} from "
-            f"{list(u.shape)} into {_experts.show_value(phi)}. It must return the excitation of every expert, "
+            f"The strategy {_strategies.name(strategy)} turned the utilization at {path or _paths.ROOT} from "
+            f"{list(u.shape)} into {_arrays.show_value(phi)}. It must return the excitation of every expert, "
             f"{list(u.shape)}."
         )
-    return _scaling.replicated(_strategies.float32_or_wider(phi))
+    return _scaling.replicated(_arrays.float32_or_wider(phi))
 
 
 def _check_gamma(gamma: Any) -> None:
-    """What is traced cannot be checked."""
-    array = isinstance(gamma, (np.generic, np.ndarray, jax.Array))
-    if not (
-        isinstance(gamma, (int, float))
-        or (array and gamma.ndim == 0 and any(jnp.issubdtype(gamma.dtype, kind) for kind in (np.integer, np.floating)))
-    ):
+    """Checks the type and shape of gamma, and its value unless it is traced."""
+    is_number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
+    is_array = isinstance(gamma, np.generic | np.ndarray | jax.Array) and gamma.ndim == 0
+    if not (is_number or (is_array and jnp.issubdtype(gamma.dtype, jnp.number) and not jnp.iscomplexobj(gamma))):
         raise ValueError(
-            f"gamma must be a scalar, the same for all experts; got {_experts.show_value(gamma)}. "
-            "Of a schedule, excitation() takes the value at the step in question."
+            f"gamma must be a scalar, the same for all experts; got {_arrays.show_value(gamma)}. "
+            "For a schedule, excitation() takes its value at the step in question."
         )
-    if not isinstance(gamma, jax.core.Tracer) and not 0 <= float(gamma) < math.inf:
+    if isinstance(gamma, jax.core.Tracer):
+        return
+    try:
+        value = float(gamma)
+    except OverflowError:
+        value = math.inf
+    if not 0 <= value < math.inf:
         raise ValueError(
-            f"gamma must be a finite number that is not negative; got {gamma!r}. "
+            f"gamma must be a finite number that is not negative; got {_arrays.show_value(value)}. "
             "To favour idle experts, use the strategy `inverted`."
         )
+
+
+def _check_seed(seed: Any) -> None:
+    is_integer = isinstance(seed, numbers.Integral) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
+    is_array = isinstance(seed, jax.Array) and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer)
+    if not (is_integer or is_array):
+        raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")
 
 
 def _check_state(state: Any, counts_steps: bool) -> None:
     expected = ScaleByExcitationState if counts_steps else optax.EmptyState
     if not isinstance(state, expected):
         raise ValueError(
-            f"The optimizer state was made for other arguments: scale_by_excitation expects {expected.__name__} with "
-            f"this strategy and gamma, and received {type(state).__name__}. Make it anew with tx.init(params); no "
-            "parameter-sized state is lost by that."
+            f"scale_by_excitation expects the state {expected.__name__} with this strategy and gamma; got "
+            f"{type(state).__name__}. Its state is at most a count of steps, so take it from tx.init(params). If the "
+            "state was restored from a checkpoint without a target, give it one: the state of tx.init(params). If you "
+            "add Excitation to a saved run, restore the old state with the old optimizer, then pass "
+            "(old_state, excitation.init(params)) to optax.chain(old_optimizer, excitation)."
         )

@@ -27,7 +27,7 @@ import optax
 from flax import linen, nnx
 from flax.training import train_state
 
-from excitation_optax import _experts, _routing
+from excitation_optax import _routing
 
 # How sowing again adds up: from int(), which is 0, by +.
 _SUM: dict[str, Any] = {"reduce_fn": operator.add, "init_fn": int}
@@ -345,4 +345,17 @@ def _by_module(sown: Any, none_found: str) -> Any:
             raise ValueError(
                 f"Routing was sown at {module} and also at a module above it; each parameter must belong to one layer."
             )
-    return _experts.nested(by_path)
+    return _nested(by_path)
+
+
+def _nested(leaves: dict[tuple[Any, ...], Any]) -> Any:
+    """The nested dict that has these leaves at these paths; a single leaf at the root is itself."""
+    if () in leaves:
+        return leaves[()]
+    tree: dict[Any, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree

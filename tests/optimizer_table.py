@@ -153,7 +153,7 @@ INSIDE = [
         "optax.apply_if_finite",
         "inside",
         lambda tx: optax.apply_if_finite(tx, 3),
-        "it looks at gradients only: a NaN in the utilization passes; `apply_if_all_finite` stops it",
+        "it looks at gradients only; counts from `count_routing` and its like are always finite",
     ),
     Row(
         "optax.conditionally_transform", "inside", lambda tx: optax.conditionally_transform(tx, lambda step: step >= 0)
@@ -315,7 +315,7 @@ FLAX = [
         **_nnx(_accumulate_two),
         note="the utilization of all micro-batches; `RoutingCounts` are asked for",
     ),
-    FlaxRow("nnx.Optimizer(model, apply_if_all_finite(tx), ...)", **_nnx(excitation_optax.apply_if_all_finite)),
+    FlaxRow("nnx.Optimizer(model, apply_if_finite(tx, ...), ...)", **_nnx(lambda tx: optax.apply_if_finite(tx, 5))),
     FlaxRow(
         "nnx.Optimizer(model, optax.contrib.schedule_free(tx, ...), ...)",
         **_nnx(lambda tx: contrib.schedule_free(tx, 0.1)),

@@ -1,7 +1,7 @@
-"""Every strategy that the library exports, and what is true of it: one row each.
+"""Every strategy that the library exports, with its properties: one row each.
 
-`test_strategies.py` holds each row to what it says, and sees that no strategy is without one; the tests that go
-through all strategies take them from here.
+`test_strategies.py` tests every row, and fails if a strategy has none. Other tests that cover all strategies use these
+rows too.
 """
 
 import math
@@ -18,16 +18,16 @@ class Row(NamedTuple):
 
     Attributes:
       strategy: the function.
-      by_hand: utilization, gamma and the excitation, worked by hand; of a random strategy, in ascending order.
-      equation: `(u [..., E], gamma) -> [..., E]` in float64, word for word as it is printed; None of a random strategy,
-        which is put together from another.
-      highest: the largest factor there can be, of (E, gamma).
-      lowest: the smallest.
+      by_hand: utilization, gamma and the excitation, worked by hand; for a random strategy in ascending order.
+      equation: `(u [..., E], gamma) -> [..., E]` in float64, as the paper prints it; None for a random strategy, which
+        uses another strategy's equation.
+      highest: the largest possible factor, a function of (E, gamma).
+      lowest: the smallest possible factor.
       order: 1 if a busier expert gets no less, -1 if it gets no more, 0 if neither.
       mean_one: whether the mean excitation of a layer is 1.
-      scale_free: whether utilization times a constant gives the same.
-      shift_free: whether utilization plus a constant gives the same.
-      at_zero: whether the equation holds where u = 0 too; if not, it is its limit.
+      scale_free: whether utilization times a constant gives the same excitation.
+      shift_free: whether utilization plus a constant gives the same excitation.
+      at_zero: whether the equation holds where u = 0; otherwise its limit holds there.
     """
 
     strategy: excitation_optax.Strategy
@@ -81,7 +81,7 @@ ROWS = [
             ([0.0, 1.0], 1.0, [2 / (1 + math.e), 2 * math.e / (1 + math.e)]),  # exp 1, e, mean (1 + e)/2
             ([0.0, 0.5, 0.5], 2 * math.log(2), [0.6, 1.2, 1.2]),  # exp 1, 2, 2, mean 5/3
             ([0.5, 1.0], 2 * math.log(3), [0.5, 1.5]),  # exp 3, 9, mean 6
-            ([0.2, 0.2, 0.2], 10.0, [1.0, 1.0, 1.0]),  # all alike
+            ([0.2, 0.2, 0.2], 10.0, [1.0, 1.0, 1.0]),  # all equal
         ],
         lambda u, g: np.exp(g * u) / mean(np.exp(g * u)),
         mean_one=True,
@@ -93,7 +93,7 @@ ROWS = [
             ([0.0, 1.0], 2 * math.log(3), [2.0, 2.0]),  # above the mean: 0, 1/2; exp 1, 3; mean 2
             ([0.1, 0.2, 0.3], 10.0, 3 * [(2 + math.e) / 3]),  # above the mean: 0, 0, 0.1; exp 1, 1, e
             ([0.2, 0.2, 0.2, 1.0], math.log(5) / 0.6, 4 * [2.0]),  # above the mean 0.4: 0, 0, 0, 0.6; exp 1, 1, 1, 5
-            ([0.3, 0.3], 7.0, [1.0, 1.0]),  # nobody is above the mean
+            ([0.3, 0.3], 7.0, [1.0, 1.0]),  # no expert is above the mean
         ],
         lambda u, g: mean(np.exp(g * np.maximum(u - mean(u), 0.0))) * np.ones_like(u),
         highest=lambda num_experts, gamma: math.exp(gamma),
@@ -117,7 +117,7 @@ ROWS = [
             ([0.5, 1.0], 2.0, [1.6, 0.4]),  # 4, 1, mean 5/2
             ([0.25, 1.0], 0.5, [4 / 3, 2 / 3]),  # 2, 1, mean 3/2
             ([0.2, 0.4, 0.4], 1.0, [1.5, 0.75, 0.75]),  # 5, 5/2, 5/2, mean 10/3
-            ([0.0, 0.5, 0.5], 1.0, [3.0, 0.0, 0.0]),  # the idle one takes all
+            ([0.0, 0.5, 0.5], 1.0, [3.0, 0.0, 0.0]),  # the idle expert takes all
             ([0.0, 0.0, 0.4, 0.6], 2.0, [2.0, 2.0, 0.0, 0.0]),  # the idle two share all
         ],
         lambda u, g: u**-g / mean(u**-g),

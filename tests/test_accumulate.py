@@ -1,4 +1,4 @@
-"""Utilization of all micro-batches of an update, and averages over updates.
+"""Utilization of all micro-batches of an update, and utilization that the optimizer state holds.
 
 Axis letters: B batch, k micro-batches, E experts.
 """
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import strategy_table
 from flax import nnx
@@ -116,7 +117,7 @@ def test_micro_batches_equal_the_batch(name, k):
         assert far(emitted[-1], expected) <= 1e-5
         assert not any(leaf.any() for updates in emitted[:-1] for leaf in jax.tree.leaves(updates))
         assert int(state.multi_steps.gradient_step) == 1
-        assert not any(leaf.any() for leaf in jax.tree.leaves(state.utilization))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(state.accumulated))
 
 
 @functools.cache
@@ -200,23 +201,8 @@ def test_skipped_micro_batches_do_not_count():
     state = tx.init(params)
     _, state = tx.update(first[0], state, params, utilization=first[1])
     _, again = tx.update(second[0], state, params, utilization=second[1])
-    np.testing.assert_array_equal(again.utilization["experts"].counts, [3.0, 1.0])
+    np.testing.assert_array_equal(again.accumulated["experts"].counts, [3.0, 1.0])
     assert not multi_steps.has_updated(again.multi_steps)
-
-
-def test_a_nan_in_the_counts_of_one_micro_batch():
-    """It reaches the parameters through MultiSteps, which looks at gradients; the guard around it all leaves it out."""
-    params = {"experts": jnp.ones((2, 1))}
-    grads = {"experts": jnp.ones((3, 2, 1))}
-    counts = {"experts": COUNTS(jnp.array([[3.0, 1.0], [jnp.nan, 0.0], [0.0, 2.0]]), jnp.array([4.0, 8.0, 2.0]))}
-    inner = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
-    like = jax.tree.map(lambda leaf: leaf[0], counts)
-    tx = excitation_optax.accumulate_utilization(optax.MultiSteps(inner, 2), like)
-    moved, _ = through_multi_steps(tx, params, (grads, counts))
-    assert jnp.isnan(moved["experts"]).all()
-    moved, state = through_multi_steps(excitation_optax.apply_if_all_finite(tx), params, (grads, counts))
-    np.testing.assert_allclose(moved["experts"], jnp.full((2, 1), -1.0))  # utilization 3/6 and 3/6
-    assert int(state.total_notfinite) == 1
 
 
 def test_counts_of_half_precision_are_added_in_float32():
@@ -228,7 +214,7 @@ def test_counts_of_half_precision_are_added_in_float32():
         _, after = tx.update({"experts": jnp.ones(2)}, state, utilization=half)
         assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, state)
         state = after
-    np.testing.assert_array_equal(state.utilization["experts"].counts, [500.0, 12.0])
+    np.testing.assert_array_equal(state.accumulated["experts"].counts, [500.0, 12.0])
 
 
 def test_routing_like_of_a_call_with_flags():
@@ -289,27 +275,109 @@ def test_within_nnx_optimizer():
     assert far(nnx.state(model, nnx.Param), nnx.state(expected, nnx.Param)) <= 1e-5
 
 
-def test_ema_has_no_bias_and_weighs_by_tokens():
+def test_a_moving_average_of_counts_is_optax_s():
+    """It has no bias towards the zeros that it starts from, and weighs a batch by its tokens."""
     average = {"experts": COUNTS(jnp.zeros(2), jnp.zeros(()))}
-    batches = [COUNTS(jnp.array([8.0, 0.0]), jnp.array(8.0)), COUNTS(jnp.array([0.0, 2.0]), jnp.array(2.0))]
-    average = excitation_optax.ema(average, {"experts": batches[0]}, 0.9)
-    np.testing.assert_allclose(average["experts"].utilization, [1.0, 0.0])
-    average = jax.jit(excitation_optax.ema)(average, {"experts": batches[1]}, 0.9)
+    for counts, tokens in (([8.0, 0.0], 8.0), ([0.0, 2.0], 2.0)):
+        batch = {"experts": COUNTS(jnp.array(counts), jnp.array(tokens))}
+        average = optax.incremental_update(batch, average, step_size=0.1)
     # 0.09 * 8 = 0.72 and 0.1 * 2 = 0.2 of 0.92
     np.testing.assert_allclose(average["experts"].utilization, [0.72 / 0.92, 0.2 / 0.92], rtol=1e-6)
-    assert average["experts"].counts.dtype == jnp.float32
-    np.testing.assert_allclose(excitation_optax.ema(average, {"experts": batches[1]}, 0)["experts"].counts, [0.0, 2.0])
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16])
-def test_ema_of_what_is_not_float32(dtype):
-    """An average of integers, or of a few bits, would be cut off at every step."""
-    counts = {"experts": COUNTS(jnp.array([3, 1], dtype), jnp.array(4, dtype))}
-    average = jax.tree.map(jnp.zeros_like, counts)
-    for _ in range(5):
-        average = excitation_optax.ema(average, counts, 0.9)
-    assert {leaf.dtype for leaf in jax.tree.leaves(average)} == {jnp.dtype(jnp.float32)}
-    np.testing.assert_allclose(average["experts"].utilization, [0.75, 0.25], rtol=1e-6)
+def test_counts_are_summed_over_devices_before_they_are_stored():
+    params = {"experts": jnp.ones((2, 1))}
+    inner = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+    like = {"experts": COUNTS(jnp.zeros(2), jnp.zeros(()))}
+    tx = excitation_optax.accumulate_utilization(optax.MultiSteps(inner, 2), like, axis_name="data")
+
+    @functools.partial(jax.pmap, axis_name="data")
+    def step(state, counts):
+        return tx.update(params, state, params, utilization=counts)
+
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), tx.init(params))
+    device = jnp.arange(8.0)
+    counts = {"experts": COUNTS(jnp.stack([device, 8 - device], -1), jnp.full(8, 8.0))}
+    _, state = step(state, counts)
+    np.testing.assert_array_equal(state.accumulated["experts"].counts, [[28.0, 36.0]] * 8)
+    updates, state = step(state, counts)
+    np.testing.assert_allclose(updates["experts"][..., 0], [[-28 / 32, -36 / 32]] * 8)
+
+
+# Utilization that is held in the state.
+
+
+HELD = {"experts": jnp.array([0.75, 0.25])}
+
+
+def held(wrap=lambda tx: tx, like=HELD):
+    inner = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
+    return wrap(excitation_optax.hold_utilization(inner, like))
+
+
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(100.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"experts": True, "other": False}),
+    "multi_steps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+    "inject": lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(optax.scale(scale), tx))(scale=1.0),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_trainer_that_never_passes_utilization(wrap):
+    """It calls `tx.update(grads, state, params)`; what was set stays until it is set again."""
+    tx = held(wrap)
+    params = {"experts": jnp.ones((2, 1)), "other": jnp.ones(3)}
+
+    @jax.jit
+    def trainer(state, counts=None):
+        if counts is not None:
+            state = optax.tree.set(state, utilization=counts)
+        return tx.update(params, state, params)
+
+    moved, state = [], tx.init(params)
+    for counts in (None, HELD, None, {"experts": jnp.array([0.1, 0.3])}, None):
+        updates, state = trainer(state, counts)
+        moved.append(np.abs(updates["experts"][:, 0]).tolist())
+    expected = [[1, 1], [1.5, 0.5], [1.5, 0.5], [0.5, 1.5], [0.5, 1.5]]
+    np.testing.assert_allclose(moved, expected, rtol=1e-6)
+
+
+def test_utilization_that_is_passed_is_used_and_not_held():
+    tx = held()
+    params = {"experts": jnp.ones((2, 1))}
+    state = optax.tree.set(tx.init(params), utilization=HELD)
+    updates, state = tx.update(params, state, params, utilization={"experts": jnp.array([0.1, 0.3])})
+    np.testing.assert_allclose(updates["experts"][:, 0], [-0.5, -1.5], rtol=1e-6)
+    np.testing.assert_array_equal(state.utilization["experts"], HELD["experts"])
+
+
+def test_held_counts_in_a_scan_whatever_the_kind_of_their_tree():
+    like = {"layers": {"0": {"experts": COUNTS(jnp.zeros(2), jnp.zeros(()))}}}
+    tx = held(like=jax.eval_shape(lambda: like))
+    params = {"layers": [{"experts": jnp.ones((2, 1))}]}
+
+    def step(state, counts):
+        set_counts = {"layers/0/experts": COUNTS(counts, jnp.sum(counts))}
+        updates, state = tx.update(params, optax.tree.set(state, utilization=set_counts), params)
+        return state, updates["layers"][0]["experts"][:, 0]
+
+    _, moved = jax.lax.scan(step, tx.init(params), jnp.array([[1.0, 1.0], [3.0, 1.0]]))
+    np.testing.assert_allclose(moved, [[-1.0, -1.0], [-1.5, -0.5]])
+
+
+def test_held_utilization_comes_back_from_a_checkpoint(tmp_path):
+    like = {"experts": COUNTS(jnp.array([3.0, 1.0]), jnp.array(4.0))}
+    tx = held(like=like)
+    params = {"experts": jnp.ones((2, 1))}
+    state = optax.tree.set(tx.init(params), utilization=like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
+    updates, _ = tx.update(params, restored, params)
+    np.testing.assert_allclose(updates["experts"][:, 0], [-1.5, -0.5])
 
 
 LIKE = {"a": COUNTS(jnp.zeros(2), jnp.zeros(()))}
@@ -322,6 +390,12 @@ def update(utilization, like=LIKE):
     return tx.update(params, tx.init(params), params, utilization=utilization)
 
 
+def hold(counts, **passed):
+    params = {"a": jnp.ones((2, 1))}
+    tx = excitation_optax.hold_utilization(TX, {"a": jnp.zeros(2)})
+    return tx.update(params, optax.tree.set(tx.init(params), utilization=counts), params, **passed)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -331,16 +405,30 @@ def update(utilization, like=LIKE):
             "got GradientTransformation",
         ),
         (lambda: update(LIKE, like={"a": jnp.zeros(2)}), "like at a is float32[2]: pass RoutingCounts"),
-        (lambda: update(LIKE, like={}), "like must be a tree of RoutingCounts, of at least one layer; got {}"),
-        (lambda: excitation_optax.ema(None, LIKE, 0.5), "previous must be a tree of RoutingCounts, of at least one"),
+        (
+            lambda: update(LIKE, like={}),
+            "like must be a tree of RoutingCounts or fractions, of at least one layer; got {}",
+        ),
         (lambda: update(None), "utilization of at least one layer"),
         (lambda: update({"a": jnp.zeros(2)}), "utilization at a is float32[2]: pass RoutingCounts"),
         (lambda: update({"b": LIKE["a"]}), "the layers of `like`: a is missing from the utilization"),
         (lambda: update(LIKE | {"b": LIKE["a"]}), "the layers of `like`: b is not in `like`"),
-        (lambda: update({"a": COUNTS(jnp.zeros(3), jnp.zeros(()))}), "counts of shape [3]; in `like` they are [2]"),
-        (lambda: excitation_optax.ema(LIKE, LIKE, 1.0), "decay must be in [0, 1); got 1.0"),
-        (lambda: excitation_optax.ema(LIKE, LIKE, float("nan")), "decay must be in [0, 1); got nan"),
-        (lambda: excitation_optax.ema({"b": LIKE["a"]}, LIKE, 0.5), "the layers of `previous`"),
+        (
+            lambda: update({"a": COUNTS(jnp.zeros(3), jnp.zeros(()))}),
+            "utilization at a is float32[3], float32[]; in `like`",
+        ),
+        (
+            lambda: excitation_optax.hold_utilization(optax.MultiSteps(TX, 2).gradient_transformation(), LIKE),
+            "takes none",
+        ),
+        (lambda: excitation_optax.hold_utilization(optax.sgd(0.1).update, LIKE), "takes none"),
+        (lambda: excitation_optax.hold_utilization(TX, {}), "like must be a tree of RoutingCounts or fractions"),
+        (lambda: excitation_optax.hold_utilization(TX, {"a": 0.5}), "at a must be an array of fractions"),
+        (lambda: hold({"b": jnp.ones(2)}), "the layers of `like`: a is missing from the utilization"),
+        (lambda: hold({"a": jnp.ones(3)}), "utilization at a is float32[3]; in `like` it is float32[2]"),
+        (lambda: hold({"a": jnp.ones(2, jnp.bfloat16)}), "utilization at a is bfloat16[2]; in `like` it is float32[2]"),
+        (lambda: hold(LIKE), "utilization at a is float32[2], float32[]; in `like` it is float32[2]"),
+        (lambda: hold({"a": jnp.ones(2)}, utilization={"c": jnp.ones(2)}), "a is missing from the utilization"),
     ],
 )
 def test_errors(make, message):

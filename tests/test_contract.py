@@ -38,7 +38,7 @@ def mean_loss(params, x, y):
 
 
 def train(tx, update, dtype, per_example=False, epochs=1):
-    """Parameters after 20 steps an epoch, and the mean loss before and after.
+    """Parameters after 20 steps an epoch, the mean loss before and after, and tx's updates and the utilization.
 
     `update` maps (updates of tx, utilization) to the updates that are applied.
     """
@@ -52,13 +52,13 @@ def train(tx, update, dtype, per_example=False, epochs=1):
         objective = lambda p, utilization=None, obj_fn=None: small_moe.loss_fn(p, *batch)[0]
         extra = {"value": loss, "grad": grads, "value_fn": objective, "obj_fn": objective}
         updates, state = tx.update(grads, state, params, utilization={"experts": u}, **extra)
-        return (optax.apply_updates(params, update(updates, u)), state), None
+        return (optax.apply_updates(params, update(updates, u)), state), (updates, u)
 
     @jax.jit
     def run():
-        (trained, _), _ = jax.lax.scan(step, (params, tx.init(params)), (x, y))
+        (trained, _), history = jax.lax.scan(step, (params, tx.init(params)), (x, y))
         losses = [jnp.mean(jax.vmap(functools.partial(mean_loss, p))(x, y)) for p in (params, trained)]
-        return trained, losses
+        return trained, losses, history
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax's own code needs these
         return run()
@@ -79,10 +79,34 @@ def as_is(updates, u):
 def test_after(row):
     """Equations 3 and 4, written as a loop: theta + Phi(u) (O(theta, grad) - theta). And it still learns."""
     with jax.enable_x64(True):
-        expected, _ = train(optax.chain(row.make()), by_hand, jnp.float64, row.per_example)
-        params, (before, after) = train(optax.chain(row.make(), excite()), as_is, jnp.float64, row.per_example)
+        expected, _, (updates, u) = train(optax.chain(row.make()), by_hand, jnp.float64, row.per_example)
+        params, (before, after), _ = train(optax.chain(row.make(), excite()), as_is, jnp.float64, row.per_example)
+        check_components(updates, u)
     chex.assert_trees_all_close(params, expected, rtol=1e-6, atol=1e-9)
     assert after < before
+
+
+@functools.cache
+def apply_component(component):
+    """A compiled function of the updates of many steps, and their utilization."""
+    tx = excite(component=component)
+    return jax.jit(jax.vmap(lambda updates, u: tx.update(updates, optax.EmptyState(), utilization={"experts": u})[0]))
+
+
+def check_components(updates, u):
+    """direction keeps the norm of the experts' update, norm its direction; their product is Phi."""
+    phi = np.asarray(u / u.mean(-1, keepdims=True))  # [steps, E]
+    before = jax.tree.map(np.asarray, updates["experts"])
+    squares = sum((leaf**2).reshape(*phi.shape, -1).sum(-1) for leaf in before.values())
+    total = squares.sum(-1, keepdims=True)
+    ratio = np.sqrt((phi**2 * squares).sum(-1, keepdims=True) / np.where(total == 0, 1, total))
+    ratio = np.where(total == 0, 1, ratio)
+    factors = {"direction": phi / np.where(ratio == 0, 1, ratio), "norm": np.broadcast_to(ratio, phi.shape)}
+    for component, factor in factors.items():
+        after = apply_component(component)(updates, u)
+        expected = {name: leaf * factor.reshape(*phi.shape, *[1] * (leaf.ndim - 2)) for name, leaf in before.items()}
+        chex.assert_trees_all_close(after["experts"], expected, rtol=1e-6)
+        chex.assert_trees_all_equal(after["router"], updates["router"])
 
 
 def inner_by_hand():
@@ -97,8 +121,8 @@ def inner_by_hand():
 @rows(optimizer_table.INSIDE)
 def test_inside(row):
     with jax.enable_x64(True):
-        expected, _ = train(row.make(inner_by_hand()), as_is, jnp.float64)
-        params, (before, after) = train(row.make(optax.chain(optax.sgd(0.1), excite())), as_is, jnp.float64)
+        expected, _, _ = train(row.make(inner_by_hand()), as_is, jnp.float64)
+        params, (before, after), _ = train(row.make(optax.chain(optax.sgd(0.1), excite())), as_is, jnp.float64)
     chex.assert_trees_all_close(params, expected, rtol=1e-6, atol=1e-9)
     assert after < before
 
@@ -109,8 +133,8 @@ def test_outside_of_what_keeps_parameters_of_its_own_is_another_thing(name):
         name
     ]
     with jax.enable_x64(True):
-        inside, _ = train(wrap(optax.chain(optax.sgd(0.1), excite())), as_is, jnp.float64, epochs=10)
-        outside, _ = train(optax.chain(wrap(optax.sgd(0.1)), excite()), as_is, jnp.float64, epochs=10)
+        inside, _, _ = train(wrap(optax.chain(optax.sgd(0.1), excite())), as_is, jnp.float64, epochs=10)
+        outside, _, _ = train(optax.chain(wrap(optax.sgd(0.1)), excite()), as_is, jnp.float64, epochs=10)
     assert not np.allclose(inside["experts"]["kernel"], outside["experts"]["kernel"], rtol=1e-2)
 
 

@@ -6,7 +6,6 @@ written out in NumPy and float64; the leaves without a factor are to come back a
 Axis letters: E experts, L layers, D model width, F expert width.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -24,7 +23,6 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import excitation_optax
-from excitation_optax import children
 
 E, L, D, F = 3, 2, 4, 5
 U = jnp.array([0.1, 0.2, 0.3], jnp.float32)  # zero-sum: 1/2, 1, 3/2
@@ -41,7 +39,9 @@ def fill(*shape):
 
 def along(phi, shape, *axes):
     """A factor of that shape which varies with phi along the axes and is constant along the others."""
-    letters = "".join(chr(ord("a") + axis) for axis in axes)
+    flat = [axis for group in axes for axis in (group if isinstance(group, tuple) else (group,))]
+    phi = np.asarray(phi).reshape([shape[axis] for axis in flat])
+    letters = "".join(chr(ord("a") + axis) for axis in flat)
     every = "".join(chr(ord("a") + axis) for axis in range(len(shape)))
     others = "".join(letter for letter in every if letter not in letters)
     ones = np.ones([shape[ord(letter) - ord("a")] for letter in others])
@@ -232,15 +232,8 @@ def haiku_factors(phi_of_layers):
 
 @case
 def _haiku_experts_in_two_layers():
-    utilization = {"a/moe/~": U, "b/moe/~": V}
-    return Case(haiku_layers(), utilization, haiku_factors({"a": PHI_U, "b": PHI_V}), children("expert_*"))
-
-
-@case
-def _haiku_experts_in_two_layers_by_a_nested_dict_and_grandchildren():
-    utilization = {"a": {"moe": U}, "b": {"moe/~": V}}
-    expert_axis = {"a": children("~/expert_*"), "b/moe": {"~": children("expert_*")}}
-    return Case(haiku_layers(), utilization, haiku_factors({"a": PHI_U, "b": PHI_V}), expert_axis)
+    utilization = {"a/moe/~/expert_{expert}": U, "b": {"moe/~": {"expert_{expert}": V}}}
+    return Case(haiku_layers(), utilization, haiku_factors({"a": PHI_U, "b": PHI_V}))
 
 
 @case
@@ -248,6 +241,17 @@ def _haiku_experts_of_one_module_and_those_below_it():
     updates = {"moe/experts": {"scale": fill(E)}, "moe/experts/up": {"w": fill(E, D)}, "moe/router": {"w": fill(D, E)}}
     factors = {"moe/experts/scale": PHI_U, "moe/experts/up/w": along(PHI_U, (E, D), 0)}
     return Case(updates, {"moe/experts": U}, factors)
+
+
+@case
+def _haiku_modules_of_which_the_first_has_no_number():
+    names = ["moe/~/linear", "moe/~/linear_1", "moe/~/linear_2"]
+    updates = {name: {"w": fill(D)} for name in names} | {"moe/~/linear_norm": {"w": fill(D)}}
+    return Case(
+        updates,
+        {"moe/~/linear_{expert}": U},
+        {f"{name}/w": np.full(D, PHI_U[k]) for k, name in enumerate(names)},
+    )
 
 
 @case
@@ -399,17 +403,26 @@ def _specs_for_each_leaf():
 
 
 @case
-def _specs_above_utilization():
-    updates = {"blocks": [{"w": fill(D, E)}, {"w": fill(D, E)}]}
+def _specs_above_utilization_by_patterns():
+    updates = {"blocks": [{"w": fill(D, E), "v": fill(E)}, {"w": fill(D, E), "v": fill(E)}]}
     factors = {"blocks/0/w": along(PHI_U, (D, E), 1), "blocks/1/w": along(PHI_V, (D, E), 1)}
-    return Case(updates, {"blocks": [{"w": U}, {"w": V}]}, factors, {"blocks": 1})
+    factors |= {"blocks/0/v": PHI_U, "blocks/1/v": PHI_V}
+    utilization = {"blocks": [{"{w,v}": U}, {"?": V}]}
+    return Case(updates, utilization, factors, {"blocks/*/w": 1, "**/v": None})
 
 
 @case
-def _specs_in_the_tree_of_parameters():
-    updates = Moe(router=fill(D, E), experts=Pair(fill(D, E), fill(E)))
-    factors = {"experts/kernel": along(PHI_U, (D, E), 1), "experts/bias": PHI_U}
-    return Case(updates, Moe(None, U), factors, Moe(None, Pair(1, 0)))
+def _one_axis_spread_over_several():  # experts are stored as [E1, E2, ...]
+    u = np.array([0.1, 0.2, 0.3, 0.2, 0.1, 0.3], np.float32)  # of mean 0.2
+    factors = {"w": along(5 * u, (L, E, D), (0, 1)), "v": along(5 * u, (D, E, 2), (2, 1))}
+    return Case({"w": fill(L, E, D), "v": fill(D, E, 2)}, {"{w,v}": u}, factors, {"w": ((0, 1),), "v": ((2, 1),)})
+
+
+@case
+def _one_axis_spread_over_several_beside_layers():
+    u = np.stack([[0.1, 0.2, 0.3, 0.2, 0.1, 0.3]] * 4).astype(np.float32) * np.float32([[1], [2], [3], [0.5]])
+    factors = {"w": along(np.stack([5 * u[0]] * 4), (2, 4, E, D), 1, (2, 0))}
+    return Case({"w": fill(2, 4, E, D)}, {"w": u}, factors, (1, (2, 0)))
 
 
 @case
@@ -429,24 +442,7 @@ def _tuple_of_ints_is_a_spec():
     return Case((fill(L, E), fill(L, E, D)), UV, {"0": PHI, "1": along(PHI, (L, E, D), 0, 1)}, (0, 1))
 
 
-@case
-def _tuple_of_tuples_is_a_node():
-    return Case((fill(E, D), fill(D, E)), U, {"0": along(PHI_U, (E, D), 0), "1": along(PHI_U, (D, E), 1)}, ((0,), (1,)))
-
-
-@case
-def _tuple_with_none_is_a_node():
-    return Case((fill(E, D), fill(D, E)), U, {"0": along(PHI_U, (E, D), 0), "1": along(PHI_U, (D, E), 1)}, (None, 1))
-
-
-@case
-def _list_and_named_tuple_of_ints_are_nodes():
-    updates = [Pair(fill(D, E), fill(E)), fill(D, E)]
-    factors = {"0/kernel": along(PHI_U, (D, E), 1), "0/bias": PHI_U, "1": along(PHI_U, (D, E), 1)}
-    return Case(updates, U, factors, [Pair(1, 0), 1])
-
-
-# Experts that are separate children.
+# Experts that are separate modules.
 
 
 def expert():
@@ -454,22 +450,29 @@ def expert():
 
 
 @case
-def _children_in_natural_order():
+def _experts_in_order_of_their_numbers():
     u = np.arange(1, 13, dtype=np.float32) / 16
     updates = {"moe": {"router": fill(D, 12), **{f"expert_{k}": expert() for k in range(12)}}}
     factors = {}
     for k in range(12):
         phi = (k + 1) / 6.5  # 6.5 is the mean of 1..12
         factors |= {f"moe/expert_{k}/kernel": np.full((D, F), phi), f"moe/expert_{k}/bias": np.full(F, phi)}
-    return Case(updates, {"moe": u}, factors, children("expert_*"))
+    return Case(updates, {"moe/expert_{expert}": u}, factors)
 
 
 @case
-def _children_of_a_list():
+def _experts_with_other_numbers_are_ranked():
+    updates = {"moe": {f"e{k}x": fill(D) for k in (10, 2, 7)}}
+    factors = {f"moe/e{k}x": np.full(D, phi) for k, phi in zip((2, 7, 10), PHI_U, strict=True)}
+    return Case(updates, {"moe/e{expert}x": U}, factors)
+
+
+@case
+def _experts_of_a_list():
     updates = {"experts": [expert() for _ in range(E)], "router": fill(D, E)}
     factors = {f"experts/{k}/kernel": np.full((D, F), PHI_U[k]) for k in range(E)}
     factors |= {f"experts/{k}/bias": np.full(F, PHI_U[k]) for k in range(E)}
-    return Case(updates, {"experts": U}, factors, children("*"))
+    return Case(updates, {"experts/{expert}": U}, factors)
 
 
 class ThreeExperts(eqx.Module):
@@ -481,25 +484,12 @@ class ThreeExperts(eqx.Module):
 
 
 @case
-def _children_that_are_attributes_of_an_equinox_module():
+def _experts_that_are_attributes_of_an_equinox_module():
     linears = [eqx.nn.Linear(D, F, key=jax.random.key(k), use_bias=k != 1) for k in range(E)]
     updates = {"moe": eqx.filter(ThreeExperts(*linears, fill(D, E), jax.nn.gelu), eqx.is_array)}
     factors = {f"moe/expert_{k}/weight": np.full((F, D), PHI_U[k]) for k in range(E)}
     factors |= {f"moe/expert_{k}/bias": np.full(F, PHI_U[k]) for k in (0, 2)}
-    return Case(updates, {"moe": U}, factors, children("expert_*"))
-
-
-class NamedExperts(NamedTuple):
-    router: Any
-    expert_b: Any
-    expert_a: Any
-
-
-@case
-def _children_that_are_fields_of_a_named_tuple():  # by name, and not by position
-    updates = NamedExperts(fill(D, 2), fill(D), fill(D))
-    factors = {"expert_a": np.full(D, 0.5), "expert_b": np.full(D, 1.5)}
-    return Case(updates, np.array([0.25, 0.75], np.float32), factors, children("expert_[ab]"))
+    return Case(updates, {"moe/expert_{expert}": U}, factors)
 
 
 class NnxExperts(nnx.Module):
@@ -509,58 +499,56 @@ class NnxExperts(nnx.Module):
 
 
 @case
-def _children_of_an_nnx_list():
+def _experts_of_an_nnx_list():
     updates = nnx.state(NnxExperts(), nnx.Param)
     factors = {f"experts/{k}/kernel/value": np.full((D, F), PHI_V[k]) for k in range(E)}
     factors |= {f"experts/{k}/bias/value": np.full(F, PHI_V[k]) for k in range(E)}
-    return Case(updates, {"experts": V}, factors, children("*"))
+    return Case(updates, {"experts/{expert}": V}, factors)
 
 
 @case
-def _children_with_stacked_layers():
+def _experts_apart_with_stacked_layers():
     updates = {"moe": {f"expert_{k}": {"kernel": fill(L, D, F), "bias": fill(L, F)} for k in range(E)}}
     factors = {f"moe/expert_{k}/kernel": along(PHI[:, k], (L, D, F), 0) for k in range(E)}
     factors |= {f"moe/expert_{k}/bias": along(PHI[:, k], (L, F), 0) for k in range(E)}
-    return Case(updates, {"moe": UV}, factors, children("expert_*"))
+    return Case(updates, {"moe/expert_{expert}": UV}, factors)
 
 
 @case
-def _children_of_a_path_below_the_utilization():
-    updates = {"moe": {"scale": fill(E), "experts": [fill(D) for _ in range(E)]}}
-    factors = {"moe/scale": PHI_U, **{f"moe/experts/{k}": np.full(D, PHI_U[k]) for k in range(E)}}
-    return Case(updates, {"moe": U}, factors, {"moe": {"experts": children("*")}})
+def _experts_apart_with_layers_on_another_axis():
+    updates = {f"expert_{k}": fill(D, L) for k in range(E)}
+    factors = {f"expert_{k}": along(PHI[:, k], (D, L), 1) for k in range(E)}
+    return Case(updates, {"expert_{expert}": UV}, factors, {"expert_*": -1})
 
 
 @case
-def _grandchildren_in_natural_order():
-    updates = {f"group_{g}": {"router": fill(D), **{f"e{k}": fill(D) for k in (2, 10)}} for g in (2, 10)}
-    u = np.array([0.1, 0.2, 0.3, 0.4], np.float32)  # 2/e2, 2/e10, 10/e2, 10/e10; of mean 1/4
-    factors = {f"group_{g}/e{k}": np.full(D, 4 * u[2 * (g == 10) + (k == 10)]) for g in (2, 10) for k in (2, 10)}
-    return Case(updates, u, factors, children("group_*/e*"))
-
-
-@case
-def _children_of_haiku_modules():
-    updates = {"moe/router": {"w": fill(D, E)}, **{f"moe/expert_{k}": {"w": fill(D, F)} for k in range(E)}}
-    factors = {f"moe/expert_{k}/w": np.full((D, F), PHI_U[k]) for k in range(E)}
-    return Case(updates, U, factors, children("moe/expert_*"))
-
-
-@case
-def _children_some_of_which_are_frozen():  # as eqx.partition leaves them: None, all of an expert or some of it
+def _some_experts_are_frozen():  # as eqx.partition leaves them: None, all of an expert or some of it
     updates = {"moe": [{"w": None, "b": None}, {"w": fill(D), "b": None}, {"w": fill(D), "b": fill(1)}]}
     factors = {"moe/1/w": np.full(D, 1.0), "moe/2/w": np.full(D, 1.5), "moe/2/b": np.full(1, 1.5)}
-    return Case(updates, {"moe": U}, factors, children("*"))
+    return Case(updates, {"moe/{expert}": U}, factors)
 
 
 @case
-def _children_in_one_layer_and_an_array_in_another():
+def _parts_of_frozen_experts():
+    updates = {"moe": [None, {"w": fill(D), "b": None}, {"w": fill(D), "b": fill(1)}]}
+    return Case(updates, {"moe/{expert}/w": U}, {"moe/1/w": np.full(D, 1.0), "moe/2/w": np.full(D, 1.5)})
+
+
+@case
+def _experts_apart_in_one_layer_and_in_an_array_in_another():
     updates = {
         "a": {"router": fill(D, E), "expert_0": fill(D), "expert_1": fill(D), "expert_2": fill(D)},
         "b": fill(D, E),
     }
     factors = {f"a/expert_{k}": np.full(D, PHI_U[k]) for k in range(E)} | {"b": along(PHI_V, (D, E), 1)}
-    return Case(updates, {"a": U, "b": V}, factors, {"a": children("expert_*"), "b": -1})
+    return Case(updates, {"a/expert_{expert}": U, "b": V}, factors, {"b": -1})
+
+
+@case
+def _experts_apart_in_several_projections():
+    updates = {"moe": {name: [fill(D), fill(F), fill(D)] for name in ("up", "down", "norm")}}
+    factors = {f"moe/{name}/{k}": np.full((D, F, D)[k], PHI_U[k]) for name in ("up", "down") for k in range(E)}
+    return Case(updates, {"moe/{up,down}/{expert}": U}, factors)
 
 
 # Other people's layouts.
@@ -580,7 +568,7 @@ def _maxtext():
     updates = {"decoder": {"layers": {"MoeBlock_0": moe, "self_attention": {"out": fill(D, L, D)}}}}
     experts = {name: moe[name].shape for name in ("wi_0", "wi_1", "wo", "wi_0_bias", "wo_bias")}
     factors = {f"decoder/layers/MoeBlock_0/{name}": along(PHI, shape, 1, 0) for name, shape in experts.items()}
-    return Case(updates, {"decoder": {"layers": {"MoeBlock_0": dict.fromkeys(experts, UV)}}}, factors, (1, 0))
+    return Case(updates, {"**/MoeBlock_0/w*": UV}, factors, (1, 0))
 
 
 @case
@@ -654,7 +642,7 @@ def _small_teaching_repo():
         for k in range(E):
             base = f"block_{i}/moe/expert_{k}/Dense_0"
             factors |= {f"{base}/kernel": np.full((D, F), phi[k]), f"{base}/bias": np.full(F, phi[k])}
-    return Case(updates, {f"block_{i}": {"moe": u} for i, u in enumerate(UV)}, factors, children("expert_*"))
+    return Case(updates, {f"block_{i}/**/expert_{{expert}}": u for i, u in enumerate(UV)}, factors)
 
 
 # Parameters that are another transformation's.
@@ -676,13 +664,23 @@ def _masked_layer():
 
 
 @case
-def _masked_layer_of_children():
+def _masked_experts():
     updates = {
         "first": MASKED,
-        "second": {"expert_0": {"w": fill(D), "b": MASKED}, "expert_1": MASKED, "expert_2": fill(D)},
+        "second": {
+            "expert_0": {"w": fill(D), "b": MASKED},
+            "expert_1": MASKED,
+            "expert_2": {"w": fill(D), "b": fill(1)},
+        },
     }
-    factors = {"second/expert_0/w": np.full(D, PHI_V[0]), "second/expert_2": np.full(D, PHI_V[2])}
-    return Case(updates, {"first": U, "second": V}, factors, children("expert_*"))
+    factors = {"second/expert_0/w": np.full(D, PHI_V[0]), "second/expert_2/w": np.full(D, PHI_V[2])}
+    return Case(updates, {"first/expert_{expert}": U, "**/expert_{expert}/w": V, "third/**/w": None}, factors)
+
+
+@case
+def _masked_layer_below_any_names():
+    updates = {"first": MASKED, "second": {"experts": fill(E)}}
+    return Case(updates, {"**/first/**/experts": U, "**/second/experts": V}, {"second/experts": PHI_V})
 
 
 def zero_sum_update(updates, utilization, expert_axis, wrap=lambda tx: tx, jit=False):
@@ -815,39 +813,7 @@ def test_partition_with_an_excitation_for_each_label():
     check(updates, scaled, factors, same_object=True)
 
 
-def test_ordered_dict_of_experts_is_numbered_by_name():
-    updates = collections.OrderedDict((f"expert_{k}", jnp.ones(1)) for k in (2, 0, 1))
-    scaled = zero_sum_update(updates, U, children("*"))
-    np.testing.assert_allclose([scaled[f"expert_{k}"][0] for k in range(E)], PHI_U, rtol=1e-6)
-
-
 @pytest.mark.parametrize(("utilization", "expert_axis"), [(U, 0), (U, (0,)), (U, None), (U, np.int32(-2))])
 def test_same_axis_said_in_different_ways(utilization, expert_axis):
     updates = {"w": fill(E, D)}
     check(updates, zero_sum_update(updates, utilization, expert_axis), {"w": along(PHI_U, (E, D), 0)}, same_object=True)
-
-
-def test_braces_name_several_children_of_one_layer():
-    params = {"moe": {"router": jnp.ones((2, 3)), "up": {"w": jnp.ones((2, 4))}, "down": jnp.ones((2, 4))}}
-    u = jnp.array([0.75, 0.25])
-    tx = excitation_optax.scale_by_excitation(excitation_optax.zero_sum)
-    together, _ = tx.update(params, tx.init(params), utilization={"moe": {"{up/w,down}": u}})
-    apart, _ = tx.update(params, tx.init(params), utilization={"moe": {"up": u, "down": u}})
-    jax.tree.map(np.testing.assert_array_equal, together, apart)
-    np.testing.assert_array_equal(together["moe"]["router"], 1)
-    np.testing.assert_array_equal(together["moe"]["down"][:, 0], [1.5, 0.5])
-    assert excitation_optax.excitation({"moe": {"{up,down}": u}}).keys() == {"moe"}
-    described = excitation_optax.describe(params, {"moe/{up,down}": u})
-    assert {p.scaled_by for p in described.parameters} == {None, "moe/{up,down}"}
-
-
-def test_braces_in_axes_and_beside_children():
-    params = {"a": {"expert_0": jnp.ones(3), "expert_1": jnp.ones(3)}, "b": {"w": jnp.ones((4, 2))}}
-    tx = excitation_optax.scale_by_excitation(
-        excitation_optax.zero_sum, expert_axis={"a": excitation_optax.children("expert_*"), "{b/w,c}": -1}
-    )
-    u = jnp.array([0.75, 0.25])
-    updates, _ = tx.update(params | {"c": jnp.ones((3, 2))}, optax.EmptyState(), utilization={"{a,b,c}": u})
-    np.testing.assert_array_equal(updates["a"]["expert_0"], 1.5)
-    np.testing.assert_array_equal(updates["b"]["w"][0], [1.5, 0.5])
-    np.testing.assert_array_equal(updates["c"][0], [1.5, 0.5])

@@ -4,6 +4,7 @@ Axis letters: T tokens, E experts, C classes, L layers.
 """
 
 import functools
+import inspect
 import math
 
 import hypothesis
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from excitation_optax import RoutingCounts, count_active, metrics, zero_sum
+from excitation_optax import RoutingCounts, count_active, metrics
 
 E, C = 5, 3
 PER_LAYER = (metrics.load_entropy, metrics.max_over_mean_load, metrics.dead_experts)
@@ -38,7 +39,7 @@ def assert_close(actual, expected):
 
 
 def entropy_loop(weights):
-    """In nats, of one token's weights divided by their sum."""
+    """The entropy, in nats, of one token's weights divided by their sum."""
     return -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights if w > 0)
 
 
@@ -302,33 +303,97 @@ def test_stacked_layers_equal_one_layer_at_a_time(metric, shape):
     assert not np.isnan(one_by_one[[0, 2]]).any()  # the idle layer's NaN stays where it is
 
 
-# excitation_range.
+# Trees, counts and lists.
+
+COUNTS = RoutingCounts(jnp.array([6.0, 2.0, 0.0, 0.0]), jnp.array(8.0))
+LOAD = jnp.array([0.75, 0.25, 0.0, 0.0])
 
 
-def test_excitation_range_by_hand():
-    low, high = metrics.excitation_range(jnp.array([[0.5, 1.5, 1.0], [1.0, 1.0, 1.0]]))
-    assert_close(low, [0.5, 1.0])
-    assert_close(high, [1.5, 1.0])
+@each_per_layer
+def test_load_takes_counts_lists_and_trees_of_them(metric):
+    expected = computed(metric, LOAD)
+    assert_close(metric(COUNTS), expected)
+    assert_close(metric([6, 2, 0, 0]), expected)
+    assert_close(metric([[6, 2, 0, 0], [6, 2, 0, 0]]), [expected, expected])
+    tree = {"a": COUNTS, "b": [LOAD, None, (LOAD, LOAD[None])], "c": [0.75, 0.25, 0.0, 0.0]}
+    measured = compiled(metric)(tree)
+    shapes = {"a": (), "b": [(), None, ((), (1,))], "c": ()}
+    assert jax.tree.map(jnp.shape, measured) == shapes
+    assert_close(jnp.stack([x.ravel() for x in jax.tree.leaves(measured)]), np.full((5, 1), expected))
 
 
-def test_excitation_range_of_zero_sum():
-    low, high = metrics.excitation_range(zero_sum(STACK, 1.0))
-    assert_close(low, [1 / 3, 1.0, 0.0])  # 0.1/0.3; no load; an idle expert
-    assert_close(high, [5 / 3, 1.0, 3.0])  # 0.5/0.3; no load; 0.9/0.3
+def test_the_threshold_holds_for_every_leaf():
+    tree = {"a": COUNTS, "b": LOAD}
+    assert jax.tree.map(float, metrics.dead_experts(tree, threshold=0.25)) == {"a": 0.75, "b": 0.75}
 
 
-def test_excitation_range_keeps_nan():
-    low, high = metrics.excitation_range(jnp.array([1.0, math.nan]))
-    assert np.isnan(low)
-    assert np.isnan(high)
+def test_the_other_metrics_take_trees_and_lists():
+    active = {"a": jnp.array([[True, False], [True, True]]), "b": [[False, True], [True, True]]}
+    counted = metrics.class_counts(active, [1, 0], num_classes=2)
+    assert_close(counted["a"], [[1, 1], [1, 0]])  # expert 0: classes 1, 0; expert 1: class 0
+    assert_close(counted["b"], [[1, 0], [1, 1]])
+    score = metrics.specialization_score(counted)
+    assert_close([score["a"], score["b"]], [0.75, 0.75])  # 1/2 and 1
+    entropy = metrics.routing_entropy([jnp.eye(2), [[1, 1], [1, 0]]], where=[True, False])
+    assert_close(entropy, [0, math.log(2)])
+
+
+def test_integers_of_any_width_are_measured_in_float32():
+    assert_close(metrics.load_entropy(jnp.array([200, 200, 0, 0], "uint8")), 0.5)
+    assert_close(metrics.max_over_mean_load(RoutingCounts(jnp.array([100, 100], "int8"), jnp.array(100, "int8"))), 1)
+
+
+# Errors.
+
+
+LABELS = np.zeros(3, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *[
+            (functools.partial(metric, wrong), metric.__name__ + message)
+            for metric in PER_LAYER
+            for wrong, message in [
+                (0.5, ": Utilization must be an array with an axis of experts"),
+                ("u", ": Utilization must be an array of numbers; got 'u'"),
+                ({}, r" requires an array, or a tree with at least one; got \{\}"),
+                ([], r" requires an array, or a tree with at least one; got \[\]"),
+                (None, " requires an array, or a tree with at least one; got None"),
+                ({"moe": [LOAD, LOAD[0]]}, r" at moe/1: .* axis of experts, .* got float32\[\]"),
+                ({"moe": jax.ShapeDtypeStruct((4,), "float32")}, " at moe: Utilization must be an array of numbers"),
+                ([[0.5, 0.5], [1.0]], ": Utilization must be an array of numbers"),
+                (jnp.array([0.5, -0.5]), r": Utilization must not be negative; got float32\[2\] with the value -0.5"),
+                (jax.random.key(0), ": Utilization must be an array of real numbers"),
+                (RoutingCounts(jnp.ones((2, 4)), jnp.ones(4)), r": RoutingCounts have counts of shape \[2, 4\] and"),
+            ]
+        ],
+        (lambda: metrics.specialization_score(LOAD), r"counts must be an array \[..., E, C\]; got float32\[4\]"),
+        (lambda: metrics.specialization_score({"a": np.zeros((2, 0))}), r"score at a: .* got float\d+\[2, 0\]"),
+        (lambda: metrics.specialization_score(COUNTS), "counts must be an array of numbers; got RoutingCounts"),
+        (lambda: metrics.specialization_score({}), "specialization_score requires an array"),
+        (lambda: metrics.routing_entropy(1.0), r"weights must be an array \[T..., E\]; got"),
+        (lambda: metrics.routing_entropy(np.ones((3, 0))), r"weights must be an array \[T..., E\]; got"),
+        (lambda: metrics.routing_entropy(COUNTS), "weights must be an array of numbers; got RoutingCounts"),
+        (lambda: metrics.routing_entropy(np.ones((3, 2)), np.ones(3)), r"where must be boolean; got float\d+\[3\]"),
+        (lambda: metrics.routing_entropy({"a": np.ones((3, 2))}, np.ones(4, bool)), r"at a: where bool\[4\] does not"),
+        (lambda: metrics.class_counts(np.ones((3, 2)), LABELS, 2), r"active must be boolean \[T, E\]; got float"),
+        (lambda: metrics.class_counts(np.ones(3, bool), LABELS, 2), r"active must be boolean \[T, E\]; got bool\[3\]"),
+        (lambda: metrics.class_counts(np.ones((3, 2), bool), LABELS[:2], 2), r"integers \[T\] = \[3\], .* int32\[2\]"),
+        (lambda: metrics.class_counts(np.ones((3, 2), bool), np.zeros(3), 2), r"labels must be integers .* got float"),
+        (
+            lambda: metrics.class_counts(np.ones((3, 2), bool), LABELS, 2.0),
+            "num_classes must be an integer, .* got 2.0",
+        ),
+        (lambda: metrics.class_counts([], LABELS, 2), "class_counts requires an array"),
+    ],
+)
+def test_wrong_input_is_rejected(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_every_metric_is_public():
-    functions = {name for name, value in vars(metrics).items() if callable(value) and not name.startswith("_")}
+    functions = {name for name, value in vars(metrics).items() if inspect.isfunction(value) and name[0] != "_"}
     assert functions == set(metrics.__all__)
-
-
-@pytest.mark.parametrize("metric", [metrics.dead_experts, metrics.load_entropy, metrics.max_over_mean_load])
-def test_load_takes_routing_counts(metric):
-    counts = RoutingCounts(jnp.array([6.0, 2.0, 0.0, 0.0]), jnp.array(8.0))
-    np.testing.assert_allclose(metric(counts), metric(jnp.array([0.75, 0.25, 0.0, 0.0])), rtol=1e-6)

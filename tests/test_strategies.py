@@ -1,4 +1,4 @@
-"""The strategies against hand-worked numbers, the paper's equations in float64, and what is promised of them.
+"""The strategies against hand-worked numbers, the paper's equations in float64, and their documented properties.
 
 Axis letters: E experts, L layers.
 """
@@ -6,10 +6,12 @@ Axis letters: E experts, L layers.
 import functools
 import inspect
 import math
+import re
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import jax_versions
 import numpy as np
 import pytest
 import strategy_table
@@ -22,7 +24,7 @@ E = 5  # one width for all generated layers, so that each strategy compiles once
 
 
 def each(holds=lambda row: True):
-    """The rows of the table for which this holds."""
+    """Parametrizes a test with the rows for which `holds` is true."""
     rows = [row for row in strategy_table.ROWS if holds(row)]
     return pytest.mark.parametrize("row", rows, ids=lambda row: row.strategy.__name__)
 
@@ -42,7 +44,7 @@ def compiled(strategy):
 
 
 def phi(strategy, u, gamma, seed=0):
-    """The excitation as NumPy float32, compiled; a random strategy gets the key of `seed`."""
+    """The excitation as NumPy float32, compiled; a random strategy receives the key of `seed`."""
     key = {"key": jax.random.key(seed)} if _strategies.is_random(strategy) else {}
     return np.asarray(compiled(strategy)(np.asarray(u, np.float32), np.float32(gamma), **key))
 
@@ -59,7 +61,7 @@ def generated(max_examples=50):
     return hypothesis.settings(max_examples=max_examples, deadline=None)
 
 
-# Fractions as a router gives them (zero, or at least a millionth), and everything that float32 can hold in [0, 1].
+# FRACTIONS: those of a router, zero or at least a millionth. ANYTHING: every float32 in [0, 1].
 FRACTIONS = layers_of(st.just(0.0) | st.floats(2**-20, 1, width=32))
 POSITIVE_FRACTIONS = layers_of(st.floats(2**-20, 1, width=32))
 ANYTHING = layers_of(st.sampled_from([0.0, 1.0, 1e-45, 1e-40, 2**-126]) | st.floats(0, 1, width=32))
@@ -69,8 +71,8 @@ GAMMAS = st.sampled_from([0.0, 0.5, 1.0, 2.0, 10.0]) | st.floats(0, 10, width=32
 # The table.
 
 
-def test_every_strategy_that_is_exported_has_a_row():
-    """A strategy is a public function of the file of strategies that begins with (utilization, gamma)."""
+def test_every_exported_strategy_has_a_row():
+    """A strategy is a public function in _strategies.py whose first parameters are (utilization, gamma)."""
     public = [getattr(excitation_optax, name) for name in excitation_optax.__all__]
     functions = [f for f in public if inspect.isfunction(f) and f.__module__ == _strategies.__name__]
     exported = {f.__name__ for f in functions if list(inspect.signature(f).parameters)[:2] == ["utilization", "gamma"]}
@@ -125,7 +127,7 @@ def test_the_papers_equation_with_idle_experts(row, u, gamma):
 @generated()
 @hypothesis.given(u=FRACTIONS, gamma=st.floats(0.25, 2.5, width=32))
 def test_inverted_is_the_equations_limit_at_zero(u, gamma):
-    # 1e-100 ** -2.5 = 1e250, which float64 holds; (1e-100 / 2**-20) ** 0.25 = 1e-24 is what is left to the others.
+    # 1e-100 ** -2.5 = 1e250 fits into float64; the others get about (1e-100 / 2**-20) ** 0.25 = 1e-24.
     equation = next(row.equation for row in strategy_table.ROWS if row.strategy is inverted)
     limit = equation(np.maximum(np.array(u), 1e-100), gamma)
     assert_close(phi(inverted, u, gamma), limit, rtol=3e-5)
@@ -223,14 +225,10 @@ def test_global_exp_is_the_same_for_all_experts(u, gamma):
 
 @pytest.mark.parametrize("gamma", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("busy", [1e-30, 0.3, 1.0])
-def test_zero_sum_gives_everything_to_the_only_busy_expert(gamma, busy):
-    assert_close(phi(zero_sum, busy * np.eye(E)[2], gamma), E * np.eye(E)[2])
-
-
-@pytest.mark.parametrize("gamma", [0.01, 1.0, 10.0])
-def test_inverted_gives_nothing_to_the_only_busy_expert(gamma):
-    # the idle E - 1 share E
-    assert_close(phi(inverted, np.eye(E)[2], gamma), E / (E - 1) * (1 - np.eye(E)[2]))
+def test_the_only_busy_expert_gets_all_of_zero_sum_and_nothing_of_inverted(gamma, busy):
+    one_hot = np.eye(E)[2]
+    assert_close(phi(zero_sum, busy * one_hot, gamma), E * one_hot)
+    assert_close(phi(inverted, busy * one_hot, gamma), E / (E - 1) * (1 - one_hot))  # the idle E - 1 share E
 
 
 @each_deterministic
@@ -240,7 +238,7 @@ def test_larger_gamma_spreads_the_excitation_further(row):
     assert (np.diff(highest) > 0).all()
 
 
-# NaN, which must not be hidden, nor spread.
+# NaN: it must neither disappear nor spread to other layers.
 
 
 @each_strategy
@@ -268,7 +266,7 @@ def test_random_boost_is_a_permutation_of_zero_sum(u, gamma, seed):
 
 
 def test_random_boost_repeats_with_its_key_and_changes_with_another():
-    u = np.arange(32) / 32  # that two of the 32! orders agree by chance is out of the question
+    u = np.arange(32) / 32  # two of the 32! orders do not agree by chance
     np.testing.assert_array_equal(phi(random_boost, u, 1.0, seed=3), phi(random_boost, u, 1.0, seed=3))
     assert not np.array_equal(phi(random_boost, u, 1.0, seed=3), phi(random_boost, u, 1.0, seed=4))
     assert not np.array_equal(phi(random_boost, u, 1.0, seed=3), phi(zero_sum, u, 1.0))
@@ -308,9 +306,7 @@ def test_vmap_over_layers_with_a_gamma_each(row):
 
 
 @each_deterministic
-@pytest.mark.parametrize(
-    "gamma", [2, np.float64(2), np.array(2), jnp.array(2), jnp.bfloat16(2)], ids=lambda g: type(g).__name__
-)
+@pytest.mark.parametrize("gamma", [2, np.float64(2), np.array(2), jnp.bfloat16(2)], ids=lambda g: type(g).__name__)
 def test_gamma_of_any_type_gives_the_same_float32(row, gamma):
     excitation = row.strategy(STACK, gamma)
     assert excitation.dtype == jnp.float32
@@ -330,7 +326,7 @@ def test_narrow_utilization_is_computed_in_float32(row, dtype):
 @each_strategy
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_under_x64_float64_is_kept_and_nothing_else_widened(row, dtype):
-    with jax.enable_x64(True):
+    with jax_versions.enable_x64(True):
         key = {"key": jax.random.key(0)} if is_random(row) else {}
         excitation = jax.eval_shape(row.strategy, jnp.asarray(STACK, dtype), jnp.float32(1.5), **key)
         assert excitation.dtype == ("float64" if dtype == "float64" else "float32")
@@ -339,7 +335,7 @@ def test_under_x64_float64_is_kept_and_nothing_else_widened(row, dtype):
 @each_deterministic
 def test_float64_is_exact_to_float64(row):
     u = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
-    with jax.enable_x64(True):
+    with jax_versions.enable_x64(True):
         np.testing.assert_allclose(row.strategy(jnp.asarray(u), 1.7), row.equation(u, 1.7), rtol=1e-13)
 
 
@@ -364,7 +360,7 @@ def test_clipped_by_hand(strategy, u, maximum, expected):
 def test_clipped_does_not_change_the_dtype(maximum):
     bounded = excitation_optax.clipped(zero_sum, maximum)
     one_hot = np.eye(E)[0]
-    with jax.enable_x64(True):
+    with jax_versions.enable_x64(True):
         for dtype in ("float32", "float64"):
             excitation = bounded(jnp.asarray(one_hot, dtype), 1.0)
             assert excitation.dtype == dtype
@@ -383,20 +379,24 @@ def test_clipped_keeps_nan():
     assert np.isnan(excitation_optax.clipped(zero_sum, 2.0)(jnp.array([0.5, math.nan]), 1.0)).all()
 
 
-def test_clipped_takes_any_callable():
-    halved = functools.partial(zero_sum, gamma=0.5)  # has no __name__
-    bounded = excitation_optax.clipped(lambda u, gamma: halved(u) * gamma, 1.0)
-    assert_close(bounded(jnp.array([0.25, 1.0]), 1.0), [2 / 3, 1.0])
-    assert not _strategies.is_random(excitation_optax.clipped(halved, 1.0))
+def test_clipped_takes_any_strategy():
+    halved = lambda u, gamma, factor: factor * zero_sum(u, gamma)
+    bounded = excitation_optax.clipped(functools.partial(halved, factor=0.5), 0.75)  # a partial has no __name__
+    assert_close(bounded(jnp.array([0.1, 0.2, 0.3]), 1.0), [0.25, 0.5, 0.75])
+    assert not _strategies.is_random(bounded)
 
 
-@pytest.mark.parametrize("maximum", [0, 0.0, -1.0, math.inf, -math.inf, math.nan, "2", None, 1j])
-def test_clipped_rejects_what_is_no_bound(maximum):
+@pytest.mark.parametrize(
+    "maximum", [0, 0.0, -1.0, math.inf, -math.inf, math.nan, 10**400, True, "2", None, 1j], ids=lambda m: repr(m)[:5]
+)
+def test_clipped_rejects_other_bounds(maximum):
     with pytest.raises(ValueError, match="clipped: maximum must be a positive finite number; got"):
         excitation_optax.clipped(zero_sum, maximum)
 
 
 # is_random.
+
+KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize(
@@ -404,16 +404,94 @@ def test_clipped_rejects_what_is_no_bound(maximum):
     [
         (excitation_optax.clipped(zero_sum, 2.0), False),
         (lambda u, gamma, *, key: u, True),
+        (lambda u, gamma, *, key=None: u, True),  # None stands for a key that is still missing
+        (lambda u, gamma, *, key=KEY: u, False),
+        (lambda u, gamma, **key: u, False),
+        (functools.partial(random_boost, key=KEY), False),
+        (functools.partial(lambda u, gamma, *, key, factor: u, factor=2.0), True),
+        (excitation_optax.clipped(functools.partial(random_boost, key=KEY), 2.0), False),
         (jax.jit(zero_sum), False),
         (jax.jit(random_boost), True),
         (type, False),  # has no signature
     ],
 )
-def test_a_strategy_with_a_key_is_random(strategy, random):
+def test_a_strategy_with_an_unbound_key_is_random(strategy, random):
     assert _strategies.is_random(strategy) is random
 
 
-@pytest.mark.parametrize("strategy", ["zero_sum", None, 1.0])
-def test_a_strategy_must_be_callable(strategy):
-    with pytest.raises(ValueError, match=r"strategy must be a callable .* got .*not its name"):
-        _strategies.is_random(strategy)
+def test_a_bound_key_shuffles_in_the_same_order_at_every_step():
+    strategy, u = functools.partial(random_boost, key=KEY), jnp.arange(1, 9) / 8
+    tx = excitation_optax.scale_by_excitation(strategy)
+    params = {"experts": jnp.ones(8)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, utilization={"experts": u})
+        assert_close(updates["experts"], random_boost(u, 1.0, key=KEY))
+    assert not jax.tree.leaves(state)
+
+
+@pytest.mark.parametrize(
+    "check", [_strategies.is_random, lambda s: excitation_optax.clipped(s, 2)], ids=["", "clipped"]
+)
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("zero_sum", "got 'zero_sum'. Pass a function such as excitation_optax.zero_sum, not its name"),
+        (None, "got None"),
+        (1.0, "got 1.0"),
+        (lambda u: u, "<lambda>(u) cannot be called like this: too many positional arguments"),
+        (lambda u, gamma, other: u, "missing a required argument: 'other'"),
+        (functools.partial(zero_sum, gamma=2.0), "cannot be called like this"),
+        (lambda u, *, key: u, "cannot be called like this: too many positional arguments"),
+    ],
+)
+def test_what_is_no_strategy_is_rejected(check, strategy, message):
+    with pytest.raises(ValueError, match=r"strategy must be a callable \(utilization, gamma\).*" + re.escape(message)):
+        check(strategy)
+
+
+# Values that cannot be utilization.
+
+
+@each_strategy
+@pytest.mark.parametrize(
+    ("u", "message"),
+    [
+        (np.array([0.5, -0.25, math.nan], np.float32), r"must not be negative; got float32\[3\] with the value -0.25"),
+        (jnp.array([0.5, -0.25], jnp.bfloat16), r"must not be negative; got bfloat16\[2\] with the value -0.25"),
+        ([0.5, -0.25], "must not be negative"),
+        (0.5, r"must be an array with an axis of experts, \[..., E\]; got"),
+        (np.zeros((2, 0), np.float32), r"must be an array with an axis of experts, \[..., E\]; got float32\[2, 0\]"),
+        ("u", r"must be an array of numbers; got 'u'"),
+    ],
+)
+def test_malformed_utilization_is_rejected(row, u, message):
+    key = {"key": KEY} if is_random(row) else {}
+    with pytest.raises(ValueError, match="Utilization " + message):
+        row.strategy(u, 1.0, **key)
+
+
+def test_values_that_cannot_be_read_are_not_checked():
+    negative = jnp.array([0.5, -0.25])
+    assert jax.jit(zero_sum)(negative, 1.0).shape == (2,)
+    assert jax.eval_shape(zero_sum, negative, 1.0).shape == (2,)
+    assert jax.vmap(zero_sum, in_axes=(0, None))(negative[None], 1.0).shape == (1, 2)
+
+
+# Padded slots for experts.
+
+
+def six_of_eight(utilization, gamma):
+    """The recipe in the docstring of _strategies.py."""
+    excitation = positive_sum(utilization[..., :6], gamma)
+    return jnp.concatenate([excitation, jnp.ones_like(utilization[..., 6:])], axis=-1)
+
+
+def test_a_strategy_that_slices_leaves_padded_slots_out_of_the_mean():
+    real = np.array([[0.1, 0.2, 0.3, 0.1, 0.2, 0.3], [0.0, 0.0, 0.0, 0.0, 0.0, 0.5]], np.float32)
+    counts = excitation_optax.RoutingCounts(np.pad(real, [(0, 0), (0, 2)]) * 10, np.full(2, 10, np.float32))  # 2 layers
+    phi = excitation_optax.excitation({"experts": counts}, six_of_eight)["experts"]
+    # means 0.2 and 1/12: 1, 1, 1.5, 1, 1, 1.5 and 1, 1, 1, 1, 1, 6
+    assert_close(phi, [[1, 1, 1.5, 1, 1, 1.5, 1, 1], [1, 1, 1, 1, 1, 6, 1, 1]])
+    # the two idle slots lower the mean to 0.15: 0.2/0.15 = 4/3
+    assert_close(positive_sum(counts.utilization, 1.0)[0], [1, 4 / 3, 2, 1, 4 / 3, 2, 1, 1])

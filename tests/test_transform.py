@@ -4,7 +4,9 @@ import functools
 import re
 
 import chex
+import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,6 +16,9 @@ import strategy_table
 from jax.sharding import PartitionSpec as P
 
 import excitation_optax
+
+for state_type in (optax.EmptyState, optax.MultiStepsState):
+    jax.export.register_namedtuple_serialization(state_type, serialized_name=f"optax.{state_type.__name__}")
 
 
 def excite(**kwargs):
@@ -225,38 +230,86 @@ def test_experts_that_are_split_send_nothing(kind, where):
         assert sent == (["all-gather"] if where else []), name
 
 
-def data_parallel_step(params, x, y, sum_counts=True):
-    """The body for pmap and shard_map: gradients are averaged, and counts are summed, by hand."""
+def data_parallel_step(params, x, y, axis_name="data", sum_counts=False):
+    """The body for pmap and shard_map: gradients are averaged by hand, counts are summed by the transform."""
     (_, active), grads = jax.value_and_grad(
         lambda p: (jnp.mean((small_moe.forward(p, x)[0] - y) ** 2), small_moe.forward(p, x)[1]), has_aux=True
     )(params)
     counts = excitation_optax.count_active(active)
     if sum_counts:
         counts = jax.lax.psum(counts, "data")
-    updates, _ = sgd().update(jax.lax.pmean(grads, "data"), sgd().init(params), params, utilization={"experts": counts})
+    tx = optax.chain(optax.sgd(0.1), excite(axis_name=axis_name))
+    grads = jax.lax.pmean(grads, "data")
+    updates, _ = tx.update(grads, tx.init(params), params, utilization={"experts": counts})
     return optax.apply_updates(params, updates)
 
 
-def test_shard_map():
+@pytest.mark.parametrize("sum_counts", [False, True], ids=["once", "twice"])
+def test_shard_map(sum_counts):
     params, x, y, expected = one_step()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    body = jax.shard_map(
-        data_parallel_step, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P(), check_vma=False
-    )
+    body = functools.partial(data_parallel_step, sum_counts=sum_counts)
+    specs = (P(), P("data"), P("data"))
+    body = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
     chex.assert_trees_all_close(jax.jit(body)(params, x, y), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_pmap_and_what_a_forgotten_psum_does():
+def test_pmap_and_what_a_forgotten_axis_name_does():
     params, x, y, expected = one_step()
     x, y = (a.reshape(8, -1, *a.shape[1:]) for a in (x, y))
     right = jax.pmap(data_parallel_step, axis_name="data", in_axes=(None, 0, 0))(params, x, y)
     for replica in range(8):
         chex.assert_trees_all_close(jax.tree.map(lambda a, r=replica: a[r], right), expected, rtol=1e-5, atol=1e-6)
-    forgot = functools.partial(data_parallel_step, sum_counts=False)
+    forgot = functools.partial(data_parallel_step, axis_name=None)
     wrong = jax.pmap(forgot, axis_name="data", in_axes=(None, 0, 0))(params, x, y)
     bias = np.asarray(wrong["experts"]["bias"])
     assert not np.allclose(bias, bias[:1])  # the replicas have drifted apart
     np.testing.assert_allclose(wrong["router"], right["router"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sum_counts", [False, True], ids=["once", "twice"])
+def test_several_axis_names_and_one_reduction_for_all_layers(sum_counts):
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    updates = {f"layer_{n}": jnp.ones((2, 3)) for n in range(3)}
+    tx = excite(axis_name=("data", "fsdp"))
+
+    def body(active):
+        counts = {name: excitation_optax.count_active(active) for name in updates}
+        counts = jax.lax.psum(counts, ("data", "fsdp")) if sum_counts else counts
+        return tx.update(updates, tx.init(updates), utilization=counts)[0]
+
+    active = jnp.arange(16)[:, None] % jnp.array([[2, 4]]) == 0  # a half, and a quarter, of the 16 samples
+    spec = P(("data", "fsdp"))
+    compiled = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=P())).lower(active).compile()
+    for update in compiled(active).values():
+        np.testing.assert_allclose(update[:, 0], [4 / 3, 2 / 3], rtol=1e-6)
+    assert compiled.as_text().count(" all-reduce(") == 1 + sum_counts
+
+
+def test_fractions_cannot_be_summed_over_devices():
+    tx = excite(axis_name="data")
+    update = lambda u: tx.update({"experts": u}, tx.init(None), utilization={"experts": u})
+    with pytest.raises(ValueError, match="experts is float32\\[4\\]: with axis_name='data', pass RoutingCounts"):
+        jax.pmap(update, axis_name="data")(jnp.ones((8, 4)))
+
+
+def test_states_and_counts_are_serialized():
+    """By `jax.export`, to which optax's own states are made known here, and by `flax.serialization`."""
+    params = {"experts": jnp.ones((2, 3))}
+    counts = {"experts": excitation_optax.RoutingCounts(jnp.array([3.0, 1.0]), jnp.array(4.0))}
+    tx = excite(gamma=optax.constant_schedule(1.0))
+    for wrapped in (
+        tx,
+        excitation_optax.accumulate_utilization(optax.MultiSteps(tx, 1), counts),
+        excitation_optax.hold_utilization(tx, counts),
+    ):
+        state = wrapped.init(params)
+        update = jax.jit(lambda params, state, counts, tx=wrapped: tx.update(params, state, params, utilization=counts))
+        exported = jax.export.deserialize(jax.export.export(update)(params, state, counts).serialize())
+        chex.assert_trees_all_equal(exported.call(params, state, counts), update(params, state, counts))
+        restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+        chex.assert_trees_all_equal(restored, state)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
 
 
 def test_experts_sharded_under_jit_stay_sharded():
@@ -280,6 +333,14 @@ def test_leaves_that_no_optimizer_moves_pass_through():
         assert scaled["experts"][name] is updates["experts"][name]
     np.testing.assert_allclose(scaled["experts"]["w"], expected_bias(1.0), rtol=1e-6)
     experts = {f"expert_{k}": 1.0 for k in range(4)}
-    tx = excite(expert_axis=excitation_optax.children("*"))
-    scaled, _ = tx.update(experts, tx.init(experts), utilization=UTILIZATION["experts"])
+    others = {"step": 3, "flag": True, "numpy": np.int64(3), "bool": np.bool_(True)}
+    scaled, _ = excite().update(
+        experts, excite().init(experts), utilization={"expert_{expert}": UTILIZATION["experts"]}
+    )
+    with_others = {f"expert_{k}": {"w": 1.0, **others} for k in range(4)}
+    utilization = {"expert_{expert}": UTILIZATION["experts"]}
+    beside, _ = excite().update(with_others, excite().init(experts), utilization=utilization)
+    for k in range(4):
+        assert {name: beside[f"expert_{k}"][name] for name in others} == others
+        assert beside[f"expert_{k}"]["w"] == scaled[f"expert_{k}"]
     np.testing.assert_allclose(list(scaled.values()), expected_bias(1.0)[:, 0], rtol=1e-6)

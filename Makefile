@@ -4,7 +4,10 @@ RUN := $(UV) run --locked --extra examples
 # The newest Python from 3.12 on, for test-latest: in PATH, or in pyenv's folder.
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
-.PHONY: help demo site test test-latest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
+# Tests that import jax, numpy and optax only, for test-oldest: test_NAME.py.
+CORE_TESTS = $(patsubst %,tests/test_%.py,describe errors metrics routing strategies transform)
+
+.PHONY: help demo site test test-latest test-oldest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -14,6 +17,11 @@ demo: $(UV)  ## train Top-K MLPs on scikit-learn's digits without and with Excit
 
 test: $(UV)  ## the tests
 	$(RUN) pytest -n 2
+
+test-oldest: $(UV)  ## the core's tests with the lowest versions of jax, numpy and optax that pyproject.toml allows
+	$(UV) venv --quiet --clear --python 3.11 .venv-oldest
+	$(UV) pip install --quiet --python .venv-oldest --resolution lowest-direct -r pyproject.toml --group core-test
+	.venv-oldest/bin/python -m pytest -n 2 $(CORE_TESTS)
 
 test-latest: $(UV)  ## the tests, with the newest Python at hand and the newest jax for it
 	@if [ -z "$(LATEST)" ]; then echo "test-latest: skipped, no Python from 3.12 on was found"; else \

@@ -19,7 +19,7 @@ import optax
 import tqdm
 
 import excitation_optax
-from excitation_optax import metrics, telemetry
+from excitation_optax import metrics, plotting, telemetry
 from models import moe
 
 Strategy = Literal["none", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
@@ -228,6 +228,9 @@ class Log:
         self._bar.close()
         self._file.close()
         if self._tensorboard is not None:
+            if steps := self._routing.steps:
+                figure = plotting.load_over_time(steps, self._routing.load).figure
+                self._tensorboard.add_figure("routing/load_over_time", figure, steps[-1])
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()

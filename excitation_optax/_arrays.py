@@ -58,7 +58,7 @@ def as_array(what: str, x: Any) -> jax.Array:
 def static_int(what: str, x: Any, at_least: int = 1) -> int:
     """Checks a number that sets a shape, so that it must be known while JAX traces."""
     try:
-        number = None if isinstance(x, bool) else operator.index(x)
+        number = None if isinstance(x, (bool, np.bool_)) else operator.index(x)
     except TypeError:  # a traced value raises this too
         number = None
     if number is None or number < at_least:

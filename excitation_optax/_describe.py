@@ -133,7 +133,7 @@ def _fits_another_way(shape: tuple[int, ...], axes: int) -> bool:
 def _row(p: DescribedParameter) -> tuple[str, ...]:
     shape = "-" if p.shape is None else str(list(p.shape))
     along = [] if p.expert is None else [f"all of it, as expert {p.expert}"]
-    for axes in p.axes if p.shape else ():
-        size = math.prod(p.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)))
+    for axes in p.axes:
+        size = math.prod(np.take(p.shape or (), axes, axis=0).ravel().tolist())
         along.append(f"{'axes' if isinstance(axes, tuple) else 'axis'} {axes} ({size})")
     return p.path, shape, p.scaled_by or "-", ", ".join(along)

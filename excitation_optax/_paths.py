@@ -107,7 +107,7 @@ class Tree:
 
     def leaves_below(self, node: Node) -> list[int]:
         """The positions of the leaves at or below a node."""
-        return [below.leaf for below in _within(node, self._leaf_nodes)]
+        return [below.leaf for below in _within(node, self._leaf_nodes) if below.leaf is not None]
 
     def find(self, pattern: str) -> list[Match]:
         """The highest nodes that a pattern matches, in the order of the tree, and the ends above nodes that it might.

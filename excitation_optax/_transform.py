@@ -1,7 +1,6 @@
 """The gradient transformation: each expert's update times its excitation."""
 
 import math
-import numbers
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -205,8 +204,9 @@ def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, ke
 def _check_gamma(gamma: Any) -> None:
     """Checks the type and shape of gamma, and its value unless it is traced."""
     is_number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
-    is_array = isinstance(gamma, np.generic | np.ndarray | jax.Array) and gamma.ndim == 0
-    if not (is_number or (is_array and jnp.issubdtype(gamma.dtype, jnp.number) and not jnp.iscomplexobj(gamma))):
+    if isinstance(gamma, np.generic | np.ndarray | jax.Array) and gamma.ndim == 0:
+        is_number = jnp.issubdtype(gamma.dtype, jnp.integer) or jnp.issubdtype(gamma.dtype, jnp.floating)
+    if not is_number:
         raise ValueError(
             f"gamma must be a scalar, the same for all experts; got {_arrays.show_value(gamma)}. "
             "For a schedule, excitation() takes its value at the step in question."
@@ -225,7 +225,7 @@ def _check_gamma(gamma: Any) -> None:
 
 
 def _check_seed(seed: Any) -> None:
-    is_integer = isinstance(seed, numbers.Integral) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
+    is_integer = isinstance(seed, int | np.integer) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
     is_array = isinstance(seed, jax.Array) and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer)
     if not (is_integer or is_array):
         raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")

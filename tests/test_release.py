@@ -1,9 +1,11 @@
-"""What a release needs: versions that agree, distributions with what belongs there, workflows and forms that parse."""
+"""Releases: one version, declared dependencies, complete distributions, workflows and forms that parse."""
 
+import ast
 import io
 import pathlib
 import re
 import shutil
+import sys
 import tarfile
 import tomllib
 import zipfile
@@ -12,9 +14,12 @@ import pytest
 import release_check
 import yaml
 
+import excitation_optax
+
 ROOT = pathlib.Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-VERSION = PROJECT["version"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+VERSION = excitation_optax.__version__
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 
 
@@ -23,9 +28,9 @@ CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 
 @pytest.fixture
 def released(tmp_path):
-    """A checkout in which everything is ready for a release of this version."""
+    """A checkout that is ready for a release of this version."""
     (tmp_path / "excitation_optax").mkdir()
-    for name in ("pyproject.toml", "excitation_optax/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+    for name in ("excitation_optax/__init__.py", "CITATION.cff", "CHANGELOG.md", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     change(tmp_path / "CHANGELOG.md", rf"^## {re.escape(VERSION)} .*$", f"## {VERSION} (2026-12-01)")
     without_date = re.sub(r"^date-released: .*\n", "", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
@@ -46,31 +51,93 @@ def test_the_right_tag(released):
 def test_another_tag_is_wrong_everywhere(released):
     wrong = release_check.wrong_with_tag("v9.9.9", released)
     assert len(wrong) == 4
-    for file in ("pyproject.toml", "excitation_optax/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+    for file in ("excitation_optax/__init__.py", "CITATION.cff", "README.md", "CHANGELOG.md"):
         assert any(line.startswith(file) and "9.9.9" in line for line in wrong), (file, wrong)
 
 
 @pytest.mark.parametrize("tag", [VERSION, f"v{VERSION}.0", "v1.2", "version-1.2.3", "v1.2.3-rc1", "main", ""])
-def test_what_is_no_tag_of_a_release(released, tag):
-    assert release_check.wrong_with_tag(tag, released) == [f"{tag} is no tag of a release: v1.2.3, or v1.2.3rc1"]
+def test_malformed_tags(released, tag):
+    assert release_check.wrong_with_tag(tag, released) == [f"{tag} is not a release tag such as v1.2.3 or v1.2.3rc1"]
 
 
 @pytest.mark.parametrize(
     ("file", "pattern", "replacement", "message"),
     [
-        ("pyproject.toml", r'^version = ".*"', 'version = "0.0.9"', "pyproject.toml says 0.0.9"),
-        ("excitation_optax/__init__.py", r'^__version__ = ".*"', '__version__ = "0.0.9"', "__init__.py says 0.0.9"),
-        ("CITATION.cff", r"^version: .*", "version: 0.0.9", "CITATION.cff says 0.0.9"),
-        ("CITATION.cff", r"^version: .*\n", "", "CITATION.cff says None"),
+        (
+            "excitation_optax/__init__.py",
+            r'^__version__ = ".*"',
+            '__version__ = "0.0.9"',
+            "__init__.py has the version 0",
+        ),
+        ("CITATION.cff", r"^version: .*", "version: 0.0.9", "CITATION.cff has the version 0.0.9"),
+        ("CITATION.cff", r"^version: .*\n", "", "CITATION.cff has the version None"),
+        ("README.md", r"^  version = .*", "  version = {0.0.9},", "README.md has the version 0.0.9"),
         ("CHANGELOG.md", r"\(2026-12-01\)", "(unreleased)", "CHANGELOG.md has no section"),
         ("CITATION.cff", r"^date-released: .*", "date-released: 2026-11-01", "date-released: 2026-11-01, CHANGELOG.md"),
         ("CITATION.cff", r"^date-released: .*\n", "", "date-released: None, CHANGELOG.md"),
     ],
 )
-def test_one_file_that_was_forgotten(released, file, pattern, replacement, message):
+def test_one_forgotten_file(released, file, pattern, replacement, message):
     change(released / file, pattern, replacement)
     (wrong,) = release_check.wrong_with_tag(f"v{VERSION}", released)
     assert message in wrong
+
+
+def test_the_build_reads_the_version_from_the_package():
+    assert "version" not in PROJECT
+    assert PROJECT["dynamic"] == ["version"]
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "excitation_optax/__init__.py"
+
+
+# Dependencies.
+
+NAMES = {"PIL": "pillow", "haiku": "dm-haiku", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+OWN = {"benchmarks", "examples", "excitation_optax", "models", "tests"} | {
+    path.stem for folder in ("tests", "tests/integrations") for path in (ROOT / folder).glob("*.py")
+}
+ELSEWHERE = {
+    "examples/reproduce.py": {"tensorflow"},  # checks whether it is installed
+    "examples/texts.py": {"tiktoken_ext"},  # a part of tiktoken
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def declared(*tables):
+    requirements = [line for table in tables for line in table if isinstance(line, str)]
+    names = {re.match(r"[\w-]+", line)[0] for line in requirements}
+    extras = {extra for line in requirements for extra in re.findall(r"(?<=excitation_optax\[)\w+", line)}
+    of_extras = declared(*(EXTRAS[extra] for extra in extras)) if extras else set()
+    return {name.lower().replace("_", "-") for name in names} | of_extras
+
+
+CORE, EXTRAS, GROUPS = PROJECT["dependencies"], PROJECT["optional-dependencies"], PYPROJECT["dependency-groups"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "tables"),
+    [
+        ("excitation_optax/*.py", [CORE, EXTRAS["flax"], EXTRAS["telemetry"]]),  # test_house.py has the files
+        ("models/*.py", [CORE, EXTRAS["flax"], EXTRAS["tokamax"]]),
+        ("examples/**/*.py", [CORE, EXTRAS["examples"], EXTRAS["telemetry"], GROUPS["docs"]]),
+        ("benchmarks/*.py", [CORE, EXTRAS["examples"], EXTRAS["tokamax"], EXTRAS["torch"]]),
+        ("tests/*.py", [CORE, EXTRAS["examples"], EXTRAS["torch"], GROUPS["core-test"], GROUPS["test"]]),
+    ],
+)
+def test_every_import_is_declared(pattern, tables):
+    known = set(sys.stdlib_module_names) | OWN
+    paths = list(ROOT.glob(pattern))
+    assert paths
+    for path in paths:
+        allowed = known | ELSEWHERE.get(str(path.relative_to(ROOT)), set())
+        distributions = {NAMES.get(name, name).lower().replace("_", "-") for name in set(imported(path)) - allowed}
+        assert distributions <= declared(*tables), path
 
 
 # The distributions.
@@ -98,7 +165,7 @@ def test_good_distributions(tmp_path):
     [
         (release_check.WANTED[1:], GOOD_WHEEL, "lacks README.md"),
         ([*release_check.WANTED, "results/mlp.jsonl"], GOOD_WHEEL, "holds results/mlp.jsonl"),
-        (release_check.WANTED, [*GOOD_WHEEL, "models/moe.py"], "holds ['excitation_optax', 'models']"),
+        (release_check.WANTED, [*GOOD_WHEEL, "models/moe.py"], "holds ['excitation_optax', 'models'], not only"),
     ],
 )
 def test_bad_distributions(tmp_path, sdist, wheel, message):
@@ -114,7 +181,7 @@ def test_nothing_was_built(tmp_path):
 def test_a_large_sdist(tmp_path, monkeypatch):
     write_distributions(tmp_path, release_check.WANTED, GOOD_WHEEL)
     monkeypatch.setattr(release_check, "MOST_BYTES", 10)
-    assert "of at most 10" in release_check.wrong_with_built(tmp_path)[0]
+    assert "more than 10" in release_check.wrong_with_built(tmp_path)[0]
 
 
 # Workflows, forms, citation.
@@ -122,9 +189,9 @@ def test_a_large_sdist(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.stem)
 def test_workflows(path):
-    """They parse, every job has a time limit, and what they run is there."""
+    """Workflows parse, every job has a time limit, and the scripts and targets that they run exist."""
     workflow = yaml.safe_load(path.read_text())
-    assert workflow[True]  # `on` is a boolean to YAML 1.1, and to GitHub a key
+    assert workflow[True]  # YAML 1.1 reads the key `on` as a boolean
     targets = " ".join(re.findall(r"^([a-z -]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)).split()
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 90
@@ -155,7 +222,7 @@ FORMS = [path for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_issue_forms(path):
-    """What GitHub asks of a form."""
+    """Forms have the fields that GitHub requires."""
     form = yaml.safe_load(path.read_text())
     assert form["name"]
     assert form["description"]
@@ -166,7 +233,7 @@ def test_issue_forms(path):
     assert {field["type"] for field in fields} <= {"input", "textarea", "checkboxes", "dropdown"}
 
 
-def test_the_versions_that_a_bug_report_asks_for_can_be_had():
+def test_the_command_for_versions_in_the_bug_report_runs():
     form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
     (command,) = [field["attributes"]["value"] for field in form["body"] if field.get("id") == "versions"]
     exec(re.fullmatch(r'python -c "(.*)"', command.strip())[1], {})

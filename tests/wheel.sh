@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the wheel and tries it in an empty environment, outside of the checkout: as it is, then with Flax, then with
-# what telemetry needs too.
+# Builds the wheel and tests it in an empty environment outside the checkout: first without extras, then with Flax, then
+# with the packages for telemetry too.
 set -eu
 : "${UV:=uv}"
 dir=$(mktemp -d)

@@ -1,4 +1,4 @@
-"""Run by wheel.sh in the environment where the wheel was installed: import, examples, and a tiny training run."""
+"""wheel.sh runs this where the wheel is installed: import, docstring examples, and a tiny training run."""
 
 import doctest
 import importlib
@@ -31,7 +31,7 @@ attempted = 0
 for module in pkgutil.iter_modules([str(folder)]):
     if NEEDS.get(module.name) in {None, *extras}:
         loaded = importlib.import_module(f"excitation_optax.{module.name}")
-        failed, tried = doctest.testmod(loaded, optionflags=doctest.ELLIPSIS)  # as pytest has it
+        failed, tried = doctest.testmod(loaded, optionflags=doctest.ELLIPSIS)  # pytest sets it too
         assert failed == 0
         attempted += tried
 assert attempted > 30

@@ -1,7 +1,7 @@
-"""What the tests of users' own MoEs share: sizes, a task that they learn in a few steps, and what is asserted of them.
+"""Shared by the tests of users' own MoEs: sizes, a task that they learn in a few steps, and assertions.
 
-A step is a function of a batch, and returns the loss; the router scores `[..., E]`, a list by layer; the updates of the
-optimizer alone; and those with Excitation. From the scores, NumPy says what must have been scaled, and by how much.
+A step is a function of a batch. It returns the loss, a list by layer of the router scores `[..., E]`, the updates of
+the optimizer alone, and those with Excitation. NumPy computes from the scores by how much each update must be scaled.
 
 Axis letters: B batch, S sequence, D model width, F expert width, E experts, K experts per token, L layers.
 """
@@ -13,15 +13,8 @@ import optax
 
 import excitation_optax
 
-B, S, D, F, E, K, L = (
-    9,
-    7,
-    6,
-    8,
-    4,
-    2,
-    2,
-)  # an odd number of tokens, so that no expert has just the mean load, B S K / E
+# An odd number of tokens, so that no expert can have the mean load B S K / E.
+B, S, D, F, E, K, L = 9, 7, 6, 8, 4, 2, 2
 STEPS = 24
 GAMMA = 0.5
 
@@ -34,7 +27,7 @@ def optimizers(expert_axis=None):
 
 
 def batch(number, padding=False):
-    """x and y `[B, S, D]` and where `[B, S]`: tokens of E kinds, each kind with a linear map of its own to learn."""
+    """x and y `[B, S, D]`, and where `[B, S]`: tokens of E kinds, each of which has a linear map to learn."""
     centres, maps = np.random.default_rng(0).standard_normal((2, E, D, D))
     random = np.random.default_rng(number + 1)
     kind = random.integers(E, size=(B, S))
@@ -51,14 +44,14 @@ def loss(prediction, y, where):
 
 
 def phi(scores, where):
-    """Zero-sum of one layer, `[E]`, from its router's scores, as NumPy has it."""
+    """The zero-sum excitation `[E]` of one layer, computed from its router's scores in NumPy."""
     chosen = np.argsort(-np.asarray(scores).reshape(-1, E), axis=-1)[:, :K][np.asarray(where).reshape(-1)]
     u = np.bincount(chosen.reshape(-1), minlength=E) / len(chosen)
     return u**GAMMA / np.mean(u**GAMMA)
 
 
 def check_training(step, factors, padding=False):
-    """Trains, and asserts at every step what was scaled: `factors` makes a dict by path of the layers' `[L, E]` phi."""
+    """Trains and asserts at every step what was scaled. `factors` turns the layers' phi `[L, E]` into a dict by path."""
     losses = []
     for number in range(STEPS):
         x, y, where = batch(number, padding)
@@ -72,6 +65,6 @@ def check_training(step, factors, padding=False):
 
 
 def along(phi, ndim, *axes):
-    """The phi of a layer, or of layers, with axes of size 1 where a parameter of `ndim` axes has others than `axes`."""
+    """Broadcasts phi against a parameter of `ndim` axes, of which it has those in `axes`."""
     order = np.argsort(axes)
     return np.expand_dims(np.transpose(phi, order), [axis for axis in range(ndim) if axis not in axes])

@@ -110,9 +110,7 @@ def draw(outcome: dict[str, Any], figure: Any) -> None:
             values = np.mean(row[name][at], axis=0)
             axes.plot(np.arange(1, len(values) + 1), values, **style)
     panels[0].set(xlabel="epoch", ylabel="test accuracy (%)")
-    panels[1].set(
-        xlabel="hidden layer", title="share of the signal that\ndiffers by image, epoch 10", yscale="log"
-    )
+    panels[1].set(xlabel="hidden layer", title="share of the signal that\ndiffers by image, epoch 10", yscale="log")
     panels[2].set(
         xlabel="hidden layer", title="share of an image's active neurons\nthat another image activates too, at the end"
     )

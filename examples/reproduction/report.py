@@ -253,15 +253,21 @@ def _study(results: store.Results, experiment: experiments.Experiment) -> str:
 
 
 def _by_rate(results: store.Results, experiment: experiments.Experiment) -> str:
-    """What every row reached, with a column for every learning rate."""
+    """What every row reached, with a column for every learning rate: a table for each optimizer."""
     measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
-    rates = sorted({row["learning_rate"] for row in experiment.rows or ()})
-    lines: dict[str, dict[float, str]] = {}
-    for row in experiment.rows or ():
-        cell = _row(results, experiment, {"measure": measure}, {"label": "", "column": "", "where": row, "value": None})
-        lines.setdefault(study.label(row), {})[row["learning_rate"]] = cell[3]
-    head = (pictures.UNIT.get(measure, measure), *(f"{rate:g}" for rate in rates))
-    return _table(head, [(label, *(cells.get(r, "") for r in rates)) for label, cells in lines.items()], text=1)
+    tables = []
+    rows_of = experiment.rows or ()
+    for optimizer in dict.fromkeys(row.get("optimizer", "") for row in rows_of):
+        lines: dict[str, dict[float, str]] = {}
+        for row in (row for row in rows_of if row.get("optimizer", "") == optimizer):
+            spec = {"label": "", "column": "", "where": row, "value": None}
+            cells = lines.setdefault(study.label({k: v for k, v in row.items() if k != "optimizer"}), {})
+            cells[row["learning_rate"]] = _row(results, experiment, {"measure": measure}, spec)[3]
+        rates = sorted({rate for cells in lines.values() for rate in cells})
+        head = (pictures.UNIT[measure] + (f", {optimizer}" if optimizer else ""), *(f"{rate:g}" for rate in rates))
+        rows = [(label, *(cells.get(rate, "") for rate in rates)) for label, cells in lines.items()]
+        tables.append(_table(head, rows, text=1, numbers=len(rates)))
+    return "\n\n".join(tables)
 
 
 def _with_rates(results: store.Results, experiment: experiments.Experiment, claim: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def label(row: Row) -> str:
     names = [row[key] for key in ("strategy", "component") if key in row]
     words = ["baseline" if name == "vanilla" else name for name in names]
     rest = [
-        f"{key.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{key.replace('_', ' ')} {value}"
+        value if key == "optimizer" else f"{key.replace('_', ' ')} {value if isinstance(value, str) else f'{value:g}'}"
         for key, value in row.items()
         if key not in ("strategy", "component", "learning_rate")
     ]

@@ -148,7 +148,7 @@ def test_a_tiny_version(name, monkeypatch):
 def test_the_table_of_the_answer(tmp_path, monkeypatch):
     """It stands between its markers in docs/does-it-help.md, and says so where there is nothing to say."""
     monkeypatch.setitem(experiments.EXPERIMENTS, "look", STUDY)
-    monkeypatch.setattr(study, "ANSWER", {"Looks": ("look", {})})
+    monkeypatch.setattr(study, "ANSWER", {"Looks": ("look", {}, (0, 100))})
     gain = lambda row, seed: (0.5 + (0.1 + 0.01 * seed) * (row["strategy"] == "zero_sum"), row["learning_rate"])
     docs = tmp_path / "docs"
     docs.mkdir()

@@ -182,7 +182,7 @@ def _over_depth(results: store.Results, experiment: experiments.Experiment, view
 def _answer(results: store.Results, figure: Any) -> None:
     """The picture of does-it-help.md: zero_sum and its components against the baseline, over the learning rate."""
     variants = [study.BASELINE, *({**study.ZERO_SUM, "component": c} for c in study.COMPONENTS)]
-    for axes, (title, (name, common)) in _panels(figure, study.ANSWER):
+    for axes, (title, (name, common, limits)) in _panels(figure, study.ANSWER):
         experiment = experiments.EXPERIMENTS[name]
         measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
         rows = [row for row in experiment.rows or () if common.items() <= row.items()]
@@ -191,9 +191,11 @@ def _answer(results: store.Results, figure: Any) -> None:
         for variant in variants:
             specs = [_measure_of(measure, {**common, **variant, "learning_rate": rate}) for rate in rates]
             values = [_finite(evidence.by_seed(results, experiment, spec)) for spec in specs]
-            _points(axes, rates, measure, values, study.label(variant), **STYLES[study.label(variant)])
+            style = {"color": {"both": "C0", "direction": "C2", "norm": "C3"}.get(variant.get("component", ""), "0.4")}
+            _points(axes, rates, measure, values, study.label(variant), **style)
+        axes.set_ylim(*(limits or (None, None)))
         if axes.containers:
-            axes.legend(fontsize="x-small")
+            axes.legend(fontsize="x-small", loc="lower center")
 
 
 def _measure_of(measure: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +258,7 @@ def draw_all(results: store.Results, folder: pathlib.Path) -> list[pathlib.Path]
         if experiment and is_drawn(experiment) and evidence.found(results, experiment):
             paths.append(folder / file_name(name))
             _save(paths[-1], draw, results, experiment, view)
-    answered = [experiments.EXPERIMENTS.get(name) for name, _ in study.ANSWER.values()]
+    answered = [experiments.EXPERIMENTS.get(name) for name, *_ in study.ANSWER.values()]
     if all(answered) and any(evidence.found(results, experiment) for experiment in answered if experiment):
         paths.append(folder / file_name("answer"))
         _save(paths[-1], _answer, results)

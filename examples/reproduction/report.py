@@ -514,7 +514,7 @@ def _differences(results: store.Results, experiment: experiments.Experiment, vie
 def answer_markdown(results: store.Results) -> str:
     """The table of does-it-help.md: gains over the baseline, each at its best learning rate on held-out data."""
     rows = []
-    for text, (name, common) in study.ANSWER.items():
+    for text, (name, common, _) in study.ANSWER.items():
         experiment = experiments.EXPERIMENTS[name]
         measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
         for strategy in ("zero_sum", "positive_sum"):

@@ -367,10 +367,10 @@ STUDIES: dict[str, configs.Experiment] = {
     )
 }
 
-# The rows of the table in docs/does-it-help.md: a study, and what all of the row's runs have in common.
-ANSWER: dict[str, tuple[str, Row]] = {
-    "3 layers, digits, SGD (points)": ("mechanism_digits", {"optimizer": "sgd"}),
-    "3 layers, digits, Adam (points)": ("mechanism_digits", {"optimizer": "adam"}),
-    "14 layers, digits, Adam (points)": ("deep_digits", {}),
-    "GPT-MoE, text, AdamW (nats; less is better)": ("mini_tuned", {}),
+# The rows of the table in docs/does-it-help.md: a study, what the row's runs have in common, and the picture's range.
+ANSWER: dict[str, tuple[str, Row, tuple[float, float] | None]] = {
+    "3 layers, digits, SGD (points)": ("mechanism_digits", {"optimizer": "sgd"}, (80, 98)),
+    "3 layers, digits, Adam (points)": ("mechanism_digits", {"optimizer": "adam"}, (80, 98)),
+    "14 layers, digits, Adam (points)": ("deep_digits", {}, None),
+    "GPT-MoE, text, AdamW (nats; less is better)": ("mini_tuned", {}, None),
 }

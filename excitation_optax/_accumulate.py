@@ -40,10 +40,7 @@ def accumulate_utilization(
 
     with the counts c and the tokens t of the n micro-batches of an update. Alone, `optax.MultiSteps` passes only the
     extra arguments of the **last** micro-batch to its inner optimizer. Micro-batches that its `should_skip_update_fn`
-    rejects do not count here either.
-
-    If you write the loop over micro-batches yourself, as a `jax.lax.scan` that sums gradients and `RoutingCounts`, you
-    need neither of the two.
+    rejects do not count. A `jax.lax.scan` of your own that sums gradients and `RoutingCounts` needs neither of the two.
 
     Args:
       multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included; not its
@@ -61,9 +58,6 @@ def accumulate_utilization(
         tracing an update, if utilization is missing or is not like `like`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> params = {"experts": jnp.ones((2, 1))}
       >>> counts = lambda a, b: {"experts": excitation_optax.RoutingCounts(jnp.array([a, b]), jnp.array(4.0))}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
@@ -126,9 +120,6 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
         utilization has other paths, shapes or dtypes than `like`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> params = {"experts": jnp.ones((2, 1))}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> tx = excitation_optax.hold_utilization(tx, like={"experts": jnp.zeros(2)})

@@ -91,8 +91,6 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
       ValueError: as `scale_by_excitation` does at an update with these arguments.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> params = {"router": jnp.ones((2, 4)), "experts": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((4, 3))}}
       >>> excitation_optax.describe(params, {"experts": jnp.ones(4)})
       parameter       shape      scaled by  along

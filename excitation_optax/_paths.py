@@ -1,18 +1,8 @@
-"""Path patterns: which nodes of a tree a pattern matches.
+"""Path patterns, the language of `scale_by_excitation`: which nodes of a tree a pattern matches.
 
 A *path* is the names from the root to a node: dictionary keys, attribute names and list positions, all as strings, so
 that one pattern addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module. A slash in a name
-separates two names, as in Haiku.
-
-| in a pattern | matches |
-|---|---|
-| `moe/experts` | these names |
-| `*`, `?` | any characters, one character, within one name |
-| `**` | as a whole name: any number of names, also none |
-| `{w_in,w_out}` | either; alternatives may hold `*` and `?` |
-| `expert_{expert}` | the number of an expert: a whole run of digits, the last one that fits |
-
-A name that is in the tree as it stands in the pattern is taken literally. `[` and `]` are always literal.
+separates two names, as in Haiku. A name that is in the tree as it stands in the pattern is taken literally.
 """
 
 import dataclasses
@@ -59,16 +49,7 @@ class Match:
 
 
 class Tree:
-    """The names of a pytree, and where each of them is.
-
-    Attributes:
-      leaves: the leaves, in the order of `jax.tree.leaves`; `None` and `optax.MaskedNode` are among them.
-      nodes: the node of each leaf.
-      treedef: the structure that takes these leaves.
-
-    Raises:
-      ValueError: if two leaves have the same path.
-    """
+    """The names of a pytree; its `leaves`, `None` and `optax.MaskedNode` among them; and the node of each leaf."""
 
     def __init__(self, tree: Any):
         flat, self.treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None or is_masked(x))
@@ -110,11 +91,7 @@ class Tree:
         return [below.leaf for below in _within(node, self._leaf_nodes) if below.leaf is not None]
 
     def find(self, pattern: str) -> list[Match]:
-        """The highest nodes that a pattern matches, in the order of the tree, and the ends above nodes that it might.
-
-        Raises:
-          ValueError: if the pattern is malformed.
-        """
+        """The highest nodes that a pattern matches, in the order of the tree; and the ends above nodes it might match."""
         if pattern.count(EXPERT) > 1:
             raise ValueError(f"The pattern {pattern!r} has {EXPERT} more than once; an expert has one number.")
         try:
@@ -204,11 +181,7 @@ _LITERAL = _Name()
 
 
 def join(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by their names, joined by slashes: nested dicts and slashes mean the same.
-
-    Raises:
-      ValueError: if two leaves have the same names.
-    """
+    """The leaves of a tree by their names, joined by slashes: nested dicts and slashes mean the same."""
     leaves: dict[str, Any] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         path = "/".join(name for key in key_path for name in _names(key))
@@ -224,7 +197,6 @@ def is_masked(x: Any) -> bool:
 
 
 def show(path: Sequence[str]) -> str:
-    """A path as it is printed."""
     return "/".join(path) or ROOT
 
 
@@ -269,27 +241,22 @@ def _match_name(pattern: str, name: str) -> _Name | None:
 @functools.cache
 def _compile(name: str) -> re.Pattern[str]:
     """A name of a pattern as a regular expression, with a group for each wildcard."""
-    expression, inside = "", False
-    for part in re.split(r"(\{expert\}|[*?{},])", name):
-        if part in ("{", EXPERT) and inside:
-            raise _MalformedError(f"{name!r} has braces within braces.")
-        if part == "}" and not inside:
-            raise _MalformedError(f"{name!r} has unbalanced braces. A slash cannot stand inside braces.")
-        if part in ("{", "}"):
-            inside = part == "{"
-            expression += "(?:" if inside else ")"
-        elif part == "," and inside:
-            expression += "|"
-        else:
-            expression += _EXPRESSIONS.get(part) or re.escape(part)
-    if inside:
-        raise _MalformedError(f"{name!r} has unbalanced braces. A slash cannot stand inside braces.")
-    if "{}" in name:
-        raise _MalformedError(f"{name!r} has braces with nothing in them. The number of an expert is {EXPERT}.")
-    return re.compile(expression, re.DOTALL)
+    if "{}" in name or not re.fullmatch(r"([^{}]|\{[^{}]+\})*", name):
+        raise _MalformedError(
+            f"{name!r} has braces that are empty, unbalanced or within braces. A slash cannot stand inside braces. The "
+            f"number of an expert is {EXPERT}."
+        )
+    return re.compile("".join(map(_expression, re.findall(r"\{.*?\}|[*?]|[^*?{]+", name))), re.DOTALL)
 
 
-_EXPRESSIONS = {"*": "(.*)", "?": "(.)", EXPERT: "(?<![0-9])(?P<expert>[0-9]+)(?![0-9])"}
+def _expression(part: str) -> str:
+    """The regular expression for braces, for a wildcard, or for what stands between them."""
+    if part == EXPERT:
+        return "(?<![0-9])(?P<expert>[0-9]+)(?![0-9])"
+    if part.startswith("{"):
+        alternatives = (re.findall(r"[*?]|[^*?]+", text) for text in part[1:-1].split(","))
+        return f"(?:{'|'.join(''.join(map(_expression, parts)) for parts in alternatives)})"
+    return {"*": "(.*)", "?": "(.)"}.get(part) or re.escape(part)
 
 
 class _MalformedError(ValueError):

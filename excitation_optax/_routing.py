@@ -23,32 +23,23 @@ class RoutingCounts(NamedTuple):
     r"""The number of tokens that each expert received, and the number of all tokens.
 
     .. math::
-      u_k = \frac{1}{|\mathcal{B}|} \sum_{x \in \mathcal{B}} \mathbb{1}[k \in \mathcal{A}(x)]
+      u_k = \frac{1}{|\mathcal{B}|} \sum_{x \in \mathcal{B}} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
 
-    Add the counts of micro-batches, and use `jax.lax.psum` across devices: numerators and denominators add up, also
-    where padding differs. Averages of fractions do not. Under `jax.jit` with sharded inputs the counts are global
-    already. **Under `jax.pmap` or `jax.shard_map` sum them over the mapped axis; otherwise each replica scales its
-    update by its own share of the batch, and the replicas drift apart without an error.**
+    Add the counts of micro-batches: numerators and denominators add up, also where padding differs, which averages of
+    fractions do not. Under `jax.jit` with sharded inputs the counts are global already. Under `jax.pmap` and
+    `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
+
+    Addition requires arrays of equal shapes, and is done in float32 or wider; anything else is a `ValueError`.
 
     Attributes:
       counts: `[..., E]` float32, tokens routed to each expert. Leading axes, if any, are layers.
       tokens: `[...]` float32, all tokens, without those that `where` left out.
 
-    Addition requires arrays of equal shapes. Integers and half-precision floats are added in float32.
-
-    Raises:
-      ValueError: if the shapes differ in an addition, or a summand is not `RoutingCounts` of arrays.
-
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> first = excitation_optax.RoutingCounts(counts=jnp.array([3.0, 1.0]), tokens=jnp.array(4.0))
       >>> second = excitation_optax.RoutingCounts(counts=jnp.array([0.0, 1.0]), tokens=jnp.array(1.0))
       >>> (first + second).utilization
       Array([0.6, 0.4], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 1.
     """
 
     counts: jax.Array
@@ -60,7 +51,13 @@ class RoutingCounts(NamedTuple):
     def __add__(self, other: "RoutingCounts") -> "RoutingCounts":  # pyrefly: ignore[bad-override]
         if not isinstance(other, RoutingCounts):
             raise ValueError(f"Only RoutingCounts can be added to RoutingCounts; got {_arrays.show_value(other)}.")
-        return RoutingCounts(*(_add(name, getattr(self, name), getattr(other, name)) for name in self._fields))
+        for name, a, b in zip(self._fields, self, other, strict=True):
+            if not (_arrays.is_array(a) and _arrays.is_array(b) and jnp.shape(a) == jnp.shape(b)):
+                raise ValueError(
+                    f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {_arrays.show_value(a)} "
+                    f"and {_arrays.show_value(b)}."
+                )
+        return RoutingCounts(*(operator.add(*_arrays.widened(a, b)) for a, b in zip(self, other, strict=True)))
 
     def __radd__(self, other: Any) -> "RoutingCounts":
         return self if isinstance(other, int) and other == 0 else self + other  # sum() starts at 0
@@ -70,7 +67,7 @@ class RoutingCounts(NamedTuple):
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert received; 0 where there were no tokens."""
         counts, tokens = _arrays.widened(*self)
         tokens = jnp.expand_dims(tokens, -1)
-        return jnp.where(tokens == 0, 0, counts / jnp.where(tokens == 0, 1, tokens))
+        return jnp.where(tokens == 0, 0, counts / _arrays.one_if_zero(tokens))
 
 
 def is_counts(x: object) -> bool:
@@ -90,16 +87,7 @@ def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
 
 
 def check_utilization(path: str, leaf: Any) -> None:
-    """Checks one leaf of `utilization=`: an array, `RoutingCounts`, or the shapes of either.
-
-    Args:
-      path: how the error names the leaf.
-      leaf: fractions `[..., E]`, or `RoutingCounts` of `[..., E]` and `[...]`.
-
-    Raises:
-      ValueError: if there is no axis of experts, the shapes of `RoutingCounts` differ, fractions are not
-        floating-point, or a value that can be read is negative.
-    """
+    """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
     counted = isinstance(leaf, RoutingCounts)
     what = f"{'RoutingCounts' if counted else 'Utilization'} at {path}"
     if counted:
@@ -117,13 +105,11 @@ def check_utilization(path: str, leaf: Any) -> None:
 
 
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts tokens per expert from the experts that each token chose.
+    """Counts tokens per expert from the experts that each token chose (equation 1 of the paper).
 
-    Equation 1 counts tokens, not choices: an expert that a token names twice is counted once. An index outside
-    `[0, E)`, as some routers give to dropped tokens, counts for no expert.
-
-    Do not pass the token numbers `[E, C]` of expert-choice routing. There every expert chooses C tokens, so all
-    experts have the same load and Excitation has no effect.
+    An expert that a token names twice is counted once. An index outside `[0, E)`, as some routers give to dropped
+    tokens, counts for no expert. Do not pass the token numbers `[E, C]` of expert-choice routing: there, every expert
+    chooses C tokens, so all experts have the same load, and Excitation has no effect.
 
     Args:
       expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity. From
@@ -139,38 +125,30 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
         `where` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> chosen = jnp.array([[0, 1], [0, 2], [0, 1]])  # three tokens, two experts each
       >>> excitation_optax.count_routing(chosen, num_experts=4, where=jnp.array([True, True, False])).counts
       Array([2., 1., 1., 0.], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 1.
     """
-    expert_indices = _arrays.as_array("count_routing: expert_indices", expert_indices)
+    indices = _arrays.as_array("count_routing: expert_indices", expert_indices)
     num_experts = _arrays.static_int("count_routing: num_experts", num_experts)
-    if not jnp.issubdtype(expert_indices.dtype, jnp.integer):
+    got = _arrays.show_value(indices)
+    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim == 0:
         raise ValueError(
-            f"count_routing: expert_indices must be integers [..., K]; got {_arrays.show_value(expert_indices)}. "
-            "For router logits use count_logits, for a mask of active experts count_active."
+            "count_routing: expert_indices must be integers [..., K], with an axis of the K experts per token; got "
+            f"{got}. For router logits use count_logits, for a mask of active experts count_active."
         )
-    if expert_indices.ndim == 0:
+    if indices.shape[-1] > num_experts:
         raise ValueError(
-            "count_routing: expert_indices must have an axis of the K experts per token, [..., K]; got []."
-        )
-    if expert_indices.shape[-1] > num_experts:
-        raise ValueError(
-            f"count_routing: expert_indices {_arrays.show_value(expert_indices)} has more experts per token on its "
-            f"last axis than num_experts = {num_experts}. With one expert per token, pass expert_indices[..., None]."
+            f"count_routing: expert_indices {got} has more experts per token on its last axis than num_experts = "
+            f"{num_experts}. With one expert per token, pass expert_indices[..., None]."
         )
     # As int32, since E may be more than an 8-bit index can count to.
-    chosen = jax.nn.one_hot(expert_indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
+    chosen = jax.nn.one_hot(indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
     return count_active(jnp.any(chosen, axis=-2), where)
 
 
 def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts tokens per expert from a mask of active experts, such as the neurons that a Top-K layer retained.
+    """Counts tokens per expert from a mask of active experts, such as the neurons of a Top-K layer (equation 1).
 
     Args:
       active: `[T..., E]` boolean, whether the expert is active for the token.
@@ -183,14 +161,9 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
       ValueError: if `active` is not boolean or has no axis of experts, or if `where` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> counts = excitation_optax.count_active(jnp.array([[True, False], [True, True]]))
       >>> counts.counts, counts.tokens
       (Array([2., 1.], dtype=float32), Array(2., dtype=float32))
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 1.
     """
     active = _arrays.as_array("count_active: active", active)
     if active.dtype != jnp.bool_ or active.ndim == 0:
@@ -198,7 +171,6 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
             f"count_active: active must be a boolean mask [..., E]; got {_arrays.show_value(active)}. "
             "Pass `activations != 0`, or use count_routing for expert indices."
         )
-    token_axes = tuple(range(active.ndim - 1))
     if where is None:
         tokens = jnp.asarray(active.size // max(active.shape[-1], 1), jnp.float32)
     else:
@@ -206,7 +178,8 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
         active &= jnp.expand_dims(where, -1)
         tokens = jnp.sum(where, dtype=jnp.float32)
     # As int8, which XLA's CPU reductions read directly, so that the mask is written to memory in bytes, not in words.
-    return RoutingCounts(jnp.sum(active.astype(jnp.int8), axis=token_axes, dtype=jnp.float32), tokens)
+    counts = jnp.sum(active.astype(jnp.int8), axis=tuple(range(active.ndim - 1)), dtype=jnp.float32)
+    return RoutingCounts(counts, tokens)
 
 
 def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:
@@ -227,25 +200,24 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
       ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization
       Array([0.5, 0.5, 0. ], dtype=float32)
     """
-    router_logits = _arrays.as_array("count_logits: router_logits", router_logits)
+    logits = _arrays.as_array("count_logits: router_logits", router_logits)
     experts_per_token = _arrays.static_int("count_logits: experts_per_token", experts_per_token)
-    if not jnp.issubdtype(router_logits.dtype, jnp.floating):
+    got = _arrays.show_value(logits)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
-            f"count_logits: router_logits must be floating-point [..., E]; got {_arrays.show_value(router_logits)}. "
-            "For expert indices use count_routing, for a mask of active experts count_active."
+            f"count_logits: router_logits must be floating-point [..., E]; got {got}. For expert indices use "
+            "count_routing, for a mask of active experts count_active."
         )
-    num_experts = router_logits.shape[-1] if router_logits.ndim else 0
+    num_experts = logits.shape[-1] if logits.ndim else 0
     if experts_per_token > num_experts:
         raise ValueError(
-            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of router_logits "
-            f"{_arrays.show_value(router_logits)}; got {experts_per_token}."
+            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of {got}; got "
+            f"{experts_per_token}."
         )
-    return count_routing(jax.lax.top_k(router_logits, experts_per_token)[1], num_experts, where)
+    return count_routing(jax.lax.top_k(logits, experts_per_token)[1], num_experts, where)
 
 
 def token_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
@@ -275,12 +247,3 @@ def _check_experts(what: str, x: Any, hint: str = "") -> None:
         raise ValueError(
             f"{what} must be an array with an axis of experts, [..., E]; got {_arrays.show_value(x)}.{hint}"
         )
-
-
-def _add(name: str, a: Any, b: Any) -> jax.Array:
-    if not (_arrays.is_array(a) and _arrays.is_array(b) and jnp.shape(a) == jnp.shape(b)):
-        raise ValueError(
-            f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {_arrays.show_value(a)} and "
-            f"{_arrays.show_value(b)}."
-        )
-    return operator.add(*_arrays.widened(a, b))

@@ -100,7 +100,7 @@ class Capture:
         return output
 
     def note(self, variable: Any) -> None:
-        self.latest = variable.get_metadata()["module_path"]
+        self.latest = _path(variable)
         if self.trace == _trace():  # any other trace may be repeated, and then begins without the counts of the first
             self._check_kept(self.latest, variable)
         self.times[self.latest] = max(self.times.get(self.latest, 0), _times(variable) + 1)
@@ -124,12 +124,16 @@ class Capture:
                 "in: through nnx.jit, or by nnx.split outside and nnx.merge inside."
             ) from error
         if isinstance(error, TypeError | ValueError) and "__captures__" in str(error):
-            frames = " ".join(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(tb))
             jax.clear_caches()
+            frames = " ".join(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(tb))
             transforms = re.findall(r"cond|switch|fori_loop|while_loop|scan|[vp]map", frames)
             raise ValueError(
                 f"The routing of {self.latest or 'the model'} cannot leave nnx.{('jit', *transforms)[-1]}. {_ADVICE}"
             ) from error
+
+
+def _path(variable: Any) -> str:
+    return variable.get_metadata().get("module_path", "")
 
 
 def _times(variable: Any) -> int:
@@ -155,10 +159,10 @@ def sow_nnx(module: nnx.Module, counts: _routing.RoutingCounts, names: tuple[str
             _check_trace(variable)
         except flax.errors.TraceContextError as error:
             raise ValueError(
-                f"The routing of {variable.get_metadata()['module_path'] or 'the model'} ({name}) {_CLOSED_OVER}: "
+                f"The routing of {_path(variable) or 'the model'} ({name}) {_CLOSED_OVER}: "
                 "nnx.remat(lambda layer, x: layer(x))(layer, x)."
             ) from error
-        if capture:
+        if capture and variable.has_metadata("module_path"):  # otherwise an nnx.capture inside the model asked for it
             capture.note(variable)
         value = variable.get_value()
         times = (*value.get(_TIMES, ()), None)

@@ -1,18 +1,13 @@
-"""The strategies: one function for each equation of Phi(u, gamma) (arXiv 2602.21798, section 3.2).
+"""The strategies: one function for each equation of Phi(u, gamma). Numbers are those of arXiv 2602.21798.
 
-Shapes: E experts of one layer, on the last axis; leading axes, such as a stack of layers, are independent. Every
-expectation E[.] of the paper runs over the experts of one layer, that is, over the last axis.
-
-Numerics: scaling utilization does not change a power law, and shifting it does not change the quotient of exponentials.
-So the largest entry is divided out first (in `exp_diff` subtracted), and every strategy is finite for every utilization
-in [0, 1] and every gamma up to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN, and negative
-utilization is an error where its values can be read.
+E experts of one layer are on the last axis; leading axes, such as a stack of layers, are independent. Every expectation
+of the paper runs over the experts of one layer. The largest entry is divided out first (in `exp_diff` subtracted), so
+that every strategy is finite for utilization in [0, 1] and gamma up to 10. A layer that is zero everywhere is excited
+by 1. A NaN stays a NaN, and negative utilization is an error where its values can be read.
 
 A strategy of your own is a function of `(utilization, gamma)`. Some models pad the experts' axis, for example with 6
 experts in 8 slots. The empty slots would lower the mean, so slice them off:
 
-    >>> import jax.numpy as jnp
-    >>> import excitation_optax
     >>> def positive_sum_of_six(utilization, gamma):
     ...     excitation = excitation_optax.positive_sum(utilization[..., :6], gamma)
     ...     return jnp.concatenate([excitation, jnp.ones_like(utilization[..., 6:])], axis=-1)
@@ -44,23 +39,18 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Amplifies busy experts at the expense of idle ones; the mean excitation of a layer is 1.
 
     .. math::
-      \Phi_{ZS}(u_k, \gamma) = \frac{u_k^\gamma}{\mathbb{E}[u^\gamma]}
+      \Phi_{ZS}(u_k, \gamma) = \frac{u_k^\gamma}{\mathbb{E}[u^\gamma]} \qquad \text{(equation 6)}
 
     Args:
-      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
       gamma: scalar, not negative; 0 is the identity.
 
     Returns:
       The excitation, `[..., E]`, between 0 and E (an expert that takes the whole batch alone gets E).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.zero_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
       Array([0.5, 1. , 1.5], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 6.
     """
     u = _routing.fractions(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
@@ -72,23 +62,18 @@ def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Amplifies busy experts and leaves the others unchanged: zero-sum with a lower bound of 1.
 
     .. math::
-      \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma))
+      \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma)) \qquad \text{(equation 7)}
 
     Args:
-      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
       gamma: scalar, not negative; 0 is the identity.
 
     Returns:
       The excitation, `[..., E]`, between 1 and E.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.positive_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
       Array([1. , 1. , 1.5], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 7.
     """
     return jnp.maximum(1, zero_sum(utilization, gamma))
 
@@ -100,23 +85,18 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     other libraries report often sums to 1.
 
     .. math::
-      \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]}
+      \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]} \qquad \text{(equation 8)}
 
     Args:
-      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
       gamma: scalar, not negative; 0 is the identity.
 
     Returns:
       The excitation, `[..., E]`, between 0 and E.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.exp_diff(jnp.array([0.0, jnp.log(3.0)]), 1.0).round(4)  # exp: 1, 3
       Array([0.5, 1.5], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 8.
     """
     u = _routing.fractions(utilization)
     exponential = jnp.exp(_like(gamma, u) * (u - jnp.max(u, axis=-1, keepdims=True)))
@@ -127,23 +107,18 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Control: one factor for all experts of a layer, which acts like a higher learning rate.
 
     .. math::
-      \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))]
+      \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))] \qquad \text{(equation 9)}
 
     Args:
-      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
       gamma: scalar, not negative; 0 is the identity.
 
     Returns:
       The excitation, `[..., E]`, the same for every expert of a layer, between 1 and exp(gamma).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.global_exp(jnp.array([0.0, 2 * jnp.log(3.0)]), 1.0).round(4)  # above the mean: 0, log 3
       Array([2., 2.], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 9.
     """
     u = _routing.fractions(utilization)
     above = jax.nn.relu(u - jnp.mean(u, axis=-1, keepdims=True))
@@ -154,10 +129,10 @@ def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) ->
     r"""Control: zero-sum's factors, shuffled among the experts of a layer at each step.
 
     .. math::
-      \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma), \qquad \pi \text{ a random permutation}
+      \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma), \; \pi \text{ a permutation} \qquad \text{(section 3.2.2)}
 
     Args:
-      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
       gamma: scalar, not negative; 0 is the identity.
       key: a PRNG key. `scale_by_excitation` passes `fold_in(key(seed), step)`, the same key to every layer.
 
@@ -165,15 +140,9 @@ def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) ->
       The excitation, `[..., E]`; each layer on the leading axes has its own permutation.
 
     Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> shuffled = excitation_optax.random_boost(jnp.array([0.1, 0.2, 0.3]), 1.0, key=jax.random.key(0))
       >>> jnp.sort(shuffled)
       Array([0.5, 1. , 1.5], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 3.2.2.
     """
     return jax.random.permutation(key, zero_sum(utilization, gamma), axis=-1, independent=True)
 
@@ -182,28 +151,23 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Control: amplifies idle experts and slows busy ones; the mean excitation of a layer is 1.
 
     .. math::
-      \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]}
+      \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]} \qquad \text{(equation 10)}
 
     Where experts are idle (u = 0) it is the limit of the equation as their utilization falls to zero together: the
     idle experts share all of the excitation, and the others get 0.
 
     Args:
-      utilization: `[..., E]`, the fraction in [0, 1] of the batch that was routed to each expert.
+      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
       gamma: scalar, not negative; 0 is the identity.
 
     Returns:
       The excitation, `[..., E]`, between 0 and E.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.inverted(jnp.array([0.1, 0.3]), 1.0).round(4)  # 1/u: 10, 10/3
       Array([1.5, 0.5], dtype=float32)
       >>> excitation_optax.inverted(jnp.array([0.0, 0.5, 0.5]), 1.0)
       Array([3., 0., 0.], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equation 10.
     """
     u = _routing.fractions(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
@@ -217,8 +181,7 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
     .. math::
       \Phi(u_k, \gamma) = \min(m, \Phi_{strategy}(u_k, \gamma))
 
-    Zero-sum reaches E where one expert takes the whole batch. With many experts that expert then trains at E times the
-    learning rate that you chose. The mean of a bounded strategy is below 1 where the bound holds.
+    Zero-sum reaches E where one expert takes the whole batch: that expert then trains at E times your learning rate.
 
     Args:
       strategy: the strategy to bound; a random one stays random.
@@ -232,8 +195,6 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
         number.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.clipped(excitation_optax.zero_sum, 2.0)(jnp.array([0.0, 0.0, 0.0, 1.0]), 1.0)
       Array([0., 0., 0., 2.], dtype=float32)
     """
@@ -253,7 +214,7 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
 
 
 def is_random(strategy: Strategy) -> bool:
-    """Whether a strategy requires a PRNG key: its keyword `key` is not bound, or its default is None.
+    """Whether a strategy requires a PRNG key: it has a keyword `key` that is not bound, or bound to None.
 
     Raises:
       ValueError: if it is not a callable of `(utilization, gamma)`, with or without `key`.

@@ -31,7 +31,7 @@ def scale_by_excitation(
     r"""Scales each expert's update by its excitation, a function of how much of the batch was routed to it.
 
     .. math::
-      \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)}
+      \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)} \qquad \text{(equations 2 to 4)}
 
     Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
     weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which keep
@@ -42,13 +42,15 @@ def scale_by_excitation(
     node that a pattern matches is scaled; every other is left untouched, bit for bit. Nested dicts and `/` mean the
     same, `None` is absent, `""` is the root of the tree. One entry is one layer, or one stack of layers.
 
-    | in a pattern | matches |
-    |---|---|
-    | `moe/experts` | these names |
-    | `*`, `?` | any characters, one character, within one name |
-    | `**` | as a whole name: any number of names, also none |
-    | `{w_in,w_out}` | either; both are one layer |
-    | `expert_{expert}` | a number: the whole subtree belongs to the expert with that number |
+    ===================  ========================================================================
+    in a pattern         matches
+    ===================  ========================================================================
+    ``moe/experts``      these names
+    ``*``, ``?``         any characters, one character, within one name
+    ``**``               as a whole name: any number of names, also none
+    ``{w_in,w_out}``     either; both are one layer
+    ``expert_{expert}``  a number: the whole subtree belongs to the expert with that number
+    ===================  ========================================================================
 
     Args:
       strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. One with an unbound keyword
@@ -80,9 +82,6 @@ def scale_by_excitation(
         was made for other arguments.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> params = {"router": jnp.ones((2, 3)), "experts": jnp.ones((3, 2))}
       >>> tx = optax.chain(optax.sgd(0.1), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> state = tx.init(params)
@@ -92,9 +91,6 @@ def scale_by_excitation(
       Array([[-0.05, -0.05],
              [-0.1 , -0.1 ],
              [-0.15, -0.15]], dtype=float32)
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, equations 2 to 4.
     """
     is_random = _strategies.is_random(strategy)
     counts_steps = is_random or callable(gamma)
@@ -141,7 +137,7 @@ def excitation(
     *,
     key: jax.Array | None = None,
 ) -> Any:
-    """The excitation Phi of every expert, as `scale_by_excitation` applies it: for logging, and for your own scaling.
+    """The excitation Phi of every expert, as `scale_by_excitation` applies it (section 3.2 of the paper).
 
     Args:
       utilization: a tree whose leaves are fractions `[..., E]` or `RoutingCounts`.
@@ -157,13 +153,8 @@ def excitation(
         returns a wrong shape.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)
       {'experts': Array([0.5, 1. , 1.5], dtype=float32)}
-
-    References:
-      Shaier, `Excitation: Momentum For Experts <https://arxiv.org/abs/2602.21798>`_, section 3.2.
     """
     is_random = _strategies.is_random(strategy)
     if is_random and key is None:

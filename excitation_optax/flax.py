@@ -52,9 +52,7 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
       ValueError: if an argument has the wrong type, if the module has no such name, or if the routing would be lost.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> import excitation_optax
       >>> from excitation_optax import flax as excitation_flax
       >>> class Neurons(nnx.Linear):
       ...     def __call__(self, x):
@@ -110,9 +108,7 @@ def capture_routing(
       ValueError: if `model` is not an NNX model; from the call, if no layer sowed, or if routing was lost.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> import excitation_optax
       >>> from excitation_optax import flax as excitation_flax
       >>> def model(layer, x):
       ...     h = nnx.relu(layer(x))
@@ -161,9 +157,7 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
       ValueError: as `capture_routing`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> import excitation_optax
       >>> from excitation_optax import flax as excitation_flax
       >>> class Neurons(nnx.Linear):
       ...     def __call__(self, x):
@@ -198,9 +192,7 @@ def pop_routing(model: nnx.Module) -> Any:
       ValueError: if `model` is not an NNX module, or holds no routing.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> import excitation_optax
       >>> from excitation_optax import flax as excitation_flax
       >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
       >>> excitation_flax.sow_routing(layer, excitation_optax.count_active(layer(jnp.ones((5, 2))) > 0))
@@ -227,10 +219,7 @@ def routing_from_intermediates(intermediates: Any) -> Any:
       ValueError: if there is no routing in it, or if some would be counted twice.
 
     Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
       >>> from flax import linen
-      >>> import excitation_optax
       >>> from excitation_optax import flax as excitation_flax
       >>> class Neurons(linen.Module):
       ...     @linen.compact
@@ -256,9 +245,6 @@ class TrainState(train_state.TrainState):
     Flax's own drops them, so that `apply_gradients(grads=grads, utilization=...)` fails for missing utilization.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import excitation_optax
       >>> from excitation_optax import flax as excitation_flax
       >>> params = {"experts": jnp.ones((2, 3))}
       >>> tx = optax.chain(optax.sgd(0.5), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))

@@ -41,7 +41,6 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
         positive integer.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from excitation_optax import metrics
       >>> active = jnp.array([[True, False], [True, True], [True, False]])
       >>> metrics.class_counts(active, labels=jnp.array([0, 1, 1]), num_classes=2)
@@ -85,7 +84,6 @@ def specialization_score(counts: Any) -> Any:
       ValueError: if `counts` are not arrays `[..., E, C]`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from excitation_optax import metrics
       >>> metrics.specialization_score(jnp.array([[4.0, 0.0], [2.0, 2.0], [0.0, 0.0]]))  # 1, 1/2, not active
       Array(0.75, dtype=float32)
@@ -128,7 +126,6 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
       ValueError: if `weights` are not arrays `[T..., E]`, or `where` is not boolean or does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from excitation_optax import metrics
       >>> metrics.routing_entropy(jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 2.0]]))  # 0 and log 2
       Array(0.3465736, dtype=float32)
@@ -167,7 +164,6 @@ def load_entropy(utilization: Any) -> Any:
       ValueError: if there is no axis of experts, or a value is negative.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from excitation_optax import metrics
       >>> metrics.load_entropy(jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]))
       Array([0.5, 1. ], dtype=float32)
@@ -194,7 +190,6 @@ def max_over_mean_load(utilization: Any) -> Any:
       ValueError: if there is no axis of experts, or a value is negative.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from excitation_optax import metrics
       >>> metrics.max_over_mean_load(jnp.array([0.25, 0.75]))
       Array(1.5, dtype=float32)
@@ -221,7 +216,6 @@ def dead_experts(utilization: Any, threshold: float = 0.0) -> Any:
       ValueError: if there is no axis of experts, or a value is negative.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from excitation_optax import metrics
       >>> metrics.dead_experts(jnp.array([0.0, 0.5, 0.5, 0.0]))
       Array(0.5, dtype=float32)

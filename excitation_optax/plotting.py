@@ -92,7 +92,7 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
     ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
     ax = ax or _new_axes()
     _draw_cells(ax, steps, np.ma.concatenate(blocks, axis=1).T)
-    ax.hlines(ends[1:-1] - 0.5, *ax.get_xlim(), color="white", linewidth=8 / (len(blocks) + 4))
+    ax.hlines(ends[1:-1] - 0.5, *ax.get_xlim(), color="white", linewidth=14 / (len(blocks) + 4))
     shown = range(0, len(blocks), -(-len(blocks) // 12))
     ax.set_yticks([(ends[n] + ends[n + 1] - 1) / 2 for n in shown], list(map(str, shown)))
     ax.locator_params(axis="x", integer=True, nbins=5, min_n_ticks=1)
@@ -115,7 +115,6 @@ def strategy_curves(strategies: Any, gamma: float = 1.0, *, num_experts: int = 8
       ValueError: if E is not an integer of at least 2, or a strategy is random.
 
     Example:
-      >>> import excitation_optax
       >>> from excitation_optax import plotting
       >>> ax = plotting.strategy_curves([excitation_optax.zero_sum, excitation_optax.positive_sum], num_experts=4)
       >>> float(ax.lines[0].get_ydata()[-1])  # all tokens to one of four experts

@@ -57,8 +57,6 @@ class RoutingLog:
       ValueError: if an argument is malformed.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import excitation_optax
       >>> from excitation_optax import telemetry
       >>> log = telemetry.RoutingLog(alarm=print, alarm_after=2)  # add your writers
       >>> counts = {"experts": excitation_optax.RoutingCounts(jnp.array([6.0, 2.0, 0.0, 4.0]), jnp.array(8.0))}

@@ -180,7 +180,7 @@ def test_a_sow_into_a_copy_of_the_module_is_an_error(call, outer):
     assert nnx.graphdef(model) == graphdef
 
 
-MESH = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+MESH = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 DATA = jax.sharding.PartitionSpec("data")
 CLOSED_OVER = {
     "checkpoint": lambda layer, x: jax.checkpoint(lambda x: layer(x))(x),
@@ -231,6 +231,16 @@ def test_an_nnx_transform_that_cannot_carry_routing_is_named(name):
     assert nnx.graphdef(model) == graphdef
 
 
+SPECS = {"in_specs": (jax.sharding.PartitionSpec(), DATA), "out_specs": DATA}
+
+
+def call_summed(layer, x):
+    """As a layer does that is written for nnx.shard_map: it sums its counts over the devices."""
+    h = nnx.relu(nnx.Linear.__call__(layer, x))
+    excitation_flax.sow_routing(layer, jax.lax.psum(excitation_optax.count_active(h > 0), "data"))
+    return h
+
+
 # and how often the layer is called
 CARRIES = {
     "nnx.jit": (lambda layer, x: nnx.jit(call_layer)(layer, x), 1),
@@ -242,6 +252,7 @@ CARRIES = {
         lambda layer, x: x * nnx.value_and_grad(lambda m, x: jnp.sum(nnx.remat(call_layer)(m, x)))(layer, x)[0],
         1,
     ),
+    "nnx.shard_map": (lambda layer, x: nnx.shard_map(call_summed, mesh=MESH, **SPECS)(layer, x), 1),
     "nnx.scan": (scan_over(BY_STEP), 3),
     "nnx.vmap": (lambda layer, x: nnx.vmap(call_row, in_axes=(BY_STEP, 0))(layer, x), 1),
 }
@@ -276,7 +287,11 @@ def test_routing_that_is_not_recorded_is_an_error():
     for message, call in wrong.items():
         with pytest.raises(ValueError, match=message):
             excitation_flax.capture_routing(Around(call))(X)
-    for call in (lambda layer, x: quiet(x), lambda layer, x: excitation_flax.capture_routing(STRANGER)(x)[0]):
+    for call in (
+        lambda layer, x: quiet(x),
+        lambda layer, x: excitation_flax.capture_routing(STRANGER)(x)[0],
+        lambda layer, x: nnx.capture(layer, excitation_flax.Routing)(x)[0],
+    ):
         _, utilization = excitation_flax.capture_routing(Around(call))(X)
         assert set(utilization) == {"first"}
     assert nnx.graphdef(STRANGER) == nnx.graphdef(Neurons(3, 3, rngs=nnx.Rngs(2)))

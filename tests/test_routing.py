@@ -535,7 +535,7 @@ def test_utilization_that_is_wrong(leaf, message):
             r"expert_indices must be integers .* got float32\[3, 2\]\. .*use count_logits",
         ),
         (np.ones((3, 2), bool), 4, r"expert_indices must be integers .* got bool\[3, 2\]\. .*count_active"),
-        (np.array(1, np.int32), 4, r"expert_indices must have an axis of the K experts per token, .* got \[\]"),
+        (np.array(1, np.int32), 4, r"expert_indices must be .* axis of the K experts per token; got int32\[\]"),
         ([[0, 1], [2]], 4, "expert_indices must be an array of numbers"),
         (None, 4, "expert_indices must be an array of numbers; got None"),
         # An argmax over E = 4 experts, [T]: as one token that chose T experts it would count every expert once.

@@ -51,7 +51,7 @@ def phi(scores, where):
 
 
 def check_training(step, factors, padding=False):
-    """Trains and asserts at every step what was scaled. `factors` turns the layers' phi `[L, E]` into a dict by path."""
+    """Trains and asserts each step's scaling. `factors` turns the layers' phi `[L, E]` into a dict by path."""
     losses = []
     for number in range(STEPS):
         x, y, where = batch(number, padding)

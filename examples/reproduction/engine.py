@@ -464,7 +464,7 @@ def evaluated_epochs(epochs: int) -> range:
 
 
 def _at(measures: Measures, s: int, m: int) -> Measures:
-    return Measures(*(None if value is None else value[s, m] for value in measures))
+    return jax.tree.map(lambda value: value[s, m], measures)
 
 
 def _result(run: configs.MLPRun, curve: list, seconds: float, about: dict[str, Any]) -> store.Result:

@@ -18,7 +18,7 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets
-from examples.reproduction import engine, store, study
+from examples.reproduction import configs, engine, store, study
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 
@@ -69,9 +69,10 @@ def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str
       `epoch`, and for each row, by its label and learning rate: `accuracy` by epoch and seed; the measures of `Inside`
       by epoch, seed and layer; and `step`, the length of the change of each layer's kernel in the epoch before.
     """
-    settings = study.STUDIES["deep_digits"].settings | {"epochs": epochs} | changes
-    runs = [[study.configs.MLPRun(**{**settings, **row, "seed": seed}) for row in ROWS] for seed in range(SEEDS)]
-    program, members, seeds, on_device = engine.prepare(engine.Group(tuple(map(tuple, runs))), data)
+    settings: dict[str, Any] = study.STUDIES["deep_digits"].settings | {"epochs": epochs} | changes
+    make = lambda row, seed: configs.MLPRun(**{**settings, **row, "seed": seed})
+    group = engine.Group(tuple(tuple(make(row, seed) for row in ROWS) for seed in range(SEEDS)))
+    program, members, seeds, on_device = engine.prepare(group, data)
     measure = jax.jit(lambda params: jax.vmap(jax.vmap(functools.partial(look, program, data=on_device)))(params))
     kernels = lambda params: [np.asarray(params["layers"][i]["kernel"][...]) for i in range(settings["depth"])]
     states = program.init(members, seeds)

@@ -199,9 +199,7 @@ def put(text: texts.Text, context: int) -> Text:
     return Text(*(jnp.asarray(part, jnp.int32) for part in parts))
 
 
-def train_group(
-    group: list[configs.MiniGPTRun], text: texts.Text, advance: Callable[[int], None]
-) -> list[store.Result]:
+def train_group(group: list[configs.MiniGPTRun], text: texts.Text, advance: Callable[[int], Any]) -> list[store.Result]:
     """Trains the runs of a group, which have a seed and a model in common.
 
     Args:
@@ -220,7 +218,10 @@ def train_group(
     numbers = lambda name: jnp.array([getattr(run, name) for run in group], jnp.float32)
     members = Member(
         jnp.array([strategies.index(run.strategy) for run in group]),
-        *map(numbers, Member._fields[1:-1]),
+        numbers("gamma"),
+        numbers("learning_rate"),
+        numbers("expert_rate"),
+        numbers("load_balancing"),
         jnp.array([components.index(run.component) for run in group]),
     )
     program, on_device = program_of(shared, strategies, components), put(text, shared.context)
@@ -253,7 +254,7 @@ def train(
     runs: Iterable[configs.MiniGPTRun],
     load: Callable[[str], texts.Text],
     results: store.Results,
-    advance: Callable[[int], None],
+    advance: Callable[[int], Any],
 ) -> None:
     """Trains what is missing among the runs, group by group, and appends every group that is finished.
 

@@ -298,7 +298,7 @@ def _save(path: pathlib.Path, draw: Any, *arguments: Any) -> None:
 
 def _shows_data(line: Any) -> bool:
     """Whether a line has a point to be seen: one with a marker, or two that are joined."""
-    finite = np.isfinite(np.asarray(line.get_xydata(), float)).all(axis=-1)
+    finite: np.ndarray = np.all(np.isfinite(np.asarray(line.get_xydata(), float)), axis=-1)
     marked = line.get_marker() not in (None, "None", "", " ")
     joined = line.get_linestyle() != "None" and bool((finite[1:] & finite[:-1]).any())
     return bool(line.get_label() and (joined or (marked and finite.any()))) and not line.get_label().startswith(

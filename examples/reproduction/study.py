@@ -52,8 +52,8 @@ def tuned(prefix: str, measure: str = "accuracy", **common: Any) -> list[dict[st
         pairs = [(part[c], BASELINE, f"{c} beats the baseline") for c in COMPONENTS]
         pairs += [(part["both"], part[c], f"both beats {c}") for c in ("direction", "norm")]
         claims += [
-            beats(f"{prefix}{strategy}: {text}, each at its best rate", *two, measure, learning_rate="best", **common)
-            for *two, text in pairs
+            beats(f"{prefix}{strategy}: {text}, each at its best rate", a, b, measure, learning_rate="best", **common)
+            for a, b, text in pairs
         ]
     return claims
 
@@ -70,8 +70,8 @@ def at_each(prefix: str, values: tuple[float, ...], measure: str = "accuracy", *
             ]
             pairs += [(part["direction"], BASELINE, "direction beats the baseline")]
             claims += [
-                beats(f"{prefix} {rate:g}, {strategy}: {text}", *two, measure, learning_rate=rate, **common)
-                for *two, text in pairs
+                beats(f"{prefix} {rate:g}, {strategy}: {text}", a, b, measure, learning_rate=rate, **common)
+                for a, b, text in pairs
             ]
     return claims
 

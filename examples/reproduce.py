@@ -60,7 +60,8 @@ class List:
             runs, found = experiments.runs(experiment), evidence.found(results, experiment)
             listed |= {run.key for run in found}
             hours = sum(results[run].seconds for run in found) / 3600
-            counts = evidence.count(evidence.verdicts(results, experiment, view)) if view.get("claims") else []
+            view = view or {"claims": experiment.claims}
+            counts = evidence.count(evidence.verdicts(results, experiment, view)) if view["claims"] else []
             verdicts = " / ".join(map(str, counts[:3]))
             print(f"{name:<14}{len(runs):>6}{len(found):>6}{hours:>7.1f}{verdicts:>41}   {experiment.title}")
         if len(results) > len(listed):

@@ -5,7 +5,7 @@ RUN := $(UV) run --locked --extra examples
 LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/python; $(UV) python find '>=3.12'; } 2>/dev/null | sort -V | tail -n 1)
 
 # Tests that import jax, numpy and optax only, for test-oldest: test_NAME.py.
-CORE_TESTS = $(patsubst %,tests/test_%.py,describe errors metrics routing strategies transform)
+CORE_TESTS = $(patsubst %,tests/test_%.py,describe errors metrics paths routing scaling strategies transform)
 
 .PHONY: help demo site test test-latest test-oldest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
 
@@ -35,7 +35,7 @@ test-pod: $(UV)  ## the training program of examples/pod on any mesh, through ev
 
 test-torch: $(UV)  ## the MoE layer against Hugging Face's transformers, and by tokamax; PyTorch only on Python 3.11
 	UV_PROJECT_ENVIRONMENT=.venv-torch $(UV) run --locked --extra flax --extra torch --extra tokamax \
-		pytest -n 2 -m "not slow" tests/test_transformers.py tests/test_dispatch.py
+		pytest -n 2 -m "not slow" tests/test_transformers.py tests/test_grouped.py
 
 test-tpu: $(UV)  ## what the training step sends, compiled for TPUs that are not there
 	UV_PROJECT_ENVIRONMENT=.venv-tpu $(RUN) --extra tpu pytest -n 2 -m tpu tests/test_pod_fit.py

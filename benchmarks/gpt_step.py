@@ -1,10 +1,10 @@
-"""A training step of a GPT-MoE: its memory, by XLA's figures and the system's, and its tokens per second.
+"""A training step of a GPT-MoE: its memory, by XLA's and the system's figures, and its tokens per second.
 
     python -m benchmarks.gpt_step                                      # 165M parameters: E=16, K=2, d_ff=512
     python -m benchmarks.gpt_step --num-experts 64 --d-ff 1024         # 871M, the largest of the paper's Table 2
 
-The step is that of `examples.train_gpt_moe`, with clipping, auxiliary losses and all that it logs, on random tokens.
-On a GPU or TPU use `--dtype bfloat16`, and compare `--backend tokamax`, `ragged_dot` and `padded`.
+The step is the one of `examples.train_gpt_moe`, with clipping, auxiliary losses and its log, on random tokens.
+On a GPU or TPU use `--dtype bfloat16`, and compare `--backend tokamax` and `padded`.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ import tyro
 from flax import nnx
 
 from examples import train_gpt_moe, training
-from models import dispatch, gpt_moe
+from models import gpt_moe, grouped
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(train_gpt_moe.Config):
+class Config(train_gpt_moe.RunConfig):
     """Take training steps of a GPT-MoE of the paper's Table 2 on random tokens."""
 
     strategy: training.Strategy = "positive_sum"
@@ -41,16 +41,26 @@ class Config(train_gpt_moe.Config):
     batch_size: int = 8
     steps: int = 3
     """Timed, after one that warms up."""
-    backend: dispatch.Backend | None = None
-    """Of the MoE layers; by default the platform's."""
+    backend: grouped.Backend | None = None
+    """The backend of the MoE layers; by default the platform's."""
 
 
 def main(config: Config) -> None:
     """Compiles the step, tells its memory, takes it, and tells its time and what it left in memory."""
-    model_config = dataclasses.replace(config.model(config.vocab_size), backend=config.backend)
+    model_config = config.model(config.vocab_size)
+    model_config = dataclasses.replace(model_config, moe=dataclasses.replace(model_config.moe, backend=config.backend))
     make = lambda: nnx.split(gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed)))
     graphdef, abstract = nnx.eval_shape(make)
-    tx = training.make_optimizer(config, config.steps + 1, gpt_moe.GPTMoE.expert_axis)
+    excite: Any = {"strategy": config.strategy, "gamma": config.gamma, "seed": config.seed}
+    base = training.base_optimizer(config, config.steps + 1)
+    tx = training.make_optimizer(base, expert_axis=gpt_moe.GPTMoE.expert_axis, **excite)
+    losses = {"load_balancing": config.load_balancing, "router_z": config.router_z}
+    gradient = jax.grad(functools.partial(train_gpt_moe.loss_fn, graphdef, **losses), has_aux=True)
+
+    def train_step(state, tokens):
+        new_state, logged, utilization = training.train_step(gradient, tx, state, tokens)
+        return new_state, logged | training.routing_metrics(utilization, step=state.step, **excite)
+
     tokens = np.random.default_rng(config.seed).integers(0, config.vocab_size, (config.batch_size, config.context + 1))
     tokens = tokens.astype(np.int32)
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract))
@@ -59,20 +69,20 @@ def main(config: Config) -> None:
         f"{size / 1e6:.0f}M parameters, float32, computed in {config.dtype}; {config.optimizer}, {config.strategy}; "
         f"batch {config.batch_size} x {config.context} tokens; remat {config.remat}"
     )
-    step = jax.jit(functools.partial(train_gpt_moe.train_step, config, graphdef, tx), donate_argnums=(0, 1))
-    program: Any = step.lower(abstract, jax.eval_shape(tx.init, abstract), 0, tokens).compile()
+    start_state = lambda params: training.TrainState.create(params, tx)
+    step = jax.jit(train_step, donate_argnums=0)
+    program: Any = step.lower(jax.eval_shape(start_state, abstract), tokens).compile()
     memory: Any = program.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     print(
         f"XLA: parameters and optimizer {memory.argument_size_in_bytes / GIB:.2f} GiB, temporary "
         f"{memory.temp_size_in_bytes / GIB:.2f} GiB, together {(total + memory.temp_size_in_bytes) / GIB:.2f} GiB"
     )
-    params = jax.jit(lambda: make()[1])()
-    opt_state = jax.jit(tx.init)(params)
+    state = jax.jit(lambda: start_state(make()[1]))()
     seconds = []
     for number in range(config.steps + 1):
         start = time.perf_counter()
-        params, opt_state, logged = program(params, opt_state, number, tokens)
+        state, logged = program(state, tokens)
         loss = float(logged["loss"])
         seconds.append(time.perf_counter() - start)
         print(f"step {number}: loss {loss:.4f}, {seconds[-1]:.2f} s", flush=True)

@@ -31,7 +31,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import timing
-from models import dispatch, moe
+from models import grouped, mlp, moe
 
 Section = Literal["A", "B", "C", "D", "E", "F"]
 
@@ -57,8 +57,6 @@ class Config:
     """What to measure."""
     rounds: int = 15
     """Calls of every variant."""
-    slow_rounds: int = 1
-    """Calls of ragged_dot in A, which take seconds on CPU; 0 leaves it out."""
     tiny: bool = False
     """Divide tokens and widths by 16."""
 
@@ -80,7 +78,8 @@ def normal(seed, *shape, dtype=jnp.float32):
 
 
 def make_layer(sizes: Sizes, **options) -> moe.MoE:
-    config = moe.MoEConfig(sizes.width, sizes.hidden, sizes.experts, sizes.choices, **options)
+    experts = {"num_experts": sizes.experts, "experts_per_token": sizes.choices}
+    config = moe.MoEConfig(d_model=sizes.width, d_ff=sizes.hidden, **experts, **options)
     layer = moe.MoE(config, rngs=nnx.Rngs(0))
     layer.eval()
     return layer
@@ -103,7 +102,7 @@ def ours(sizes: Sizes, dtype=jnp.float32, **options) -> functools.partial:
 
 def bare_einsums(sizes: Sizes) -> functools.partial:
     """The experts on rows `[E, K T / E, D]` that are in place: no routing, no padding."""
-    expert = jax.vmap(functools.partial(moe.gelu_mlp, dispatch.dense))
+    expert = jax.vmap(functools.partial(mlp.gelu_mlp, grouped.linear))
     x = normal(1, sizes.experts, sizes.choices * sizes.tokens // sizes.experts, sizes.width)
     return gradients(expert, make_layer(sizes).experts.params(), x)
 
@@ -118,7 +117,7 @@ def bare_tokamax(sizes: Sizes, dtype) -> functools.partial | None:
     group_sizes = jnp.full(sizes.experts, rows // sizes.experts, jnp.int32)
     linear = lambda rows, kernel, bias: tokamax.ragged_dot(rows, kernel, group_sizes)
     params = make_layer(sizes, dtype=dtype, use_bias=False).experts.params()
-    return gradients(functools.partial(moe.gelu_mlp, linear), params, normal(1, rows, sizes.width, dtype=dtype))
+    return gradients(functools.partial(mlp.gelu_mlp, linear), params, normal(1, rows, sizes.width, dtype=dtype))
 
 
 def pytorch(sizes: Sizes, dtype: str = "float32") -> Callable[[], object] | None:
@@ -184,16 +183,13 @@ def table(
 
 def speed(config: Config) -> None:
     for sizes in config.small_and_large():
-        capacity = {"capacity 1.25": ours(sizes, capacity_factor=1.25)}
         variants = {
+            "capacity 1.25": ours(sizes, capacity_factor=1.25),
             "padded, dropless": ours(sizes, backend="padded"),
             "bare einsums": bare_einsums(sizes),
             "PyTorch _grouped_mm": pytorch(sizes),
         }
-        table(f"A  {sizes}", capacity | variants, config.rounds, to="capacity 1.25")
-        if config.slow_rounds:
-            slow = {"ragged_dot": ours(sizes, backend="ragged_dot")}
-            table(f"A  {sizes}, the slow one", capacity | slow, config.slow_rounds, to="capacity 1.25")
+        table(f"A  {sizes}", variants, config.rounds, to="capacity 1.25")
 
 
 def scaling(config: Config) -> None:
@@ -236,9 +232,9 @@ def imbalance(config: Config) -> None:
     for max_over_mean in (1, 2, 4, 8, sizes.experts / sizes.choices):
         indices = skewed_routing(sizes, max_over_mean)
         load = loads(sizes, indices)
-        in_loop = np.maximum(load - dispatch.HEADROOM, 0).mean()
-        layer = lambda params, x, indices=indices: dispatch.apply_experts(
-            moe.gelu_mlp, params["experts"], x, jnp.asarray(indices), params["gates"], backend="padded"
+        in_loop = np.maximum(load - grouped.HEADROOM, 0).mean()
+        layer = lambda params, x, indices=indices: grouped.apply_experts(
+            mlp.gelu_mlp, params["experts"], x, jnp.asarray(indices), params["gates"], backend="padded"
         )
         name = f"max / mean load {load.max():.1f}, {in_loop:.0%} of rows in the loop"
         variants[name] = gradients(layer, params, normal(1, sizes.tokens, sizes.width))
@@ -260,7 +256,7 @@ def constants(config: Config) -> None:
     for sizes in config.small_and_large():
         variants = {}
         for headroom, block_rows in tried:
-            with mock.patch.multiple(dispatch, HEADROOM=headroom, BLOCK_ROWS=block_rows):
+            with mock.patch.multiple(grouped, HEADROOM=headroom, BLOCK_ROWS=block_rows):
                 variants[f"headroom {headroom}, blocks of {block_rows}"] = ours(sizes, backend="padded")
         table(f"E  {sizes}", variants, config.rounds, to="headroom 1.125, blocks of 64")
 
@@ -270,7 +266,7 @@ def accelerator(config: Config) -> None:
     product = functools.partial(jax.jit(jnp.matmul), *normal(0, 2, side, side, dtype=dtype))
     peak = f"product of {side} x {side}"
     for sizes in (config.sizes(16384, 512, 512, 16), config.sizes(16384, 2048, 2048, 64)):
-        variants: dict[str, Any] = {name: ours(sizes, dtype, backend=name) for name in ("padded", "ragged_dot")}
+        variants: dict[str, Any] = {"padded": ours(sizes, dtype, backend="padded")}
         variants["tokamax"] = ours(sizes, dtype, backend="tokamax") if importlib.util.find_spec("tokamax") else None
         variants["capacity 1.25"] = ours(sizes, dtype, capacity_factor=1.25)
         variants |= {"bare tokamax": bare_tokamax(sizes, dtype), "PyTorch _grouped_mm": pytorch(sizes, "bfloat16")}

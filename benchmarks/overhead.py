@@ -36,7 +36,7 @@ from benchmarks import timing
 from examples import training
 from examples.reproduction import overhead, store
 from excitation_optax import flax as excitation_flax
-from models import moe_vit, topk_mlp
+from models import moe, moe_vit, topk_mlp
 
 GIB = 2**30
 ON_CPU = jax.default_backend() == "cpu"
@@ -84,8 +84,9 @@ def mlp(width: int, depth: int, cpu_batch: int) -> Row:
 
 
 def vit(num_experts: int, d_model: int, num_layers: int, num_heads: int, cpu_batch: int) -> Row:
-    sizes = {"d_ff": 2 * d_model, "num_layers": num_layers, "num_heads": num_heads, "scan_layers": False}
-    return Row(moe_vit.MoEViT, moe_vit.MoEViTConfig(num_experts, 2, d_model, **sizes), cpu_batch)
+    layer = moe.MoEConfig(d_model=d_model, d_ff=2 * d_model, num_experts=num_experts, experts_per_token=2)
+    config = moe_vit.MoEViTConfig(moe=layer, num_layers=num_layers, num_heads=num_heads, scan_layers=False)
+    return Row(moe_vit.MoEViT, config, cpu_batch)
 
 
 ROWS: dict[str, Row] = {
@@ -102,8 +103,9 @@ def shrink(row: Row) -> Row:
     """The same model, tiny."""
     if row.model is topk_mlp.TopKMLP:
         return row._replace(config=dataclasses.replace(row.config, width=row.config.width // 64, depth=2), cpu_batch=4)
-    sizes = {"num_experts": 4, "d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "image_size": 8}
-    return row._replace(config=dataclasses.replace(row.config, **sizes), cpu_batch=4)
+    layer = moe.MoEConfig(d_model=16, d_ff=32, num_experts=4, experts_per_token=2)
+    config = dataclasses.replace(row.config, moe=layer, num_layers=2, num_heads=2, image_size=8)
+    return row._replace(config=config, cpu_batch=4)
 
 
 def input_shape(config: Any) -> tuple[int, ...]:

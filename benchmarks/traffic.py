@@ -13,6 +13,7 @@ import sys
 
 import tyro
 
+from examples import training
 from examples.pod import fit
 
 LAYERS, EXPERTS = 12, 64
@@ -30,7 +31,7 @@ class Config:
 
     topologies: tuple[str, ...] = tuple(MESHES)
     """Of those in MESHES."""
-    excited: fit.Excited = "positive_sum"
+    excited: training.Strategy = "positive_sum"
     """The strategy of the excited step."""
 
     def __post_init__(self):
@@ -45,7 +46,7 @@ def row(config: Config, topology: str) -> str:
     chips = len(fit.devices(topology))
     step = fit.Config(
         topology=topology,
-        excited=config.excited,
+        strategy=config.excited,
         fsdp=fsdp,
         expert=expert,
         num_experts=EXPERTS,

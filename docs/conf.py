@@ -1,4 +1,4 @@
-"""The documentation site: `make site` builds it into out/site. Its name, version and address are those of pyproject."""
+"""The documentation site: `make site` builds it into out/site. Its name and address are those of pyproject."""
 
 import inspect
 import os
@@ -10,6 +10,8 @@ import unicodedata
 
 import latex2mathml.converter
 from docutils import nodes
+
+import excitation_optax
 
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
@@ -24,12 +26,13 @@ os.environ["TQDM_DISABLE"] = "1"
 project = PYPROJECT["name"]
 author = PYPROJECT["authors"][0]["name"]
 copyright = author
-version = release = PYPROJECT["version"]
+version = release = excitation_optax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(jax|optax|flax)\..*")]  # their own sites have these
+# Other sites have the names of other projects; private names have no page.
+nitpick_ignore_regex = [("py:.*", r"(jax|optax|flax)\..*"), ("py:.*", r"excitation_optax\._.*")]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4

@@ -1,14 +1,42 @@
-"""Image data sets that fit in memory."""
+"""Image data sets that fit in memory: TensorFlow Datasets' preparation, or the archives that their makers publish.
+
+TensorFlow is not needed. What was decoded is cached, beside the data or in the user's cache folder.
+"""
 
 import dataclasses
 import functools
 import hashlib
+import io
 import json
+import os
 import pathlib
-from typing import Any
+import pickle
+import re
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
-import tqdm
+
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "svhn_cropped": 10}
+ARCHIVES = {
+    "cifar10": ("cifar-10-python.tar.gz, or its folder cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/"),
+    "cifar100": ("cifar-100-python.tar.gz, or its folder cifar-100-python", "https://www.cs.toronto.edu/~kriz/"),
+    "svhn_cropped": ("train_32x32.mat and test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
+}
+# The folder in the archive, the archive, the files, and the labels in them.
+CIFAR = {
+    "cifar10": (
+        *("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+        *([f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
+    ),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", ["train"], "test", b"fine_labels"),
+}
+PUBLISHED = "as published by its makers"
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +49,13 @@ class ImageData:
     test_labels: np.ndarray
     num_classes: int
     description: str  # a line that says what this is and where it came from
-    state: str = ""  # what its maker says of it
+    state: str = ""  # what is special about this copy of the data, for the results
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits made of every image and label."""
-        arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
         digest = hashlib.sha256()
-        for array in arrays:
+        for array in (getattr(self, name) for name in ARRAYS):
             digest.update(f"{array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
@@ -40,7 +67,7 @@ class ImageData:
 
 
 def load_digits() -> ImageData:
-    """Scikit-learn's handwritten digits: 1,797 images of 8x8, of which a fifth, always the same, is for test."""
+    """Scikit-learn's handwritten digits: 1,797 images of 8x8. A fixed fifth of them is the test set."""
     import sklearn.datasets  # imported late: it takes a second
     import sklearn.model_selection
 
@@ -52,40 +79,206 @@ def load_digits() -> ImageData:
     return ImageData(train_images, train_labels, test_images, test_labels, 10, "digits, from scikit-learn")
 
 
-def load_tfds(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
-    """An image data set that TensorFlow Datasets has prepared as array_record. Reading it needs no TensorFlow.
+def load_images(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
+    """CIFAR-10, CIFAR-100 or SVHN (cropped), from whatever form of it is in a folder.
 
     Args:
-      name: such as "cifar10".
-      data_dir: the folder of prepared data; by default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      name: "cifar10", "cifar100" or "svhn_cropped".
+      data_dir: holds `NAME/VERSION/`, prepared by TensorFlow Datasets as array_record, or the files of `ARCHIVES`. By
+        default `$TFDS_DATA_DIR`, otherwise `~/tensorflow_datasets`.
 
     Raises:
-      FileNotFoundError: if the data set is not there in this form, with what to run to put it there.
+      FileNotFoundError: if the data set is not there.
+      ValueError: if a file is damaged.
     """
-    import tensorflow_datasets as tfds  # imported late: it takes seconds
+    folder = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    for find in (_find_tfds, _find_archive, _find_mat):
+        if found := find(name, folder):
+            paths, read = found
+            return _cached(name, folder, paths, read)
+    files, address = ARCHIVES[name]
+    raise FileNotFoundError(
+        f"{name} is not in {folder}. Download {files} from {address} and name its folder with --data-dir; or prepare "
+        f"the data with `pip install tensorflow`: python -m examples.reproduce prepare {name}"
+        f"{'' if data_dir is None else f' --data-dir {data_dir}'}"
+    )
 
-    builder: Any = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+
+Found = tuple[list[pathlib.Path], Callable[[], ImageData]] | None  # the files, and what reads them
+
+
+def _image_data(name: str, splits: Sequence[np.ndarray], place: str, state: str) -> ImageData:
+    train_images, train_labels, test_images, test_labels = splits
+    about = NUM_CLASSES[name], f"{name}{place}", state
+    return ImageData(train_images, train_labels, test_images, test_labels, *about)
+
+
+def _find_tfds(name: str, folder: pathlib.Path) -> Found:
+    """The newest version that TensorFlow Datasets prepared."""
+    numbers = lambda path: [int(n) for n in re.findall(r"\d+", path.name)]
+    versions = [path.parent for path in (folder / name).glob("*.*.*/*.array_record-*-of-*")]
+    if not versions:
+        return None
+    version = max(versions, key=numbers)
+    shards = [sorted(version.glob(f"*-{split}.array_record-*-of-*")) for split in ("train", "test")]
+    info = version / "dataset_info.json"
+
+    def read() -> ImageData:
+        state = ""
+        if info.exists():
+            with _naming(info):
+                state = json.loads(info.read_bytes()).get("description", "").strip().partition("\n")[0]
+        splits = [array for split in shards for array in _read_shards(version, split)]
+        return _image_data(name, splits, f" {version.name}, from {version}", state)
+
+    return [*shards[0], *shards[1], *([info] if info.exists() else [])], read
+
+
+def _read_shards(version: pathlib.Path, shards: list[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
+    from array_record.python import array_record_module
+    from PIL import Image
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    if not shards or len(shards) != int(shards[0].name.rpartition("-of-")[2]):
+        raise ValueError(f"{version} lacks files of a split; it has {[s.name for s in shards]}. Prepare it again.")
+    images, labels = [], []
+    for shard in shards:
+        with _naming(shard):
+            for record in array_record_module.ArrayRecordReader(str(shard)).read_all():
+                feature = tf_example_pb2.Example.FromString(record).features.feature  # pyrefly: ignore
+                encoded = io.BytesIO(feature["image"].bytes_list.value[0])
+                images.append(np.asarray(Image.open(encoded, formats=("PNG", "JPEG"))))
+                labels.append(feature["label"].int64_list.value[0])
+    return np.stack(images), np.array(labels, np.int32)
+
+
+def _find_archive(name: str, folder: pathlib.Path) -> Found:
+    """CIFAR as its makers publish it, in the version for Python: an archive, or its folder."""
+    if name not in CIFAR:
+        return None
+    inner, archive, train, test, labels = CIFAR[name]
+    for place in (folder / inner, folder):
+        paths = [place / file for file in (*train, test)]
+        if all(path.is_file() for path in paths):
+            opened = ((path, path.read_bytes()) for path in paths)  # read when they are needed
+            return paths, functools.partial(_read_pickles, name, place, opened, labels)
+    path = folder / archive
+
+    def read() -> ImageData:
+        with _naming(path), tarfile.open(path) as opened:
+            members = {pathlib.PurePath(member.name).name: member for member in opened.getmembers() if member.isfile()}
+            files = [(path, cast(Any, opened.extractfile(members[file])).read()) for file in (*train, test)]
+        return _read_pickles(name, path, files, labels)
+
+    return ([path], read) if path.is_file() else None
+
+
+def _read_pickles(name: str, place: pathlib.Path, files: Iterable[tuple[pathlib.Path, bytes]], key: bytes) -> ImageData:
+    """From the files of the training set, and at the end that of the test set."""
+    parts = []
+    for path, content in files:
+        with _naming(path):
+            batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+            labels = np.array(batch[key], np.int32)
+            parts.append((batch[b"data"].reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels))
+    train = [np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True)]
+    return _image_data(name, [*train, *parts[-1]], f", from {place}", PUBLISHED)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads what holds NumPy arrays and nothing else, since a pickle can run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        if module.startswith("numpy") and name in ("ndarray", "dtype", "_reconstruct", "_frombuffer"):
+            return super().find_class("numpy" if name in ("ndarray", "dtype") else "numpy._core.multiarray", name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no array needs")
+
+
+def _find_mat(name: str, folder: pathlib.Path) -> Found:
+    """SVHN's cropped digits as their makers publish them. There, the digit 0 has the label 10."""
+    paths = [folder / f"{split}_32x32.mat" for split in ("train", "test")]
+    if name != "svhn_cropped" or not all(path.is_file() for path in paths):
+        return None
+
+    def read() -> ImageData:
+        import scipy.io
+
+        splits = []
+        for path in paths:
+            with _naming(path):
+                content = scipy.io.loadmat(path)
+                splits += [content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10]
+        return _image_data(name, splits, f", from {folder}", PUBLISHED)
+
+    return paths, read
+
+
+class _naming:  # noqa: N801
+    """Errors of whatever kind, as a ValueError that names the file."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PermissionError | MemoryError):
+            raise ValueError(f"{self.path} is damaged ({error!r:.200}). Download or prepare it again.") from error
+
+
+def _cached(name: str, folder: pathlib.Path, paths: list[pathlib.Path], read: Callable[[], ImageData]) -> ImageData:
+    """What was decoded before, if the files are the same still; otherwise reads them, and writes the cache."""
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    source = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "excitation_optax"
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    caches = [user / f"{name}-{place}-decoded.npz"]
+    if folder.stat().st_mode & 0o222:  # its owner may mean it to be read-only, which does not stop root
+        caches.insert(0, folder / f"{name}-decoded.npz")
+    for cache in caches:
+        if data := _read_cache(cache, source):
+            return data
+    data = read()
+    problem = None
+    for cache in caches:
+        try:
+            _write_cache(cache, data, source)
+            return data
+        except OSError as error:  # read-only, or full
+            problem = error
+    print(f"{name}: not cached, and so decoded each time ({problem})", file=sys.stderr)
+    return data
+
+
+def _read_cache(path: pathlib.Path, source: str) -> ImageData | None:
+    """None if there is none, or one of other files, or a damaged one."""
     try:
-        sources = {split: builder.as_data_source(split) for split in ("train", "test")}
-    except (AssertionError, KeyError) as error:
-        raise FileNotFoundError(
-            f"{name} is not prepared as array_record in {builder.data_dir}. Name the folder that holds it with "
-            "--data-dir; or, with a network and `pip install tensorflow`, put it there: python -m examples.reproduce "
-            f"prepare {name}{'' if data_dir is None else f' --data-dir {data_dir}'}"
-        ) from error
-
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        records = tqdm.tqdm(sources[split], desc=f"decoding {name} {split}", leave=False, mininterval=0.5)
-        images, labels = zip(*((record["image"], record["label"]) for record in records), strict=True)
-        return np.stack(images), np.asarray(labels, np.int32)
-
-    description = f"{name} {builder.version}, from {builder.data_dir}"
-    num_classes = builder.info.features["label"].num_classes
-    return ImageData(*read("train"), *read("test"), num_classes, description, _state(pathlib.Path(builder.data_dir)))
+        with path.open("rb") as file, np.load(file) as saved:
+            if saved["source"] != source:
+                return None
+            arrays = [saved[array] for array in ARRAYS]
+            data = ImageData(*arrays, *(saved[rest].item() for rest in ("num_classes", "description", "state")))
+            if data.fingerprint == saved["fingerprint"]:
+                return data
+            problem = "its numbers are not those that were written"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        problem = repr(error)
+    print(f"{path} is damaged ({problem:.200}); the data is decoded again", file=sys.stderr)
+    return None
 
 
-def _state(folder: pathlib.Path) -> str:
-    """The first line of what stands beside the prepared data about it: TFDS itself keeps to its own description."""
-    path = folder / "dataset_info.json"
-    text = json.loads(path.read_text()).get("description", "") if path.exists() else ""
-    return text.strip().partition("\n")[0]
+def _write_cache(path: pathlib.Path, data: ImageData, source: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **fields, fingerprint=data.fingerprint, source=source)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

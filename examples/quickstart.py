@@ -1,17 +1,16 @@
 """Quickstart: Top-K MLPs trained without and with Excitation, on real images, side by side.
 
     python -m examples.quickstart                                           # scikit-learn's digits, half a minute
-    python -m examples.quickstart --dataset cifar10 --data-dir DIR          # CIFAR-10, prepared by TensorFlow Datasets
+    python -m examples.quickstart --dataset cifar10 --data-dir DIR          # CIFAR-10
 
-Every strategy trains the same models: the same initialization and the same batches for each seed. `train_step` is all
-there is to Excitation in a training loop.
+Every strategy trains the same models: the same initialization and the same batches for each seed. `train_step` shows
+all that Excitation requires of a training loop.
 """
 
 import dataclasses
 import functools
 import math
 import pathlib
-import sys
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,26 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
-import tyro
 from flax import nnx
 
 import excitation_optax
-from examples import datasets
+from examples import comparison, datasets, training
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import topk_mlp
-
-Strategy = Literal["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
-
-OPTIMIZERS = {
-    "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
-    "adam": optax.adam,
-    "adamw": optax.adamw,
-    "rmsprop": optax.rmsprop,
-    "adagrad": optax.adagrad,
-}
-
 
 # Epochs and batch size of each data set, unless flags say otherwise.
 EPOCHS = {"digits": 150, "cifar10": 30}
@@ -59,9 +45,10 @@ class Config:
     dataset: Literal["digits", "cifar10"] = "digits"
     """digits comes with scikit-learn; cifar10 is read from --data-dir."""
     data_dir: pathlib.Path | None = None
-    """Where TensorFlow Datasets has its prepared data; else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    strategy: tuple[Strategy, ...] = ("zero_sum", "positive_sum")
-    """What to compare with vanilla."""
+    """The folder of CIFAR-10, as TensorFlow Datasets prepares it or as its makers publish it (cifar-10-python.tar.gz);
+    by default $TFDS_DATA_DIR, otherwise ~/tensorflow_datasets."""
+    strategy: tuple[training.Strategy, ...] = ("baseline", "zero_sum", "positive_sum")
+    """The strategies to compare; baseline is the optimizer without Excitation."""
     gamma: float = 1.0
     """The intensity of Excitation."""
     optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
@@ -85,9 +72,7 @@ class Config:
 
     def __post_init__(self):
         """Errors before anything is loaded or trained."""
-        for name in ("epochs", "batch_size", "seeds", "width", "depth"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+        training.check_positive(self, "epochs", "batch_size", "seeds", "width", "depth")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"--learning-rate must be positive; got {self.learning_rate}.")
         if not 0 <= self.gamma < math.inf:
@@ -96,8 +81,7 @@ class Config:
             raise ValueError(f"--sparsity is a share in [0, 1]; got {self.sparsity}.")
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
-        if self.output.suffix not in (".png", ".pdf", ".svg") or self.output.is_dir():
-            raise ValueError(f"--output must name a .png, .pdf or .svg file; got {self.output}.")
+        training.check_comparison(self)
 
 
 class Evaluation(NamedTuple):
@@ -110,16 +94,10 @@ class Evaluation(NamedTuple):
 
 
 def make_optimizers(config: Config, learning_rate: float) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """The optimizer as it is, and with Excitation chained after it."""
-    optimizer = OPTIMIZERS[config.optimizer](learning_rate)
-    optimizers = {"vanilla": optax.chain(optimizer)}
-    for name in config.strategy:
-        strategy = getattr(excitation_optax, name)
-        excitation = excitation_optax.scale_by_excitation(
-            strategy, config.gamma, expert_axis=topk_mlp.TopKMLP.expert_axis
-        )
-        optimizers[name] = optax.chain(optimizer, excitation)
-    return optimizers
+    """The optimizer with each strategy after it."""
+    optimizer = training.OPTIMIZERS[config.optimizer](learning_rate)
+    excite = {"gamma": config.gamma, "expert_axis": topk_mlp.TopKMLP.expert_axis}
+    return {name: training.make_optimizer(optimizer, strategy=name, **excite) for name in config.strategy}
 
 
 def train_step(graphdef, tx, params, opt_state, images, labels):
@@ -229,22 +207,11 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
 
 def table(results: dict[str, Evaluation]) -> str:
     """Test accuracy along training, and what the hidden layers do at the end, as text."""
-
-    def row(label, cells):
-        return f"{label:<24}" + "".join(f"{cell:>22}" for cell in cells)
-
-    def spread(values, digits):  # over the seeds that did not diverge
-        finite = values[np.isfinite(values)]
-        deviation = f" ± {finite.std(ddof=1):.{digits}f}" if len(finite) > 1 else ""
-        diverged = f", {len(values) - len(finite)} NaN" if len(finite) < len(values) else ""
-        return (f"{finite.mean():.{digits}f}{deviation}" if len(finite) else "-") + diverged
-
-    last = len(results["vanilla"].accuracy)
+    row, spread = comparison.row, comparison.spread
+    last, seeds = next(iter(results.values())).accuracy.shape
     shown = sorted({n for n in (1, 3, 10, 30, 100, 300, 1000, 3000) if n < last} | {last})
-    seeds = results["vanilla"].accuracy.shape[1]
-    header = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    lines = [f"test accuracy (%), {header}", row("epoch", results)]
-    lines += [row(n, [spread(100 * e.accuracy[n - 1], 1) for e in results.values()]) for n in shown]
+    lines = [f"test accuracy (%), {comparison.over_seeds(seeds)}", row("epoch", list(results))]
+    lines += [row(str(n), [spread(100 * e.accuracy[n - 1], 1) for e in results.values()]) for n in shown]
     lines += ["", f"after epoch {last}, mean of the hidden layers"]
     lines += [row("routing entropy (nats)", [spread(e.entropy[-1].mean(-1), 3) for e in results.values()])]
     lines += [row("specialization", [spread(e.specialization[-1].mean(-1), 3) for e in results.values()])]
@@ -253,37 +220,26 @@ def table(results: dict[str, Evaluation]) -> str:
 
 def picture(results: dict[str, Evaluation], path: pathlib.Path, title: str) -> None:
     """Learning curves with bands from the lowest to the highest seed, and the utilization of every neuron."""
-    import matplotlib  # imported late: it takes a second
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(12, 4.2), layout="constrained")
-    curves, *layers = figure.subplots(1, 1 + len(results), width_ratios=[2.4] + [1] * len(results))
-    for name, evaluation in results.items():
-        accuracy = 100 * evaluation.accuracy
-        epochs = np.arange(1, len(accuracy) + 1)
-        (line,) = curves.plot(epochs, accuracy.mean(1), label=name)
-        curves.fill_between(epochs, accuracy.min(1), accuracy.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
-    curves.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
-    curves.grid(alpha=0.3)
-    curves.legend()
-    for axes, (name, evaluation) in zip(layers, results.items(), strict=True):
-        busiest_first = -np.sort(-evaluation.utilization[-1, 0], axis=-1)  # of the first seed
-        for number, layer in enumerate(busiest_first, 1):
-            axes.plot(np.arange(1, len(layer) + 1), layer, label=f"layer {number}")
-        axes.set(xlabel="neuron, busiest first", title=name, ylim=(0, 1))
-    layers[0].set_ylabel("utilization at the end, seed 0")
-    layers[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with comparison.figure(path, 12) as figure:
+        curves, *layers = figure.subplots(1, 1 + len(results), width_ratios=[2.4] + [1] * len(results))
+        for name, evaluation in results.items():
+            comparison.curve(curves, np.arange(1, len(evaluation.accuracy) + 1), 100 * evaluation.accuracy, name)
+        curves.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
+        curves.legend()
+        for axes, (name, evaluation) in zip(layers, results.items(), strict=True):
+            busiest_first = -np.sort(-evaluation.utilization[-1, 0], axis=-1)  # of the first seed
+            for number, layer in enumerate(busiest_first, 1):
+                axes.plot(np.arange(1, len(layer) + 1), layer, label=f"layer {number}")
+            axes.set(xlabel="neuron, busiest first", title=name, ylim=(0, 1))
+        layers[0].set_ylabel("utilization at the end, seed 0")
+        layers[-1].legend(fontsize="small")
 
 
 def main(config: Config) -> dict[str, Evaluation]:
     """Loads the data, trains, prints the table and draws the picture."""
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    config.output.touch()  # if it cannot be written, fail now
-    data = datasets.load_digits() if config.dataset == "digits" else datasets.load_tfds(config.dataset, config.data_dir)
+    comparison.ready(config.output)
+    digits = config.dataset == "digits"
+    data = datasets.load_digits() if digits else datasets.load_images(config.dataset, config.data_dir)
     print(f"{data.description}: {len(data.train_labels)} training and {len(data.test_labels)} test images")
     results = train(config, data)
     print(table(results))
@@ -293,7 +249,4 @@ def main(config: Config) -> dict[str, Evaluation]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=Config.__doc__))
-    except OSError as error:
-        sys.exit(f"quickstart: {error}")
+    training.run_program(main, Config, "quickstart")

@@ -1,16 +1,15 @@
 """Every table and figure of the paper, from runs that anyone can repeat.
 
-python -m examples.reproduce list                        # what there is, and what is done
-python -m examples.reproduce run table1 --data-dir DIR   # train what is missing; what is there is never repeated
-python -m examples.reproduce report                      # docs/reproduction.md, from results/ alone
-python -m examples.reproduce prepare cifar100            # download a data set, with a network and TensorFlow
+python -m examples.reproduce list                        # all tables and figures, and how many runs are done
+python -m examples.reproduce run table1 --data-dir DIR   # train the missing runs; finished ones are not repeated
+python -m examples.reproduce report                      # write docs/reproduction.md from results/
+python -m examples.reproduce prepare cifar100            # download a data set; requires TensorFlow
 """
 
 import dataclasses
 import difflib
 import os
 import pathlib
-import subprocess
 import sys
 from typing import Annotated
 
@@ -18,7 +17,7 @@ import jax
 import tqdm
 import tyro
 
-from examples import datasets, training
+from examples import datasets, logs, training
 from examples.reproduction import (
     configs,
     engine,
@@ -33,14 +32,14 @@ from examples.reproduction import (
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
-DATASETS = ("cifar10", "cifar100", "svhn_cropped")
+DATASETS = tuple(datasets.NUM_CLASSES)
 NOT_TRAINED = ("fig1", "table8")  # a toy problem, and a measurement of time
-Folder = Annotated[pathlib.Path, tyro.conf.arg(help="Where results are, and go.")]
+Folder = Annotated[pathlib.Path, tyro.conf.arg(help="The folder of the results.")]
 
 
 @dataclasses.dataclass(frozen=True)
 class List:
-    """Print every table and figure: its runs, those that are done, the hours of a device they took, and verdicts."""
+    """Print every table and figure: its runs, how many are done, the device hours they took, and verdicts."""
 
     results: Folder = store.FOLDER
 
@@ -51,7 +50,7 @@ class List:
         print(f"{'name':<14}{'runs':>6}{'done':>6}{'hours':>7}   {' / '.join(evidence.VERDICTS[:3])}   title")
         for name in names():
             view = experiments.paper().get(name, {})
-            if name not in experiments.EXPERIMENTS:  # a picture of another's runs, or measured and not trained
+            if name not in experiments.EXPERIMENTS:  # it shows another one's runs, or trains none
                 done = {"fig1": toy.load(self.results / "fig1"), "table8": overhead.load(self.results)}.get(name)
                 title = f"{view['title']} (the runs of {view['same_as']})" if "same_as" in view else view["title"]
                 print(f"{name:<14}{'-':>6}{'done' if done else '-':>6}{'-':>7}{'':>41}   {title}")
@@ -73,24 +72,25 @@ class Run:
     """Train the runs of tables and figures that are not on file yet."""
 
     names: tyro.conf.Positional[tuple[str, ...]]
-    """Such as table1; several are trained in this order, and share runs."""
+    """Tables and figures, such as table1. They are trained in this order, and share runs."""
     dataset: str | None = None
-    """Instead of ours: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid; for transformers in
-    miniature tinyshakespeare or python-reference."""
+    """Another data set than ours: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid; for
+    transformers in miniature tinyshakespeare or python-reference."""
     data_dir: pathlib.Path | None = None
-    """Where TensorFlow Datasets has its prepared data, or the folder of text files; by default as TFDS has it."""
+    """The folder of the images (prepared by TensorFlow Datasets, or as their makers publish them) or of the text files;
+    by default $TFDS_DATA_DIR, otherwise ~/tensorflow_datasets."""
     seeds: int | None = None
-    """Instead of ours, which the report states. Runs of more seeds are on file, but in no table."""
+    """The number of seeds, instead of the report's. More seeds are on file, but in no table."""
     epochs: int | None = None
-    """Instead of ours. Runs of other lengths are other runs: on file, and printed at the end, but in no table."""
+    """The number of epochs, instead of the report's. Such runs are on file and printed at the end, but in no table."""
     subset: int | None = None
-    """Train on the first so many examples only: other runs as well."""
+    """Train on the first examples only, this many. Such runs are in no table either."""
     resume: bool = True
-    """--no-resume refuses to go on from results that are there."""
+    """--no-resume is an error if any of these runs is on file."""
     results: Folder = store.FOLDER
 
     def main(self) -> None:
-        """Trains, and appends what is finished to the results."""
+        """Trains, and appends finished runs to the results."""
         for name in self.names:
             check_name(name)
         if not self.names:
@@ -106,22 +106,25 @@ class Run:
             raise ValueError(f"{done} of these {len(runs)} runs are in {self.results} already; leave --no-resume out.")
         if runs:
             print(f"{len(runs)} runs, of which {done} are on file in {self.results}")
+        if runs and done == len(runs):
+            again = self.results.with_name("results-again")
+            print(f"Nothing is left to train. To run them again, give an empty folder: --results {again}")
         if "fig1" in self.names:
             if toy.load(self.results / "fig1") is None:
-                toy.save(toy.run(), self.results / "fig1")
+                with logs.naming(self.results / "fig1"):
+                    toy.save(toy.run(), self.results / "fig1")
             print(f"fig1 is on file in {self.results / 'fig1'}")
         self.train_mlps([run for run in runs if isinstance(run, configs.MLPRun)], results)
         self.train_minis([run for run in runs if isinstance(run, configs.MiniGPTRun)], results)
         self.train_transformers([run for run in runs if isinstance(run, configs.ViTRun | configs.GPTRun)], results)
-        if "table8" in self.names:  # benchmarks may import examples, but not the other way round
-            command = [sys.executable, "-m", "benchmarks.overhead", "--results", str(self.results)]
-            subprocess.run(command, cwd=ROOT, check=True)
-        in_tables = {run for name in self.names for run in Run((name,)).runs(name)}  # those without flags
+        if "table8" in self.names:
+            print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")
+        in_tables = {run for name in self.names for run in Run((name,)).runs(name)}  # the runs without flags
         for run in (run for run in runs if run not in in_tables):
             print(describe(run, results[run]))
 
     def runs(self, name: str) -> list[configs.Run]:
-        """Of a table or figure, with what the flags change."""
+        """The runs of a table or figure, changed by the flags."""
         flags = {"dataset": self.dataset, "epochs": self.epochs, "subset": self.subset}
         flags = {flag: value for flag, value in flags.items() if value is not None}
         if name in NOT_TRAINED:
@@ -137,7 +140,7 @@ class Run:
         return experiments.runs(experiment, **flags)
 
     def train_mlps(self, runs: list[configs.MLPRun], results: store.Results) -> None:
-        """By the engine, stacked."""
+        """Trains Top-K MLPs stacked."""
         if any(run not in results for run in runs):
             total = sum(run.epochs for run in runs)
             with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
@@ -145,26 +148,26 @@ class Run:
 
     def load_images(self, name: str) -> datasets.ImageData:
         """Reads a data set of images; digits come with scikit-learn."""
-        return datasets.load_digits() if name == "digits" else datasets.load_tfds(name, self.data_dir)
+        return datasets.load_digits() if name == "digits" else datasets.load_images(name, self.data_dir)
 
     def train_minis(self, runs: list[configs.MiniGPTRun], results: store.Results) -> None:
-        """GPT-MoEs in miniature, in groups."""
+        """Trains GPT-MoEs in miniature, in groups."""
         if any(run not in results for run in runs):
             with tqdm.tqdm(total=sum(run.epochs for run in runs), unit="epoch", mininterval=1, delay=1) as bar:
                 minis.train(runs, lambda name: minis.load_text(name, self.data_dir), results, bar.update)
 
     def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
-        """One after the other."""
+        """Trains transformers one after the other."""
         runs = [run for run in runs if run not in results]
         folder = self.results / "checkpoints"
         images, text = {}, {}
-        for run in runs:  # all of the data first: what is missing should not be found out after hours
+        for run in runs:  # all data first: hours later is too late for an error
             if isinstance(run, configs.GPTRun) and run.dataset not in text:
                 text[run.dataset] = transformers.load_text(run.dataset, self.data_dir or pathlib.Path())
             if isinstance(run, configs.ViTRun) and run.dataset not in images:
-                images[run.dataset] = datasets.load_tfds(run.dataset, self.data_dir)
+                images[run.dataset] = datasets.load_images(run.dataset, self.data_dir)
         for number, run in enumerate(runs, 1):
-            label = f"{number}/{len(runs)} {run.kind} {run.strategy} seed {run.seed}"
+            label = f"{number}/{len(runs)} {run.kind} {training.from_run(run.strategy)} seed {run.seed}"
             with tqdm.tqdm(total=run.epochs, desc=label, unit="epoch", mininterval=1) as bar:
 
                 def progress(epochs: float, seen: str, bar=bar):
@@ -178,6 +181,7 @@ class Run:
                 else:
                     raise ValueError(f"There is no program for runs of kind {run.kind!r}.")
             results.append([result])
+            transformers.forget(run, folder)  # only now: the disk may be full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +190,9 @@ class Report:
 
     results: Folder = store.FOLDER
     docs: pathlib.Path | None = None
-    """The folder of the page; by default docs, and for other results than the repository's, the folder of these."""
+    """The folder of the page; by default docs for the repository's results, otherwise the folder of the results."""
     readme: pathlib.Path | None = None
-    """A text with a place for the table; by default the README if the page is its neighbour's, else none."""
+    """A text with markers for the table; by default the README if --results and --docs are not given."""
 
     def main(self) -> None:
         """Writes the files and names them."""
@@ -197,20 +201,22 @@ class Report:
         docs = self.docs or (ROOT / "docs" if own else self.results)
         readme = self.readme or (ROOT / "README.md" if own and self.docs is None else None)
         if readme is not None:
-            report.update_readme(readme, results)
+            with logs.naming(readme):
+                report.update_readme(readme, results)
             print(readme)
-        for path in report.write(results, docs):
-            print(path)
+        with logs.naming(docs):
+            for path in report.write(results, docs):
+                print(path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Download data sets and prepare them by TensorFlow Datasets, which needs TensorFlow for it, and a network."""
+    """Download data sets with TensorFlow Datasets. Requires TensorFlow and a network; reading the data does not."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = DATASETS
-    """Of cifar10, cifar100, svhn_cropped."""
+    """Any of cifar10, cifar100, svhn_cropped."""
     data_dir: pathlib.Path | None = None
-    """Where to; by default as TFDS has it."""
+    """The folder to write to; by default $TFDS_DATA_DIR, otherwise ~/tensorflow_datasets."""
 
     def main(self) -> None:
         """Prepares them one after the other."""
@@ -220,7 +226,7 @@ class Prepare:
         try:
             import tensorflow  # noqa: F401  # pyrefly: ignore[missing-import]
         except ImportError as error:
-            raise OSError("Preparing data needs TensorFlow; reading it does not: pip install tensorflow") from error
+            raise OSError("Preparing data requires TensorFlow: pip install tensorflow. Reading it does not.") from error
         import tensorflow_datasets as tfds
 
         for name in self.names:
@@ -228,7 +234,7 @@ class Prepare:
 
 
 def read(folder: pathlib.Path) -> store.Results:
-    """The results in a folder, which must be there, with a message for every line that is damaged."""
+    """The results in an existing folder, with a message for every damaged line."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder of results {folder}; `run` makes one.")
     results = store.Results(folder)
@@ -237,13 +243,13 @@ def read(folder: pathlib.Path) -> store.Results:
 
 
 def tell_damaged(results: store.Results) -> None:
-    """Prints a message for every line that is damaged."""
+    """Prints a message for every damaged line."""
     for message in results.damaged:
         print(message, file=sys.stderr)
 
 
 def describe(run: configs.Run, result: store.Result) -> str:
-    """What sets a run apart from its kind's defaults, and what it reached."""
+    """What a run changes of its kind's defaults, and what it reached."""
     default = configs.KINDS[run.kind](dataset=run.dataset)
     fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
     apart = [f"{name} {value}" for name, value in fields.items() if value != getattr(default, name)]
@@ -252,12 +258,12 @@ def describe(run: configs.Run, result: store.Result) -> str:
 
 
 def names() -> list[str]:
-    """Of everything that can be run: the paper's, in its order, and ours."""
+    """Everything that can be run: the paper's tables and figures, in its order, and ours."""
     return list(dict.fromkeys([*experiments.paper(), *experiments.EXPERIMENTS]))
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError, with what was probably meant, if there is no table or figure of this name."""
+    """Raises ValueError, with the nearest name, if there is no table or figure of this name."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}."
@@ -265,7 +271,7 @@ def check_name(name: str) -> None:
 
 
 def use_all_cores() -> None:
-    """Makes every CPU core a device of its own, for a group of models each, unless JAX was told otherwise."""
+    """Makes each CPU core a device, for a group of models, unless JAX is configured otherwise."""
     number = jax.config.jax_num_cpu_devices  # pyrefly: ignore[missing-attribute]
     told = number > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not told:
@@ -273,16 +279,14 @@ def use_all_cores() -> None:
 
 
 def main(command: List | Run | Report | Prepare) -> None:
-    """Does what was asked for."""
+    """Runs a command."""
     if isinstance(command, Run):
         use_all_cores()
-    command.main()
+    try:
+        command.main()
+    except KeyboardInterrupt:
+        sys.exit("reproduce: interrupted; finished runs are on file, and the same command resumes.")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(List | Run | Report | Prepare, description=__doc__))
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        sys.exit(f"reproduce: {error}")
-    except KeyboardInterrupt:
-        sys.exit("reproduce: interrupted; what was finished is kept, and the same command goes on from there.")
+    training.run_program(main, List | Run | Report | Prepare, "reproduce", __doc__)

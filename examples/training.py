@@ -1,113 +1,165 @@
-"""What the training programs share: flags, the optimizer, what is logged about routing, and the log.
+"""What the training programs share: flags, the optimizer, the step, the metrics of the routing, and the loop.
 
 Axis letters: E experts, L layers.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
-import json
+import inspect
 import math
-import os
 import pathlib
 import sys
-import time
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import tqdm
+import tyro
+from flax import nnx
 
 import excitation_optax
-from excitation_optax import metrics, plotting, telemetry
+from examples import logs
+from excitation_optax import metrics
 from models import moe
 
-Strategy = Literal["none", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
+Strategy = Literal["baseline", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "rmsprop": optax.rmsprop,
+    "adagrad": optax.adagrad,
+}
+
+
+def from_run(strategy: str) -> Any:
+    """The strategy of a run on file, where the baseline is called "vanilla"."""
+    return "baseline" if strategy == "vanilla" else strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Flags of every training program."""
+    """Flags of every program that trains a transformer."""
 
-    strategy: Strategy = "none"
-    """Excitation, chained after the optimizer; none leaves it out."""
     gamma: float = 1.0
-    """The intensity of Excitation."""
+    """The intensity of Excitation; 0 scales nothing, larger values widen the differences between experts."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """sgd has momentum 0.9."""
+    """The optimizer before Excitation; sgd has momentum 0.9."""
     learning_rate: float = 1e-3
-    """At its peak."""
+    """The peak learning rate."""
     warmup: float = 0.05
-    """The share of all steps in which the learning rate rises; then it falls as a cosine, to a tenth."""
+    """The fraction of all steps during which the learning rate rises; then it decays as a cosine to a tenth."""
     weight_decay: float = 0.01
-    """Of adamw, on kernels and embeddings: not on biases, norms and positions."""
+    """Weight decay of adamw, on kernels and embeddings only."""
     clip: float = 1.0
-    """The largest norm that a gradient keeps."""
+    """Gradients with a larger global norm are scaled down to this norm."""
     load_balancing: float = 0.01
     """The weight of the load-balancing loss."""
     router_z: float = 0.001
     """The weight of the router z-loss."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; its parameters stay float32."""
+    """What the model computes in; parameters are float32."""
     seed: int = 0
-    """Of the initialization, the order of the data and all noise."""
+    """The seed of the initialization, the order of the data and all noise."""
     log_every: int = 10
-    """Steps between lines of the log."""
-    log: pathlib.Path | None = None
-    """A file for the log, as JSON lines, which replaces an earlier one; by default out/PROGRAM-STRATEGY-SEED.jsonl."""
+    """Steps between two lines of the log."""
     tensorboard: pathlib.Path | None = None
-    """A folder for TensorBoard: what is in the log, and of every layer and expert load and excitation."""
+    """A folder for TensorBoard: the log, and the load and excitation of every layer and expert."""
     wandb: str | None = None
-    """A project of Weights & Biases, for the same."""
+    """A project of Weights & Biases for the same."""
 
     def __post_init__(self):
-        """Errors before anything is loaded or trained."""
+        """Raises ValueError before anything is loaded or trained."""
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive; got {getattr(self, name)}.")
+                raise ValueError(f"{_flag(name)} must be positive; got {getattr(self, name)}.")
         for name in ("gamma", "weight_decay", "load_balancing", "router_z", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative; got {getattr(self, name)}.")
+                raise ValueError(f"{_flag(name)} must not be negative; got {getattr(self, name)}.")
         if not 0 <= self.warmup <= 1:
-            raise ValueError(f"--warmup is a share of the steps, in [0, 1]; got {self.warmup}.")
+            raise ValueError(f"--warmup is a fraction of the steps, in [0, 1]; got {self.warmup}.")
         check_positive(self, "log_every")
-        for flag, wanted, package in (
-            ("tensorboard", self.tensorboard, "tensorboardX"),
-            ("wandb", self.wandb, "wandb"),
-        ):
-            if wanted and importlib.util.find_spec(package) is None:
-                raise ValueError(f"--{flag} needs {package}: pip install -e '.[telemetry]'")
+        for flag, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+            if getattr(self, flag) and importlib.util.find_spec(package) is None:
+                raise ValueError(f"--{flag} requires {package}: pip install -e '.[telemetry]'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(TrainingConfig):
+    """Flags of the programs that compare strategies."""
+
+    strategy: tuple[Strategy, ...] = ("baseline", "positive_sum")
+    """The strategies to compare; baseline is the optimizer without Excitation."""
+    seeds: int = 1
+    """Models to train with each strategy, with the seeds --seed, --seed + 1, ..."""
+    output: pathlib.Path = pathlib.Path("out/comparison.png")
+    """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
+
+    def __post_init__(self):
+        """Raises ValueError before anything is loaded or trained."""
+        super().__post_init__()
+        check_positive(self, "seeds")
+        check_comparison(self)
+
+
+def check_comparison(config: Any) -> None:
+    """Raises ValueError for strategies or a picture that a program cannot compare or draw."""
+    if not config.strategy or len(set(config.strategy)) < len(config.strategy):
+        raise ValueError(f"--strategy must name different strategies, at least one; got {list(config.strategy)}.")
+    if config.output.suffix not in (".png", ".pdf", ".svg") or config.output.is_dir():
+        raise ValueError(f"--output must name a .png, .pdf or .svg file; got {config.output}.")
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError for a flag that is not at least 1."""
+    """Raises ValueError for a flag that is given and is not at least 1."""
     for name in names:
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}.")
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{_flag(name)} must be at least 1; got {value}.")
 
 
-def make_optimizer(config: TrainingConfig, steps: int, expert_axis: Any) -> optax.GradientTransformationExtraArgs:
-    """Clipping, AdamW or SGD with warm-up and cosine decay, and Excitation after it all."""
-    warmup = max(1, round(config.warmup * steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        config.learning_rate / warmup,
-        config.learning_rate,
-        warmup,
-        max(steps, warmup + 1),
-        end_value=0.1 * config.learning_rate,
-    )
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def run_program(main: Callable[[Any], Any], config: Any, name: str, description: str | None = None) -> None:
+    """Calls `main` with the flags of the command line. Expected errors end the program with one line.
+
+    Args:
+      main: takes the config.
+      config: the type of the flags, a dataclass or a union of dataclasses.
+      name: such as "train_gpt_moe", of `python -m examples.train_gpt_moe`.
+      description: the first lines of `--help`; by default the docstring of `config`.
+    """
+    try:
+        flags = tyro.cli(
+            config, prog=f"python -m examples.{name}", description=inspect.cleandoc(description or config.__doc__)
+        )
+        main(flags)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
+
+
+def warmup_cosine(peak: float, warmup: float, steps: int, end: float = 0.0) -> optax.Schedule:
+    """A linear rise during the fraction `warmup` of the steps (one at least), then a cosine from `peak` to `end`."""
+    rising = max(1, round(warmup * steps))
+    return optax.warmup_cosine_decay_schedule(peak / rising, peak, rising, max(steps, rising + 1), end_value=end)
+
+
+def base_optimizer(config: TrainingConfig, steps: int) -> optax.GradientTransformation:
+    """What the flags ask for, without Excitation: clipping, then AdamW or SGD, with warm-up and cosine decay."""
+    schedule = warmup_cosine(config.learning_rate, config.warmup, steps, 0.1 * config.learning_rate)
+    optimizer = OPTIMIZERS["momentum"](schedule)
     if config.optimizer == "adamw":
         matrices = lambda params: jax.tree.map_with_path(_is_matrix, params)
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=matrices)
-    else:
-        optimizer = optax.sgd(schedule, momentum=0.9)
-    transforms = [optax.clip_by_global_norm(config.clip), optimizer]
-    if config.strategy != "none":
-        strategy = getattr(excitation_optax, config.strategy)
-        transforms.append(
-            excitation_optax.scale_by_excitation(strategy, config.gamma, expert_axis=expert_axis, seed=config.seed)
-        )
-    return optax.chain(*transforms)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
 
 
 def _is_matrix(path, _):
@@ -116,139 +168,156 @@ def _is_matrix(path, _):
     return "positions" not in names and any(name.startswith(("kernel", "embedding")) for name in names)
 
 
-def add_auxiliary(config: TrainingConfig, loss: jax.Array, losses: moe.AuxiliaryLosses) -> jax.Array:
-    """The loss that is trained on."""
-    return loss + config.load_balancing * losses.load_balancing + config.router_z * losses.router_z
+def make_optimizer(
+    optimizer: optax.GradientTransformation,
+    *,
+    strategy: Strategy,
+    gamma: float = 1.0,
+    expert_axis: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer, and Excitation after it unless the strategy is "baseline"."""
+    if strategy == "baseline":
+        return optax.chain(optimizer)
+    return optax.chain(
+        optimizer,
+        excitation_optax.scale_by_excitation(
+            getattr(excitation_optax, strategy), gamma, expert_axis=expert_axis, seed=seed
+        ),
+    )
+
+
+class TrainState(NamedTuple):
+    """What a training run carries from step to step."""
+
+    params: Any
+    opt_state: Any
+    step: jax.Array  # shape=(), dtype=jnp.int32, steps made
+
+    @classmethod
+    def create(cls, params: Any, tx: optax.GradientTransformation) -> "TrainState":
+        """The state at the start."""
+        return cls(params, tx.init(params), jnp.zeros([], jnp.int32))
+
+
+def train_step(gradient, tx, state: TrainState, batch):
+    """One step: gradient, update. The utilization that the model emits is all that Excitation requires.
+
+    Args:
+      gradient: `jax.grad(loss_fn, has_aux=True)`, where `loss_fn(params, batch)` returns what is minimized, and
+        `(logged, utilization)`: a dict of scalars to log, and the routing.
+      tx: the optimizer, Excitation in it.
+      state: the state before.
+      batch: what `loss_fn` takes.
+
+    Returns:
+      The state after, `logged` and `utilization`.
+    """
+    grads, (logged, utilization) = gradient(state.params, batch)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, utilization=utilization)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state, state.step + 1), logged, utilization
+
+
+def add_auxiliary(
+    loss: jax.Array, sown: nnx.State, *, load_balancing: float, router_z: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss plus the routers' weighted losses, and all of them to be logged."""
+    losses = moe.auxiliary_losses(sown)
+    logged = {"loss": loss, "load_balancing_loss": losses.load_balancing}
+    logged |= {"router_z_loss": losses.router_z, "routing_entropy": losses.entropy}
+    return loss + load_balancing * losses.load_balancing + router_z * losses.router_z, logged
 
 
 def routing_metrics(
-    config: TrainingConfig, utilization: Any, losses: moe.AuxiliaryLosses, step: jax.Array
+    utilization: Any,
+    *,
+    strategy: Strategy = "baseline",
+    gamma: float = 1.0,
+    seed: int = 0,
+    step: Any = 0,
+    whole: bool = False,
 ) -> dict[str, Any]:
-    """What is logged about routing, as scalars: means over the layers, and the extremes of the excitation.
+    """Scalars about the routing: means over the layers, and the extremes of the excitation.
 
-    For TensorBoard and W&B, where the flags ask for them, there is the whole of it too, under the name `routing`.
-
-    `step` counts the updates that were made before, as `scale_by_excitation` does for the key of a random strategy.
+    Args:
+      utilization: the tree that the model emits.
+      strategy: what scales the updates; "baseline" logs no excitation.
+      gamma: its intensity.
+      seed: of a random strategy.
+      step: the number of updates before, as `scale_by_excitation` counts them for the key of a random strategy.
+      whole: adds the utilization and the excitation as `routing`, for TensorBoard and W&B.
     """
-    layers = jax.tree.leaves(utilization, is_leaf=lambda leaf: isinstance(leaf, excitation_optax.RoutingCounts))
-    mean = lambda f: jnp.mean(jnp.stack([jnp.mean(f(layer)) for layer in layers]))
+    flat = lambda tree: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    dead = flat(metrics.dead_experts(utilization))
     logged: dict[str, Any] = {
-        "load_balancing_loss": losses.load_balancing,
-        "router_z_loss": losses.router_z,
-        "routing_entropy": losses.entropy,
-        "max_over_mean_load": mean(metrics.max_over_mean_load),
-        "dead_experts": mean(metrics.dead_experts),
-        "dead_experts_worst_layer": jnp.max(jnp.stack([jnp.max(metrics.dead_experts(layer)) for layer in layers])),
+        "max_over_mean_load": jnp.mean(flat(metrics.max_over_mean_load(utilization))),
+        "dead_experts": jnp.mean(dead),
+        "dead_experts_worst_layer": jnp.max(dead),
     }
     excitation = None
-    if config.strategy != "none":
-        strategy = getattr(excitation_optax, config.strategy)
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        excitation = excitation_optax.excitation(utilization, strategy, config.gamma, key=key)
-        phi = jax.tree.leaves(excitation)
-        logged["excitation_min"] = jnp.min(jnp.stack([jnp.min(p) for p in phi]))
-        logged["excitation_max"] = jnp.max(jnp.stack([jnp.max(p) for p in phi]))
-    if config.tensorboard or config.wandb:
-        logged["routing"] = (utilization, excitation)  # for Log.write
-    return logged
+    if strategy != "baseline":
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        excitation = excitation_optax.excitation(utilization, getattr(excitation_optax, strategy), gamma, key=key)
+        phi = flat(excitation)
+        logged |= {"excitation_min": jnp.min(phi), "excitation_max": jnp.max(phi)}
+    return logged | ({"routing": (utilization, excitation)} if whole else {})
 
 
-class Log:
-    """JSON lines in a file, and a progress bar with what a reader wants to see move; TensorBoard and W&B by flags."""
+class Task(NamedTuple):
+    """What a program trains, and on what."""
 
-    def __init__(self, config: TrainingConfig, program: str, steps: int, done: int = 0, silent: bool = False):
-        """A new file; or, if some steps are done already, the one that is there, without what came after them.
-
-        Silent, it writes and shows nothing, as of all processes but one.
-        """
-        self.path = config.log or pathlib.Path("out") / f"{program}-{config.strategy}-{config.seed}.jsonl"
-        self.path = pathlib.Path(os.devnull) if silent else self.path
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _length_until(self.path, done) if done else 0
-        self._file = self.path.open("a", encoding="utf-8")
-        if self.path.is_file():
-            self._file.truncate(kept)  # and nothing is written again that could get lost
-        self._bar = tqdm.tqdm(
-            total=steps, initial=done, unit="step", mininterval=0.5, desc=config.strategy, disable=silent
-        )
-        self._last_write = (time.perf_counter(), 0)
-        self._tensorboard = self._wandb = None
-        if config.tensorboard and not silent:
-            import tensorboardX
-
-            self._tensorboard = tensorboardX.SummaryWriter(str(config.tensorboard), purge_step=done + 1)
-        if config.wandb and not silent:
-            import wandb
-
-            settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
-            self._wandb = wandb.init(project=config.wandb, config=settings)
-        self._routing = telemetry.RoutingLog(self._tensorboard, self._wandb)
-        self.write(done, {"config": dataclasses.asdict(config)})
-
-    def write(self, step: int, values: dict[str, Any], shown: str = "") -> None:
-        """A line `{"step": ..., ...}`; arrays become numbers, NaN and infinities null. `routing` goes elsewhere."""
-        values = dict(values)
-        routing = values.pop("routing", None)
-        numbers = {
-            name: value for name, value in values.items() if hasattr(value, "dtype") or type(value) in (int, float)
-        }
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
-        if routing is not None and (self._tensorboard or self._wandb):
-            self._routing.write(step, *routing)
-        self._file.write(json.dumps({"step": step} | jax.tree.map(_to_json, values)) + "\n")
-        self._file.flush()
-        if shown:
-            self._bar.set_postfix_str(shown, refresh=False)
-
-    def warn(self, text: str) -> None:
-        """A line above the bar."""
-        if not self._bar.disable:
-            self._bar.write(text, file=sys.stderr)
-
-    def advance(self) -> None:
-        """One more step on the bar."""
-        self._bar.update()
-
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call, given the tokens so far. The first call counts from the start."""
-        now = time.perf_counter()
-        (then, before), self._last_write = self._last_write, (now, tokens)
-        return (tokens - before) / (now - then)
-
-    def skip(self, tokens: int) -> None:
-        """Leaves the time since the last call out of the next rate, as that of an evaluation."""
-        self._last_write = (time.perf_counter(), tokens)
-
-    def close(self) -> None:
-        """Ends the bar, the file, and what the flags asked for."""
-        self._bar.close()
-        self._file.close()
-        if self._tensorboard is not None:
-            if steps := self._routing.steps:
-                figure = plotting.load_over_time(steps, self._routing.load).figure
-                self._tensorboard.add_figure("routing/load_over_time", figure, steps[-1])
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+    model: Callable[[int], nnx.Module]  # of a seed
+    expert_axis: Any
+    loss_fn: Callable[..., Any]  # (graphdef, params, batch), as `train_step` requires it
+    batch: Callable[[int, int], Any]  # of a seed and a step, counted from 0
+    evaluate: Callable[[Any], Callable[[Any], dict[str, float]]]  # of the graph definition, then of parameters
+    steps: int
+    evaluate_every: int  # steps; there is an evaluation at the end in any case
+    batch_items: int  # tokens or images of a batch
+    items: str  # "tokens" or "images"
 
 
-def _length_until(path: pathlib.Path, step: int) -> int:
-    """The bytes of a log, if there is one, before the first line that is of a later step, or is no whole line."""
-    length = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-            break
-        length += len(line)
-    return length
+def train(config: ComparisonConfig, task: Task, strategy: Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
+    """Trains one model. Returns it, and what was logged, a dict for every line."""
+    graphdef, params = nnx.split(task.model(seed))
+    excite = {"strategy": strategy, "gamma": config.gamma, "seed": seed}
+    tx = make_optimizer(base_optimizer(config, task.steps), expert_axis=task.expert_axis, **excite)
+    gradient = jax.grad(functools.partial(task.loss_fn, graphdef), has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, batch):
+        new_state, logged, utilization = train_step(gradient, tx, state, batch)
+        whole = bool(config.tensorboard or config.wandb)
+        return new_state, logged | routing_metrics(utilization, step=state.step, whole=whole, **excite)
+
+    evaluate, state = task.evaluate(graphdef), TrainState.create(params, tx)
+    name = f"{strategy}-{seed}"
+    path = config.output.with_name(f"{config.output.stem}-{name}.jsonl")
+    lines = []
+    with contextlib.closing(logs.Log(path, task.steps, config, label=name)) as log:
+        compiled = step.lower(state, task.batch(seed, 0)).compile()
+        log.start(0, 0)
+        for number in range(1, task.steps + 1):
+            state, logged = compiled(state, task.batch(seed, number - 1))
+            log.advance()
+            if number % config.log_every == 0 or number == task.steps:
+                logged = jax.device_get(logged)  # waits for it
+                rate = {f"{task.items}_per_second": log.rate(number * task.batch_items)}
+                lines.append(log.write(number, logged | rate, f"loss {logged['loss']:.3f}"))
+            if number % task.evaluate_every == 0 or number == task.steps:
+                found = evaluate(state.params)
+                shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
+                lines.append(log.write(number, found, shown))
+                log.skip(number * task.batch_items)
+    return nnx.merge(graphdef, state.params), lines
 
 
-def _to_json(value):
-    if isinstance(value, str | int | bool | None):
-        return value
-    if isinstance(value, pathlib.Path):
-        return str(value)
-    return value if math.isfinite(value := float(value)) else None
+def runs(config: Any) -> Iterator[tuple[Strategy, int]]:
+    """Every strategy with every seed."""
+    return ((strategy, config.seed + i) for strategy in config.strategy for i in range(config.seeds))
+
+
+def size_of(tree: Any) -> int:
+    """The number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -52,7 +52,7 @@ class Description:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [
-            f"{pattern} is one layer: {_experts.shorten(nodes)}"
+            f"{pattern} is one entry: {_experts.shorten(nodes)}"
             for pattern, nodes in self.nodes.items()
             if nodes and nodes != (pattern,)
         ]

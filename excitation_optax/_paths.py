@@ -91,7 +91,7 @@ class Tree:
         return [below.leaf for below in _within(node, self._leaf_nodes) if below.leaf is not None]
 
     def find(self, pattern: str) -> list[Match]:
-        """The highest nodes that a pattern matches, in the order of the tree; and the ends above nodes it might match."""
+        """The highest nodes that a pattern matches, in the order of the tree, and the ends above possible matches."""
         if pattern.count(EXPERT) > 1:
             raise ValueError(f"The pattern {pattern!r} has {EXPERT} more than once; an expert has one number.")
         try:

@@ -75,23 +75,23 @@ def is_counts(x: object) -> bool:
     return isinstance(x, RoutingCounts)
 
 
-def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
-    """Converts an array of fractions or `RoutingCounts` to an array `[..., E]`, in float32 or wider."""
+def fractions(utilization: ArrayLike | RoutingCounts, what: str = "Utilization") -> jax.Array:
+    """Converts fractions or `RoutingCounts` to an array `[..., E]` in float32 or wider; `what` is for errors."""
     if isinstance(utilization, RoutingCounts):
-        _check_shapes("RoutingCounts", utilization)
+        _check_shapes(what, utilization)
         utilization = utilization.utilization
-    u = _arrays.as_array("Utilization", utilization)
-    _check_experts("Utilization", u)
-    _arrays.check_not_negative("Utilization", u)
+    u = _arrays.as_array(what, utilization)
+    _check_experts(what, u)
+    _arrays.check_not_negative(what, u)
     return _arrays.float32_or_wider(u)
 
 
 def check_utilization(path: str, leaf: Any) -> None:
     """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
-    counted = isinstance(leaf, RoutingCounts)
-    what = f"{'RoutingCounts' if counted else 'Utilization'} at {path}"
-    if counted:
+    what = f"Utilization at {path}"
+    if isinstance(leaf, RoutingCounts):
         _check_shapes(what, leaf)
+        arrays = leaf
     else:
         _check_experts(what, leaf, _HINT)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -99,9 +99,9 @@ def check_utilization(path: str, leaf: Any) -> None:
                 f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "
                 "Put tokens per expert into RoutingCounts(counts, tokens)."
             )
-    for x in leaf if counted else (leaf,):
-        if _arrays.is_array(x):
-            _arrays.check_not_negative(what, x)
+        arrays = (leaf,)
+    for x in filter(_arrays.is_array, arrays):
+        _arrays.check_not_negative(what, x)
 
 
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
@@ -232,11 +232,11 @@ def token_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _check_shapes(what: str, counts: RoutingCounts) -> None:
-    _check_experts(f"{what}: counts", counts.counts)
+    _check_experts(f"{what}: the counts", counts.counts)
     shape = list(counts.counts.shape)
     if _arrays.shape_of(counts.tokens) != counts.counts.shape[:-1]:
         raise ValueError(
-            f"{what} have counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
+            f"{what} has counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
             f"shape {shape[:-1]}, one number for each layer."
         )
 

@@ -72,7 +72,7 @@ def replicated(x: jax.Array) -> jax.Array:
     if mesh.empty or mesh.manual_axes:
         return x
     whole = jax.sharding.PartitionSpec()
-    return jax.reshard(x, whole) if mesh.explicit_axes else jax.lax.with_sharding_constraint(x, whole)
+    return jax.sharding.reshard(x, whole) if mesh.explicit_axes else jax.lax.with_sharding_constraint(x, whole)
 
 
 def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[Placement, ...]) -> jax.Array:

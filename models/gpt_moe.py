@@ -1,4 +1,4 @@
-"""GPT-MoE, the language model of the paper's section 4.5: an MoE in place of every feed-forward block.
+"""The GPT-MoE, the language model of the paper's section 4.5: an MoE in place of every feed-forward block.
 
 Axis letters: B batch, S sequence, D model width, V vocabulary, L layers, P positions of a cache.
 """
@@ -10,54 +10,48 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models import moe, transformer
+from models import checks, moe, transformer
 
 
-@dataclasses.dataclass(frozen=True)
-class GPTMoEConfig(transformer.TransformerOptions):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTMoEConfig:
     """Sizes and options of a `GPTMoE`. The defaults are what all 60 models of the paper's Table 2 have in common.
 
     Example:
-      >>> from models import gpt_moe
-      >>> gpt_moe.GPTMoEConfig(num_experts=16, experts_per_token=2, d_ff=512).d_model
-      512
+      >>> from models import gpt_moe, moe
+      >>> layer = moe.MoEConfig(d_model=512, d_ff=256, num_experts=4, experts_per_token=2)
+      >>> gpt_moe.GPTMoEConfig(moe=layer).num_layers
+      12
     """
 
-    num_experts: int
-    experts_per_token: int
-    d_ff: int  # the hidden width of an expert
-    d_model: int = 512  # D
-    num_layers: int = 12
+    moe: moe.MoEConfig  # the MoE of each layer; its d_model and dtype are those of the whole model
+    num_layers: int = 12  # L
     num_heads: int = 8
     context: int = 128  # the longest sequence
-    vocab_size: int = 50257  # V; GPT-2's
+    vocab_size: int = 50257  # V; the size of GPT-2's vocabulary
+    scan_layers: bool = True  # see `models.transformer.Layers`, also for remat
+    remat: bool = False
 
     def __post_init__(self):
-        self.moe_config()  # checks what MoE layers need
-        moe.check_sizes(self, "num_layers", "num_heads", "context", "vocab_size")
-        transformer.check_heads(self.d_model, self.num_heads)
-
-    def moe_config(self) -> moe.MoEConfig:
-        """That of its MoE layers."""
-        return moe.config_of_layers(self)
+        checks.check_sizes(self, "num_layers", "num_heads", "context", "vocab_size")
+        transformer.check_config(self)
 
 
 class GPTMoE(nnx.Module):
     """A causal language model with an MoE in every layer, learned positions, and a head of its own without bias.
 
-    It sows `RoutingCounts` at `layers/stack/moe/experts` (see `models.transformer.Layers`), and the routers' losses.
+    It sows `RoutingCounts` at `layers/stack/moe/experts` (see `models.transformer.Layers`) and the routers' losses.
 
     Attributes:
-      expert_axis: what `scale_by_excitation` needs for this model: layers and experts are the leading axes.
+      expert_axis: the argument of `scale_by_excitation` for this model: layers and experts are the leading axes.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from excitation_optax import flax as excitation_flax
-      >>> from models import gpt_moe
-      >>> config = gpt_moe.GPTMoEConfig(
-      ...     num_experts=4, experts_per_token=2, d_ff=32, d_model=16, num_layers=3, num_heads=2, vocab_size=11
-      ... )
+      >>> from models import gpt_moe, moe
+      >>> layer = moe.MoEConfig(d_model=16, d_ff=32, num_experts=4, experts_per_token=2)
+      >>> config = gpt_moe.GPTMoEConfig(moe=layer, num_layers=3, num_heads=2, vocab_size=11)
       >>> model = gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))
       >>> logits, utilization = excitation_flax.capture_routing(model)(jnp.ones((2, 5), jnp.int32))
       >>> logits.shape, utilization["layers"]["stack"]["moe"]["experts"].counts.shape
@@ -71,18 +65,24 @@ class GPTMoE(nnx.Module):
 
     def __init__(self, config: GPTMoEConfig, *, rngs: nnx.Rngs):
         self.config = config
-        width, dtype = config.d_model, config.dtype
+        width, dtype = config.moe.d_model, config.moe.dtype
         embed = functools.partial(nnx.Embed, embedding_init=nnx.initializers.normal(0.02), dtype=dtype, rngs=rngs)
         self.tokens = embed(config.vocab_size, width)
         self.positions = embed(config.context, width)
         self.layers = transformer.Layers(
-            config.moe_config(), config, config.num_layers, config.num_heads, causal=True, rngs=rngs
+            config.moe,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            causal=True,
+            scan_layers=config.scan_layers,
+            remat=config.remat,
+            rngs=rngs,
         )
         self.norm = transformer.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, config.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, where: jax.Array | None = None, *, key: jax.Array | None = None) -> jax.Array:
-        """Logits of the next token at every position.
+        """Computes the logits of the next token at every position.
 
         Args:
           tokens: `[B, S]` integers.
@@ -90,28 +90,25 @@ class GPTMoE(nnx.Module):
           key: a JAX key for the routers' jitter, if there is any.
 
         Returns:
-          `[B, S, V]` float32. Causal: a position depends on itself and on those before it; but for a capacity, for
-          which tokens of a batch compete, later ones too. A token that is V or more gives NaN.
+          `[B, S, V]` float32. A position depends on itself and on earlier ones only, unless a capacity is set: then the
+          tokens of a batch compete for places. A token of V or more gives NaN.
 
         Raises:
           ValueError: if tokens are not integers `[B, S]`, S is more than the context, or `where` does not fit.
         """
+        tokens = self._check(tokens)
         if where is not None:
-            if where.shape != tokens.shape or where.dtype != jnp.bool_:
-                raise ValueError(
-                    f"GPTMoE: where must be boolean {list(tokens.shape)}, an entry for every token; "
-                    f"got {where.dtype}{list(where.shape)}."
-                )
-            tokens = jnp.where(where, tokens, 0)  # whatever stands for padding
+            where = checks.check_array(where, "GPTMoE: where", "booleans", tokens.shape)
+            tokens = jnp.where(where, tokens, 0)  # padding may hold anything
         x, _ = self.layers(self._embed(tokens), where, key=key)
         return self.head(self.norm(x)).astype(jnp.float32)
 
     def decode(self, tokens: jax.Array, cache: transformer.KVCache) -> tuple[jax.Array, transformer.KVCache]:
-        """Logits of tokens that follow those in a cache.
+        """Computes the logits of tokens that follow the positions in a cache.
 
         Args:
           tokens: `[B, S]` integers.
-          cache: from `empty_cache`, or of the call before. With these tokens at most P positions long.
+          cache: from `empty_cache` or the last call. With these tokens it may hold P positions at most.
 
         Returns:
           `[B, S, V]` float32, and the cache with these tokens added. NaN once there are more than P positions.
@@ -119,18 +116,19 @@ class GPTMoE(nnx.Module):
         Raises:
           ValueError: if tokens are not integers `[B, S]`, or more than P, or the cache is for another B.
         """
+        tokens = self._check(tokens)
         _, batch, positions = cache.keys.shape[:3]
         if tokens.shape[0] != batch or tokens.shape[1] > positions:
             raise ValueError(
                 f"GPTMoE: the cache is for {batch} sequences of up to {positions} tokens; got {list(tokens.shape)}."
             )
         x, longer = self.layers(self._embed(tokens, cache.length[0]), cache=cache)
-        assert longer is not None  # as a cache was given
+        assert longer is not None  # because a cache was given
         logits = self.head(self.norm(x)).astype(jnp.float32)
         return jnp.where(longer.length[0] > positions, jnp.nan, logits), longer
 
     def empty_cache(self, batch: int, positions: int | None = None) -> transformer.KVCache:
-        """A cache for `decode`, `[L, B, P, H, D / H]` each of keys and values; P is the context unless given.
+        """Makes a cache for `decode`: keys and values `[L, B, P, H, D / H]` each. P is the context by default.
 
         Raises:
           ValueError: if P is not from 1 to the context.
@@ -139,19 +137,21 @@ class GPTMoE(nnx.Module):
         positions = config.context if positions is None else positions
         if not 1 <= positions <= config.context:
             raise ValueError(f"GPTMoE: a cache may have 1 to context = {config.context} positions; got {positions}.")
-        head = config.d_model // config.num_heads
+        head = config.moe.d_model // config.num_heads
         shape = (config.num_layers, batch, positions, config.num_heads, head)
-        keys, values = jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+        keys, values = jnp.zeros(shape, config.moe.dtype), jnp.zeros(shape, config.moe.dtype)
         return transformer.KVCache(keys, values, jnp.zeros(config.num_layers, jnp.int32))
 
-    def _embed(self, tokens, start=0):
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"GPTMoE takes tokens [B, S] as integers; got {tokens.dtype}{list(tokens.shape)}.")
+    def _check(self, tokens):
+        tokens = checks.check_array(tokens, "GPTMoE: tokens", "integers", ("B", "S"))
         if tokens.shape[1] > self.config.context:
             raise ValueError(
                 f"GPTMoE: a sequence may have at most context = {self.config.context} tokens; got {tokens.shape[1]}. "
-                "Cut it, or configure a longer context."
+                "Shorten it, or configure a longer context."
             )
+        return tokens
+
+    def _embed(self, tokens, start=0):
         x = self.tokens(tokens)
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         return x + jnp.broadcast_to(self.positions(positions), x.shape)
@@ -166,32 +166,31 @@ def generate(
     temperature: float | jax.Array = 1.0,
     top_p: float | jax.Array = 1.0,
 ) -> jax.Array:
-    r"""Continues prompts, a token at a time, with a cache of keys and values.
+    r"""Continues prompts, one token at a time, with a cache of keys and values.
 
-    The next token is drawn from :math:`\mathrm{softmax}(z / \mathrm{temperature})`, cut to the fewest tokens whose
-    probabilities add up to `top_p` or more (nucleus sampling).
+    The next token is drawn from :math:`\mathrm{softmax}(z / \mathrm{temperature})`, restricted to the fewest tokens
+    whose probabilities sum to `top_p` or more (nucleus sampling).
 
     Args:
-      model: it is left as it is.
+      model: the model, which stays as it is.
       prompt: `[B, S]` integers, S at least 1.
-      num_tokens: how many to add. With S, at most the model's context.
-      key: a JAX key; not needed at temperature 0.
-      temperature: 0 is greedy, the most probable token each time.
+      num_tokens: how many tokens to add. S and this together are at most the model's context.
+      key: a JAX key; temperature 0 requires none.
+      temperature: 0 is greedy: the most probable token each time.
       top_p: in (0, 1].
 
     Returns:
       `[B, S + num_tokens]` int32.
 
     Raises:
-      ValueError: if the tokens do not fit, or an argument is out of range, or the key is missing.
+      ValueError: if the tokens do not fit, an argument is out of range, or the key is missing.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from models import gpt_moe
-      >>> config = gpt_moe.GPTMoEConfig(
-      ...     num_experts=4, experts_per_token=2, d_ff=32, d_model=16, num_layers=2, num_heads=2, vocab_size=11
-      ... )
+      >>> from models import gpt_moe, moe
+      >>> layer = moe.MoEConfig(d_model=16, d_ff=32, num_experts=4, experts_per_token=2)
+      >>> config = gpt_moe.GPTMoEConfig(moe=layer, num_layers=2, num_heads=2, vocab_size=11)
       >>> model = gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))
       >>> gpt_moe.generate(model, jnp.array([[1, 2, 3]]), num_tokens=4, temperature=0.0).shape
       (1, 7)
@@ -199,20 +198,18 @@ def generate(
     References:
       Holtzman et al., `The Curious Case of Neural Text Degeneration <https://arxiv.org/abs/1904.09751>`_, for top-p.
     """
-    prompt = jnp.asarray(prompt)
-    if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        raise ValueError(
-            f"generate: prompt must be integers [B, S], S at least 1; got {prompt.dtype}{list(prompt.shape)}."
-        )
+    prompt = checks.check_array(prompt, "generate: prompt", "integers", ("B", "S"))
+    if prompt.shape[1] < 1:
+        raise ValueError(f"generate: prompt must hold at least one token; got {list(prompt.shape)}.")
     if not isinstance(prompt, jax.core.Tracer) and not 0 <= prompt.min() <= prompt.max() < model.config.vocab_size:
         raise ValueError(
-            f"generate: tokens must be from 0 to {model.config.vocab_size - 1}, the vocabulary; "
+            f"generate: tokens must be from 0 to {model.config.vocab_size - 1}, the model's vocabulary; "
             f"got {prompt.min()} to {prompt.max()}."
         )
     if num_tokens < 1 or prompt.shape[1] + num_tokens > model.config.context:
         raise ValueError(
             f"generate: num_tokens must be from 1 to {model.config.context - prompt.shape[1]}, the context "
-            f"{model.config.context} less the prompt's {prompt.shape[1]}; got {num_tokens}."
+            f"{model.config.context} minus the prompt's {prompt.shape[1]} tokens; got {num_tokens}."
         )
     if not isinstance(temperature, jax.Array) and not temperature >= 0:
         raise ValueError(f"generate: temperature must not be negative; got {temperature}.")
@@ -220,9 +217,9 @@ def generate(
         raise ValueError(f"generate: top_p must be in (0, 1]; got {top_p}.")
     if key is None:
         if isinstance(temperature, jax.Array) or temperature > 0:
-            raise ValueError("generate: pass key=jax.random.key(seed) to sample, or temperature=0 to be greedy.")
+            raise ValueError("generate: pass key=jax.random.key(seed) to sample, or temperature=0 for greedy decoding.")
         key = jax.random.key(0)
-    model = nnx.merge(*nnx.split(model))  # another one, that shares its arrays
+    model = nnx.merge(*nnx.split(model))  # another model with the same arrays
     model.eval()
     graphdef, state = nnx.split(model)
     return _generate(
@@ -233,7 +230,7 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(graphdef, num_tokens, state, prompt, key, temperature, top_p):
     def step(carry, key):
-        logits, cache, state = carry  # the state too: Flax allows no variable of an outer trace in its own scan
+        logits, cache, state = carry  # with the state: nnx.scan inside allows no variable of an outer trace
         token = sample(key, logits[:, -1], temperature, top_p)
         return (*nnx.merge(graphdef, state).decode(token[:, None], cache), state), token
 
@@ -245,7 +242,7 @@ def _generate(graphdef, num_tokens, state, prompt, key, temperature, top_p):
 
 
 def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:
-    """A token `[B]` int32 for each of the logits `[B, V]`; see `generate`.
+    """Draws a token for each row of logits `[B, V]`: `[B]` int32; see `generate`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -257,8 +254,8 @@ def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array | float, to
     scaled = logits / jnp.where(temperature > 0, temperature, 1)
     order = jnp.argsort(-scaled, axis=-1)
     probabilities = jax.nn.softmax(jnp.take_along_axis(scaled, order, axis=-1))
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # what more probable tokens add up to
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # the sum of more probable tokens
     kept = jnp.where((before < top_p) | (top_p >= 1), jnp.log(probabilities), -jnp.inf)
-    kept = kept.at[:, 0].set(jnp.log(probabilities[:, 0]))  # at least one, whatever rounding does
+    kept = kept.at[:, 0].set(jnp.log(probabilities[:, 0]))  # keep at least one, whatever rounding does
     place = jnp.where(temperature > 0, jax.random.categorical(key, kept), 0)
     return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)

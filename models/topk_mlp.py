@@ -1,4 +1,4 @@
-"""The Top-K MLP of the paper's sections 4.1 to 4.4 and 4.6: in each hidden layer, every neuron is an expert.
+"""The Top-K MLP of the paper's sections 4.1 to 4.4 and 4.6: every neuron of a hidden layer is an expert.
 
 Axis letters: B batch, D inputs of a layer, E neurons of a hidden layer (its experts), K of them kept, C classes.
 """
@@ -15,6 +15,7 @@ from flax import nnx
 
 import excitation_optax
 import excitation_optax.flax
+from models import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,23 +28,21 @@ class TopKMLPConfig:
       13
     """
 
-    input_dim: int  # values of one input, after flattening
+    input_dim: int  # values of one input after flattening
     width: int = 128  # E, neurons in each hidden layer
     depth: int = 4  # hidden layers
     num_classes: int = 10  # C
     sparsity: float = 0.9  # the share of a hidden layer's neurons that a sample does not keep
-    activation: Callable[[jax.Array], jax.Array] = nnx.relu  # before Top-K; `lambda h: h` ranks what may be negative
+    activation: Callable[[jax.Array], jax.Array] = nnx.relu  # before Top-K; `lambda h: h` also ranks negative values
 
     def __post_init__(self):
-        for name in ("input_dim", "width", "depth", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TopKMLPConfig: {name} must be at least 1; got {getattr(self, name)}.")
+        checks.check_sizes(self, "input_dim", "width", "depth", "num_classes")
         if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"TopKMLPConfig: sparsity is a share in [0, 1]; got {self.sparsity}.")
+            raise ValueError(f"TopKMLPConfig: sparsity must be in [0, 1]; got {self.sparsity}.")
 
     @property
     def num_kept(self) -> int:
-        """How many neurons of a hidden layer a sample keeps, K = `round(width * (1 - sparsity))`, at least 1."""
+        """The number K of neurons that a hidden layer keeps per sample, `round(width * (1 - sparsity))`, at least 1."""
         return max(1, round(self.width * (1 - self.sparsity)))
 
 
@@ -54,11 +53,11 @@ class TopKMLP(nnx.Module):
       h^{(l)} = \mathrm{top}_K\big(\mathrm{ReLU}(W^{(l)} h^{(l-1)} + b^{(l)})\big), \qquad
       \mathrm{logits} = W h^{(L)} + b
 
-    A neuron, with its incoming weights and its bias, is an expert, active for a sample if its activation is kept and
-    not zero. Each layer sows its `RoutingCounts` at `layers/i`; the output layer `head` is no expert.
+    A neuron with its incoming weights and its bias is an expert. It is active for a sample if its activation is kept
+    and not zero. Each layer sows its `RoutingCounts` at `layers/i`; the output layer `head` has no experts.
 
     Attributes:
-      expert_axis: what `scale_by_excitation` needs for this model: neurons are the last axis of kernels and biases.
+      expert_axis: the argument of `scale_by_excitation` for this model: neurons are the last axis of all parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,16 +95,18 @@ class TopKMLP(nnx.Module):
         self.head = nnx.Linear(config.width, config.num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits `[B, C]` of inputs `[B, ...]`, floats, which are flattened to `[B, D]`."""
+        """Computes the logits `[B, C]` of inputs `[B, ...]`, floats, which are flattened to `[B, D]`."""
         return self.head(self.hidden(x)[-1])
 
     def hidden(self, x: jax.Array) -> list[jax.Array]:
-        """What every hidden layer passes on, `[B, E]` each: the activations it keeps, and zeros."""
-        h = x.reshape(x.shape[0], -1)
-        if h.shape[-1] != self.config.input_dim:
+        """Computes each hidden layer's activations `[B, E]`, zero where they are not kept."""
+        x = jnp.asarray(x)
+        if x.ndim == 0 or math.prod(x.shape[1:]) != self.config.input_dim:
             raise ValueError(
-                f"TopKMLP: inputs {list(x.shape)} have {h.shape[-1]} values each; input_dim is {self.config.input_dim}."
+                f"TopKMLP: x must be [B, ...] with input_dim = {self.config.input_dim} values for each sample; "
+                f"got {x.dtype}{list(x.shape)}."
             )
+        h = x.reshape(x.shape[0], -1)
         activations = []
         for layer in self.layers:
             h = layer(h)
@@ -137,10 +138,10 @@ class TopKLinear(nnx.Linear):
         super().__init__(in_features, out_features, rngs=rngs)
         self.num_kept = num_kept
         self.activation = activation
-        self.deterministic = False  # set by model.eval(): calls then leave no routing behind
+        self.deterministic = False  # model.eval() sets it: calls then leave no routing behind
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The kept activations `[B, E]` of inputs `[B, D]`, zeros elsewhere. Sows which neurons were active."""
+        """Computes the kept activations `[B, E]` of inputs `[B, D]`, and sows which neurons were active."""
         h = keep_top_k(self.activation(super().__call__(x)), self.num_kept)
         excitation_optax.flax.sow_routing(self, excitation_optax.count_active(h != 0))
         return h
@@ -149,8 +150,8 @@ class TopKLinear(nnx.Linear):
 def keep_top_k(h: jax.Array, k: int) -> jax.Array:
     """Sets all but the K largest activations of each sample to zero; gradients flow through those that are kept.
 
-    Values that tie with the K-th largest are all kept. Where fewer than K activations are positive, that leaves zeros
-    as they are: no neuron is favoured for its index. A NaN is kept.
+    All values that tie with the K-th largest are kept, so no neuron is favoured for its index. Zeros stay zeros where
+    fewer than K activations are positive. A NaN is kept.
 
     Args:
       h: `[..., E]` floats.
@@ -169,6 +170,7 @@ def keep_top_k(h: jax.Array, k: int) -> jax.Array:
       Array([[3., 0., 0., 2.],
              [0., 5., 0., 0.]], dtype=float32)
     """
+    h = checks.check_array(h, "keep_top_k: h", "floats", ("...", "E"))
     if not 1 <= k <= h.shape[-1]:
         raise ValueError(
             f"keep_top_k: k must be between 1 and {h.shape[-1]}, the last axis of {list(h.shape)}; got {k}."
@@ -177,11 +179,11 @@ def keep_top_k(h: jax.Array, k: int) -> jax.Array:
 
 
 def kth_largest(h: jax.Array, k: int) -> jax.Array:
-    """The K-th largest value over the last axis, `[..., 1]`.
+    """Finds the K-th largest value over the last axis, `[..., 1]`.
 
-    Floats are ordered as their bits are, read as an integer, if those below the sign are flipped in negative ones. So
-    the answer is the largest integer that at least K of them reach, found bit by bit from the highest: exact, with as
-    many counting passes as there are bits. Where XLA has no fast top-k, as on CPU, that beats sorting
+    Floats have the order of their bits as integers, once all bits below the sign are flipped in negative floats. So the
+    K-th largest is the largest integer that at least K of them reach. It is found bit by bit from the highest: exact,
+    with one counting pass for each bit. This is faster than sorting where XLA has no fast top-k, as on CPU
     (`python -m benchmarks.top_k`).
     """
     integer = jnp.dtype(f"int{8 * h.dtype.itemsize}")
@@ -199,6 +201,6 @@ def kth_largest(h: jax.Array, k: int) -> jax.Array:
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """True entries over the last axis, `[..., 1]`. Adding slices first keeps XLA's CPU code in one loop (3x faster)."""
+    """Counts True over the last axis, `[..., 1]`. Adding slices first keeps XLA's CPU code in one loop: 3x faster."""
     slices = jnp.split(mask.astype(jnp.int32), math.gcd(mask.shape[-1], 8), axis=-1)
     return jnp.sum(functools.reduce(jnp.add, slices), axis=-1, keepdims=True)

@@ -1,30 +1,29 @@
-"""Pre-norm transformer layers with an MoE in each: what the MoE-ViT and the GPT-MoE are made of.
+"""Pre-norm transformer layers with an MoE in each, of which the MoE-ViT and the GPT-MoE consist.
 
 Axis letters: B batch, S sequence, D model width, H heads, E experts, K experts per token, L layers, P positions of a
 cache.
 """
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from models import moe
+from models import checks, moe
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerOptions(moe.MoEOptions):
-    """What transformers with MoE layers share, beside their sizes: `models.moe.MoEOptions`, and these."""
-
-    scan_layers: bool = True  # parameters stacked on a leading axis L, and one compiled layer; else a list of layers
-    remat: bool = False  # compute each layer again in the backward pass, instead of keeping what it computed
+def check_config(config: Any) -> None:
+    """Raises ValueError if a model's config has no `MoEConfig`, or attention cannot divide its width into heads."""
+    if not isinstance(config.moe, moe.MoEConfig):
+        raise ValueError(f"{type(config).__name__}: moe must be a MoEConfig; got {type(config.moe).__name__}.")
+    if config.moe.d_model % config.num_heads:
+        raise ValueError(f"d_model must be divisible by num_heads = {config.num_heads}; got {config.moe.d_model}.")
 
 
 class KVCache(NamedTuple):
-    """The keys and values of the positions so far, and zeros beyond. Of several layers, with a leading axis L."""
+    """The keys and values of the positions so far, then zeros. Several layers have a leading axis L."""
 
     keys: jax.Array  # [B, P, H, D / H]
     values: jax.Array  # [B, P, H, D / H]
@@ -37,19 +36,17 @@ class Attention(nnx.Module):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from models import moe, transformer
-      >>> config = moe.MoEConfig(d_model=16, d_ff=32, num_experts=8, experts_per_token=2)
-      >>> attention = transformer.Attention(config, num_heads=4, causal=True, rngs=nnx.Rngs(0))
+      >>> from models import transformer
+      >>> attention = transformer.Attention(16, num_heads=4, causal=True, rngs=nnx.Rngs(0))
       >>> output, _ = attention(jnp.ones((2, 5, 16)))
       >>> output.shape
       (2, 5, 16)
     """
 
-    def __init__(self, config: moe.MoEConfig, num_heads: int, causal: bool, *, rngs: nnx.Rngs):
-        width = config.d_model
+    def __init__(self, d_model: int, *, num_heads: int, causal: bool, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.num_heads, self.causal = num_heads, causal
-        self.qkv = nnx.Linear(width, 3 * width, dtype=config.dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, dtype=config.dtype, rngs=rngs)
+        self.qkv = nnx.Linear(d_model, 3 * d_model, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -61,14 +58,15 @@ class Attention(nnx.Module):
 
         Args:
           x: `[B, S, D]`.
-          where: `[B, S]` boolean; False marks padding, which no position attends to. Not with a cache.
-          cache: of earlier positions, which x follows.
+          where: `[B, S]` boolean; False marks padding, to which no position attends. A cache has no padding.
+          cache: the earlier positions, which x follows.
 
         Returns:
           `[B, S, D]`, and the cache with the positions of x added.
         """
+        x = checks.check_array(x, "Attention: x", "floats", ("B", "S", self.qkv.in_features))
         if where is not None:
-            x = jnp.where(where[..., None], x, 0)  # a weight of zero does not make up for a NaN
+            x = jnp.where(where[..., None], x, 0)  # a weight of zero times NaN is NaN
         heads = (*x.shape[:2], 3, self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = jnp.moveaxis(self.qkv(x).reshape(heads), 2, 0)  # [B, S, H, D / H] each
         mask = (
@@ -82,7 +80,7 @@ class Attention(nnx.Module):
             mask = (jnp.arange(key.shape[1], dtype=jnp.int32)[None] <= position[:, None])[None, None]  # [1, 1, S, P]
             causal = False
             cache = KVCache(key, value, cache.length + x.shape[1])
-        with jax.numpy_dtype_promotion("standard"):  # in half precision, JAX's own code needs it
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own code requires it in half precision
             y = jax.nn.dot_product_attention(
                 query, key, value, mask=mask, is_causal=causal, implementation=_implementation(query, key)
             )
@@ -90,7 +88,7 @@ class Attention(nnx.Module):
 
 
 def _implementation(query, key):
-    """Flash attention where cuDNN has it, forward and backward; else XLA's."""
+    """Chooses flash attention where cuDNN has it, forward and backward, and otherwise XLA's attention."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
     fused = half and even and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
@@ -98,10 +96,10 @@ def _implementation(query, key):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalization in float32, whatever the model computes in."""
+    """Layer normalization that computes in float32 and returns the dtype of its input."""
 
     def __call__(self, x: jax.Array) -> jax.Array:  # pyrefly: ignore
-        """In the shape and dtype of x `[..., D]`."""
+        """Normalizes x `[..., D]`."""
         return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -122,9 +120,9 @@ class Layer(nnx.Module):
       (2, 5, 16)
     """
 
-    def __init__(self, config: moe.MoEConfig, num_heads: int, causal: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: moe.MoEConfig, *, num_heads: int, causal: bool, rngs: nnx.Rngs):
         self.norm_attention = LayerNorm(config.d_model, rngs=rngs)
-        self.attention = Attention(config, num_heads, causal, rngs=rngs)
+        self.attention = Attention(config.d_model, num_heads=num_heads, causal=causal, dtype=config.dtype, rngs=rngs)
         self.norm_moe = LayerNorm(config.d_model, rngs=rngs)
         self.moe = moe.MoE(config, rngs=rngs)
 
@@ -135,26 +133,35 @@ class Layer(nnx.Module):
         cache: KVCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """`[B, S, D]` and the cache, of x `[B, S, D]`; see `Attention`. The key is for the router's jitter."""
+        """`[B, S, D]` and the cache, of x `[B, S, D]`; see `Attention`. `key` is for the router's jitter."""
+        x = checks.check_array(x, "Layer: x", "floats", ("B", "S", self.moe.config.d_model))
         y, cache = self.attention(self.norm_attention(x), where, cache)
         x += y
         return x + self.moe(self.norm_moe(x), where, key=key), cache
 
 
 class Layers(nnx.Module):
-    """L layers, one after the other: stacked and scanned, so that one layer is compiled, or a list.
+    """L layers, one after the other: stacked and scanned, which compiles a single layer, or a list.
 
-    Stacked, parameters are `[L, ...]`, experts `[L, E, ...]`, and utilization `[L, E]` at `stack/moe/experts`; in a
-    list, `[E, ...]` and `[E]` at `list/0/moe/experts` and so on. Either way utilization follows the leading axes in
-    order, so `scale_by_excitation` needs no `expert_axis`.
+    Stacked, parameters are `[L, ...]`, experts `[L, E, ...]`, and utilization is `[L, E]` at `stack/moe/experts`. In a
+    list they are `[E, ...]` and `[E]`, at `list/0/moe/experts` and so on. In both forms utilization follows the leading
+    axes in order, so `scale_by_excitation` requires no `expert_axis`.
+
+    Args:
+      config: sizes and options of the MoE in each layer.
+      num_layers: L.
+      num_heads: H.
+      causal: whether a position attends only to itself and to earlier ones.
+      scan_layers: stack and scan the layers; otherwise they are a list.
+      remat: compute each layer again in the backward pass, which saves memory and takes time.
+      rngs: the generator of the initial parameters.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from models import moe, transformer
       >>> config = moe.MoEConfig(d_model=16, d_ff=32, num_experts=8, experts_per_token=2)
-      >>> options = transformer.TransformerOptions()
-      >>> layers = transformer.Layers(config, options, num_layers=3, num_heads=4, causal=True, rngs=nnx.Rngs(0))
+      >>> layers = transformer.Layers(config, num_layers=3, num_heads=4, causal=True, rngs=nnx.Rngs(0))
       >>> output, _ = layers(jnp.ones((2, 5, 16)))
       >>> output.shape, layers.stack.moe.experts.kernel_in.shape
       ((2, 5, 16), (3, 8, 16, 32))
@@ -163,20 +170,20 @@ class Layers(nnx.Module):
     def __init__(
         self,
         config: moe.MoEConfig,
-        options: TransformerOptions,
+        *,
         num_layers: int,
         num_heads: int,
         causal: bool,
-        *,
+        scan_layers: bool = True,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.options, self.num_layers = options, num_layers
-        self.deterministic = False  # set by model.eval()
-        make = lambda rngs: Layer(config, num_heads, causal, rngs=rngs)
-        if options.scan_layers:
-            self.stack = nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
-        else:
-            self.list = nnx.List([make(rngs) for _ in range(num_layers)])
+        self.num_layers, self.remat = num_layers, remat
+        self.deterministic = False  # model.eval() sets it
+        make = lambda rngs: Layer(config, num_heads=num_heads, causal=causal, rngs=rngs)
+        stack = nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))
+        self.stack = stack(rngs) if scan_layers else None
+        self.list = None if scan_layers else nnx.List([make(rngs) for _ in range(num_layers)])
 
     def __call__(
         self,
@@ -185,27 +192,28 @@ class Layers(nnx.Module):
         cache: KVCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """As a `Layer`; the cache has a leading axis L."""
+        """Applies the layers as one `Layer`; the cache has a leading axis L."""
         keys = None if key is None else jax.random.split(key, self.num_layers)
 
         def apply(x, layer, cache, key):
             return layer(x, where, cache, key)
 
-        if self.options.remat:
+        if self.remat:
             apply = nnx.remat(apply)
-        if self.options.scan_layers:
+        if self.stack is not None:
             scan = nnx.scan(apply, in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0), length=self.num_layers)
-            # In evaluation nothing is sown, so a copy will do, which a function compiled by JAX may close over.
-            copied = self.deterministic and not hasattr(self, "__captures__")
-            return scan(x, nnx.clone(self.stack) if copied else self.stack, cache, keys)
+            return scan(x, nnx.clone(self.stack) if self._keeps_nothing() else self.stack, cache, keys)
         caches = []
-        for number, layer in enumerate(self.list):
+        for number, layer in enumerate(self.list or ()):
             x, layer_cache = apply(x, layer, *jax.tree.map(lambda leaf, n=number: leaf[n], (cache, keys)))
             caches.append(layer_cache)
         return x, None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
 
+    def _keeps_nothing(self):
+        """Whether this call sows nothing, so that a copy of the stack will do.
 
-def check_heads(d_model: int, num_heads: int) -> None:
-    """Raises ValueError if the width cannot be divided into heads."""
-    if d_model % num_heads:
-        raise ValueError(f"d_model must be divisible by num_heads = {num_heads}; got {d_model}.")
+        A function that JAX compiled may close over a copy, but not over a stack that `nnx.scan` updates.
+        """
+        # A capture puts variables into every module. This one has none of its own beside the stack.
+        beside_the_stack = nnx.state(self, nnx.Not(nnx.PathContains("stack")))
+        return self.deterministic and not nnx.to_flat_state(beside_the_stack)

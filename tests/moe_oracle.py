@@ -1,7 +1,7 @@
-"""The MoE layer once more, slowly: float64 NumPy, a loop over tokens and experts, and a backward pass by hand.
+"""A slow MoE layer to compare with, and routings: float64 NumPy, a loop over tokens and experts, gradients by hand.
 
-Each function returns what it computes and its `backward`, which takes the gradients of the results and returns those of
-the arguments.
+Each function returns its results and its `backward`, which turns gradients of the results into gradients of the
+arguments.
 
 Axis letters: T tokens, D model width, F expert hidden width, E experts, K experts per token.
 """
@@ -11,8 +11,32 @@ import types
 import numpy as np
 
 
+def choose(tokens, choices, num_experts, seed=2):
+    """K different experts for each token."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(num_experts)[:choices] for _ in range(tokens)]).astype(np.int32)
+
+
+def some_masked():
+    indices = choose(13, 2, 5)
+    indices[[0, 3, 7, 12]] = 5
+    return indices
+
+
+# 13 tokens, 5 experts, 2 choices; 5 is no expert.
+ROUTINGS = {
+    "random": choose(13, 2, 5),
+    "two experts alone": np.tile(np.int32([[3, 1]]), (13, 1)),
+    "one expert takes all": np.tile(np.int32([[4, 5]]), (13, 1)),
+    "the first expert takes all": np.tile(np.int32([[0, 5]]), (13, 1)),
+    "all masked": np.full((13, 2), 5, np.int32),
+    "some masked": some_masked(),
+    "one token left": np.where(np.arange(13)[:, None] == 6, np.int32([[2, 0]]), np.int32(5)),
+}
+
+
 def float64(tree):
-    """Arrays of any dtype, in nested dicts, as float64."""
+    """Converts arrays of any dtype, in nested dicts, to float64."""
     if isinstance(tree, dict):
         return {name: float64(leaf) for name, leaf in tree.items()}
     return np.asarray(tree).astype(np.float64)
@@ -94,31 +118,58 @@ def experts(params, x, indices, gates, capacity=None):
     return y, backward
 
 
-def router(kernel, x, choices, normalize, where=None):
-    """Gates, experts, and the two losses and the entropy over the tokens of `where` alone."""
+def select(scores, choices, num_groups, groups_per_token):
+    """The experts of one token `[E]`: those with the highest scores, in the groups whose best two sum to the most."""
+    groups = np.reshape(scores, (num_groups, -1))
+    of_group = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+    kept = np.argsort(-of_group, kind="stable")[:groups_per_token]
+    allowed = np.full(groups.shape, -np.inf)
+    allowed[kept] = groups[kept]
+    return np.argsort(-allowed.ravel(), kind="stable")[:choices]
+
+
+def router(
+    kernel,
+    x,
+    choices,
+    normalize,
+    where=None,
+    *,
+    scores="softmax",
+    bias=0.0,
+    num_groups=1,
+    groups_per_token=1,
+    gate_scale=1.0,
+):
+    """Gates and experts; and the two losses and the entropy, over the tokens of `where` only."""
     kernel, x = float64(kernel), float64(x)
     is_token = np.ones(len(x), bool) if where is None else np.asarray(where)
     tokens, num_experts = max(is_token.sum(), 1), kernel.shape[1]
     z = x @ kernel
     top = z.max(axis=1, keepdims=True)
     log_sum = (top + np.log(np.exp(z - top).sum(axis=1, keepdims=True)))[:, 0]
-    p = np.exp(z - log_sum[:, None])
-    indices = np.argsort(-p, axis=1, kind="stable")[:, :choices]
-    chosen = np.take_along_axis(p, indices, axis=1)
-    total = chosen.sum(axis=1, keepdims=True) if normalize else 1.0
-    gates = chosen / total
+    s = np.exp(z - log_sum[:, None]) if scores == "softmax" else 1 / (1 + np.exp(-z))
+    total = s.sum(axis=1, keepdims=True)
+    p = s / total
+    indices = np.stack([select(row + float64(bias), choices, num_groups, groups_per_token) for row in s])
+    chosen = np.take_along_axis(s, indices, axis=1)
+    divisor = chosen.sum(axis=1, keepdims=True) if normalize else 1.0
+    gates = gate_scale * chosen / divisor
     counts = np.array([np.sum(indices[is_token] == e) for e in range(num_experts)])
     share = num_experts / choices * counts / tokens  # E / K u_e, a constant to the gradient
     load_balancing = np.sum(share * p[is_token].sum(axis=0) / tokens)
     router_z = np.sum(log_sum[is_token] ** 2) / tokens
-    entropy = -np.sum(p[is_token] * np.log(p[is_token])) / tokens  # to be logged: it has no gradient here
+    entropy = -np.sum(p[is_token] * np.log(p[is_token])) / tokens  # for the log, so it has no gradient here
 
     def backward(d_gates, d_load_balancing=0.0, d_router_z=0.0):
-        d_chosen = (d_gates - np.sum(d_gates * gates, axis=1, keepdims=True)) / total if normalize else d_gates
+        d_chosen = gate_scale * d_gates
+        if normalize:
+            d_chosen = (d_chosen - np.sum(d_gates * gates, axis=1, keepdims=True)) / divisor
         dp = d_load_balancing * np.outer(is_token, share) / tokens
-        np.put_along_axis(dp, indices, np.take_along_axis(dp, indices, axis=1) + d_chosen, axis=1)
-        dz = p * (dp - np.sum(dp * p, axis=1, keepdims=True))
-        dz += d_router_z * (2 * log_sum * is_token / tokens)[:, None] * p
+        ds = (dp - np.sum(dp * p, axis=1, keepdims=True)) / total
+        np.put_along_axis(ds, indices, np.take_along_axis(ds, indices, axis=1) + d_chosen, axis=1)
+        dz = s * (ds - np.sum(ds * s, axis=1, keepdims=True)) if scores == "softmax" else s * (1 - s) * ds
+        dz += d_router_z * (2 * log_sum * is_token / tokens)[:, None] * np.exp(z - log_sum[:, None])
         return x.T @ dz, dz @ kernel.T
 
     return types.SimpleNamespace(
@@ -132,11 +183,11 @@ def router(kernel, x, choices, normalize, where=None):
     )
 
 
-def moe(params, x, choices, normalize, where=None, capacity=None):
-    """The layer, of params `{"router": {"kernel"}, "experts": {...}}`, with `"shared"` if it has shared experts."""
+def moe(params, x, choices, normalize, where=None, capacity=None, **of_router):
+    """The layer for params `{"router": {"kernel"}, "experts": {...}}`, with `"shared"` if it has shared experts."""
     params, x = float64(params), float64(x)
     is_token = np.ones(len(x), bool) if where is None else np.asarray(where)
-    route = router(params["router"]["kernel"], x, choices, normalize, is_token)
+    route = router(params["router"]["kernel"], x, choices, normalize, is_token, **of_router)
     nowhere = params["router"]["kernel"].shape[1]
     indices = np.where(is_token[:, None], route.indices, nowhere)
     y, backward_of_experts = experts(params["experts"], x, indices, route.gates, capacity)
@@ -163,7 +214,7 @@ def moe(params, x, choices, normalize, where=None, capacity=None):
 
 
 def assert_close(actual, expected, tolerance):
-    """Leaf by leaf, the largest error is at most `tolerance` times the largest value expected."""
+    """Asserts of every leaf that the largest error is at most `tolerance` times the largest expected value."""
     if isinstance(expected, dict):
         assert set(actual) == set(expected)
         for name in expected:
@@ -172,5 +223,5 @@ def assert_close(actual, expected, tolerance):
     actual = float64(actual)
     assert actual.shape == np.shape(expected)
     scale = np.max(np.abs(expected), initial=0)
-    # Where nothing is expected, as when every token is masked, nothing may come.
+    # Where all zeros are expected, as when every token is masked, nothing else may come.
     np.testing.assert_array_less(np.abs(actual - expected), tolerance * scale + (scale == 0) * 1e-30)

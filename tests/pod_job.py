@@ -22,8 +22,7 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
-import excitation_optax
-from examples import texts
+from examples import texts, training
 from examples.pod import data, parallel, train
 from excitation_optax import flax as excitation_flax
 from models import topk_mlp
@@ -62,8 +61,8 @@ def mlp(optimizer: str, kind: str, mesh, auxiliary: bool):
     del auxiliary  # it has no such losses
     model = lambda: topk_mlp.TopKMLP(topk_mlp.TopKMLPConfig(12, width=32, depth=2, num_classes=4), rngs=nnx.Rngs(0))
     graphdef = nnx.graphdef(nnx.eval_shape(model))
-    excite = excitation_optax.scale_by_excitation(excitation_optax.zero_sum, expert_axis=-1)
-    tx = optax.chain({"sgd": optax.sgd(0.1), "adamw": optax.adamw(1e-2)}[optimizer], excite)
+    optimizers = {"sgd": optax.sgd(0.1), "adamw": optax.adamw(1e-2)}
+    tx = training.make_optimizer(optimizers[optimizer], strategy="zero_sum", expert_axis=-1)
 
     def loss_fn(params, rows):
         logits, utilization = excitation_flax.capture_routing(nnx.merge(graphdef, params))(rows[:, :-1])
@@ -72,11 +71,10 @@ def mlp(optimizer: str, kind: str, mesh, auxiliary: bool):
         return loss, ({"loss": loss}, utilization)
 
     def step(state, rows, axis_name=None):
-        return parallel.train_step(loss_fn, tx, state, rows, axis_name=axis_name)[:2]
+        return training.train_step(parallel.gradient(loss_fn, axis_name=axis_name), tx, state, rows)[:2]
 
     def init():
-        params = nnx.state(model())
-        return parallel.TrainState(params, tx.init(params), jnp.zeros([], jnp.int32))
+        return training.TrainState.create(nnx.state(model()), tx)
 
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(256, 13)).astype(np.float32)

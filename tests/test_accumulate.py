@@ -5,6 +5,7 @@ Axis letters: B batch, k micro-batches, E experts.
 
 import functools
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -365,6 +366,20 @@ def test_held_counts_in_a_scan_whatever_the_kind_of_their_tree():
 
     _, moved = jax.lax.scan(step, tx.init(params), jnp.array([[1.0, 1.0], [3.0, 1.0]]))
     np.testing.assert_allclose(moved, [[-1.0, -1.0], [-1.5, -0.5]])
+
+
+def test_states_come_back_from_flax_serialization():
+    like = {"experts": COUNTS(jnp.array([3.0, 1.0]), jnp.array(4.0))}
+    excite = excitation_optax.scale_by_excitation(gamma=lambda step: 1.0)
+    for tx in (
+        excite,
+        held(like=like),
+        excitation_optax.accumulate_utilization(optax.MultiSteps(excite, 2), like),
+    ):
+        state = tx.init({"experts": jnp.ones((2, 1))})
+        restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_held_utilization_comes_back_from_a_checkpoint(tmp_path):

@@ -41,7 +41,7 @@ def test_the_table_of_separate_modules_of_stacked_layers():
         "moe/expert_0    [2, 3]  moe/expert_{expert}  all of it, as expert 0, axis 0 (2)",
         "moe/expert_1/b  [2]     moe/expert_{expert}  all of it, as expert 1, axis 0 (2)",
         "moe/gate        [2, 3]  -",
-        "moe/expert_{expert} is one layer: moe/expert_0, moe/expert_1",
+        "moe/expert_{expert} is one entry: moe/expert_0, moe/expert_1",
         "2 of 3 parameter leaves are scaled: 8 of 14 parameters.",  # 6 + 2 of 6 + 2 + 6
     )
 
@@ -55,7 +55,7 @@ def test_the_table_of_other_axes():
         "grid       [2, 3, 7]     grid       axes (1, 0) (6)",
         "moe/b      [4, 2]        m*/{b,wi}  axis 1 (2), axis 0 (4)",
         "moe/wi     [4, 2, 3, 5]  m*/{b,wi}  axis 1 (2), axis 0 (4)",
-        "m*/{b,wi} is one layer: moe/b, moe/wi",
+        "m*/{b,wi} is one entry: moe/b, moe/wi",
         "3 of 3 parameter leaves are scaled: 170 of 170 parameters.",  # 42 + 8 + 120
     )
 
@@ -64,7 +64,7 @@ def test_many_nodes_are_shortened():
     params = {f"expert_{k}": ones(3) for k in range(64)}
     lines = str(describe(params, {"expert_{expert}": ones(64)})).splitlines()
     shown = "expert_0, expert_1, expert_10, expert_11, ..., expert_9"
-    assert lines[-2] == f"expert_{{expert}} is one layer: {shown}"
+    assert lines[-2] == f"expert_{{expert}} is one entry: {shown}"
 
 
 def test_what_holds_no_parameters_is_listed():

@@ -207,14 +207,14 @@ ROWS = {
     "no experts": Row({"moe": jnp.ones((L, 0))}, ["at moe must", "float32[2, 0]", "axis of experts"]),
     "counts with tokens of each expert": Row(
         {"moe": RoutingCounts(U, U)},
-        ["RoutingCounts at moe", "counts of shape [3]", "tokens float32[3]", "must have the shape []"],
+        ["Utilization at moe has", "counts of shape [3]", "tokens float32[3]", "must have the shape []"],
     ),
     "stacked counts with tokens in all": Row(
         {"stack": {"kernel": RoutingCounts(UV, jnp.ones(()))}},
-        ["RoutingCounts at stack/kernel", "counts of shape [2, 3]", "tokens float32[]", "the shape [2]"],
+        ["Utilization at stack/kernel has", "counts of shape [2, 3]", "tokens float32[]", "the shape [2]"],
     ),
     "counts without an axis": Row(
-        {"moe": RoutingCounts(jnp.ones(()), jnp.ones(()))}, ["RoutingCounts at moe: counts must", "got float32[]"]
+        {"moe": RoutingCounts(jnp.ones(()), jnp.ones(()))}, ["at moe: the counts must", "got float32[]"]
     ),
     # Strategies.
     "strategy drops the layers": Row(

@@ -1,4 +1,4 @@
-"""Experts split over eight devices: the same numbers as on one, and what is sent between them."""
+"""Experts split over eight devices: the same numbers as on one device, and what is sent between devices."""
 
 import functools
 import re
@@ -20,6 +20,8 @@ D, F, E, K, T = 6, 5, 16, 2, 32
 X = jax.random.normal(jax.random.key(1), (T, D)) + 1.0  # off center, so that experts get different loads
 DY = jax.random.normal(jax.random.key(2), (T, D))
 WHERE = jnp.arange(T) % 7 != 3
+BIAS = 0.3 * jax.random.normal(jax.random.key(3), (E,))
+DEEPSEEK = {"scores": "sigmoid", "num_groups": 4, "groups_per_token": 2, "gate_scale": 2.5}
 MESHES = {
     "8": ((8,), ("expert",)),
     "2x4": ((2, 4), ("data", "expert")),
@@ -34,7 +36,10 @@ def make_mesh(name, axis_type=AxisType.Auto):
 
 def make(seed=0, axis="expert", **options):
     options = {"d_model": D, "d_ff": F, "num_experts": E, "experts_per_token": K, "num_shared_experts": 1} | options
-    return moe.MoE(moe.MoEConfig(**options, expert_parallel_axis=axis), rngs=nnx.Rngs(seed))
+    layer = moe.MoE(moe.MoEConfig(**options, expert_parallel_axis=axis), rngs=nnx.Rngs(seed))
+    if layer.router.bias is not None:
+        layer.router.bias[...] = BIAS
+    return layer
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -68,18 +73,20 @@ def run(mesh, where=None, **options):
 
 
 @functools.cache
-def on_one_device(where, gated):
-    """By the oracle, so that it is no matter which code this shares with the layer on one device."""
+def on_one_device(where, gated, deepseek):
+    """By the oracle, which shares no code with the layer."""
     where = WHERE if where else None
     params = nnx.to_pure_dict(nnx.state(make(gated=gated)))
-    expected = moe_oracle.moe(params, X, K, normalize=True, where=where)
+    of_router = DEEPSEEK | {"bias": BIAS} if deepseek else {}
+    expected = moe_oracle.moe(params, X, K, normalize=True, where=where, **of_router)
     d_params, dx = expected.backward(DY, 0.7, 0.3)
     return expected, d_params, dx
 
 
-def assert_as_on_one_device(got, where=False, gated=False):
+def assert_as_on_one_device(got, where=False, gated=False, deepseek=False):
     y, counts, losses, d_params, dx = got
-    expected, expected_params, expected_x = on_one_device(where, gated)
+    assert not np.any(d_params["router"].pop("bias", 0))
+    expected, expected_params, expected_x = on_one_device(where, gated, deepseek)
     moe_oracle.assert_close(y, expected.y, 1e-5)
     np.testing.assert_array_equal(counts.counts, expected.route.counts)
     assert int(counts.tokens) == (np.sum(np.asarray(WHERE)) if where else T)
@@ -96,17 +103,18 @@ LARGE = float(E) / K  # a capacity that takes all tokens of a device
     ("mesh", "axis_type", "options"),
     [
         ("8", AxisType.Auto, {}),
-        ("8", AxisType.Explicit, {"backend": "ragged_dot"}),
+        ("8", AxisType.Explicit, {"backend": "dense"}),
         ("8", AxisType.Auto, {"capacity_factor": LARGE}),
-        ("2x4", AxisType.Auto, {"backend": "ragged_dot"}),
+        ("2x4", AxisType.Auto, {"backend": "dense"}),
         ("2x4", AxisType.Explicit, {}),
-        ("2x4", AxisType.Explicit, {"backend": "one_hot"}),
+        ("2x4", AxisType.Explicit, {"backend": "dense"}),
+        ("2x4", AxisType.Explicit, DEEPSEEK | {"selection_bias": True}),
         ("2x4", AxisType.Auto, {"capacity_factor": LARGE}),
         ("4x2", AxisType.Explicit, {"capacity_factor": LARGE}),
     ],
 )
 def test_the_same_as_on_one_device(mesh, axis_type, options):
-    assert_as_on_one_device(run(make_mesh(mesh, axis_type), **options))
+    assert_as_on_one_device(run(make_mesh(mesh, axis_type), **options), deepseek="scores" in options)
 
 
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": LARGE}])
@@ -215,15 +223,15 @@ def apply(num_experts=8, tokens=16, axis="expert"):
 
 
 def test_without_a_mesh():
-    with pytest.raises(ValueError, match=r"expert_parallel_axis='expert' names an axis of the mesh; .* has \(\)"):
+    with pytest.raises(ValueError, match=r"expert_parallel_axis='expert' must name an axis of the mesh; .* has \(\)"):
         apply()
 
 
 def test_meshes_and_sizes_that_do_not_fit():
     with jax.set_mesh(make_mesh("2x4")):
         assert apply().shape == (16, 1)
-        with pytest.raises(ValueError, match=r"'model' names an axis of the mesh; .* has \('data', 'expert'\)"):
+        with pytest.raises(ValueError, match=r"'model' must name an axis of the mesh; .* has \('data', 'expert'\)"):
             apply(axis="model")
         with pytest.raises(ValueError, match="6 experts cannot be split over 4 devices along 'expert'"):
             apply(num_experts=6)
-        assert apply(tokens=12).shape == (12, 1)  # rows that go nowhere fill up the devices
+        assert apply(tokens=12).shape == (12, 1)  # rows that go to no expert fill up the devices

@@ -1,5 +1,7 @@
 """The GPT-MoE: sizes, causality, padding, scanned against unrolled layers, generation, errors."""
 
+import dataclasses
+import functools
 import math
 
 import chex
@@ -12,24 +14,21 @@ from flax import nnx
 
 import excitation_optax
 from excitation_optax import flax as excitation_flax
-from models import gpt_moe, moe
+from models import gpt_moe, moe, router
 
-SIZES = {
-    "num_experts": 4,
-    "experts_per_token": 2,
-    "d_ff": 12,
-    "d_model": 8,
-    "num_layers": 3,
-    "num_heads": 2,
-    "context": 16,
-    "vocab_size": 11,
-}
 TOKENS = jax.random.randint(jax.random.key(0), (3, 10), 0, 11)
+
+
+def configure(layer=None, **kwargs):
+    """A small config. `layer` holds options of its MoE."""
+    layer = moe.MoEConfig(**{"d_model": 8, "d_ff": 12, "num_experts": 4, "experts_per_token": 2} | (layer or {}))
+    sizes = {"num_layers": 3, "num_heads": 2, "context": 16, "vocab_size": 11}
+    return gpt_moe.GPTMoEConfig(moe=layer, **sizes | kwargs)
 
 
 def make(seed=0, **kwargs):
     """Weights are tripled, so that attention and routing differ visibly between tokens."""
-    model = gpt_moe.GPTMoE(gpt_moe.GPTMoEConfig(**SIZES | kwargs), rngs=nnx.Rngs(seed))
+    model = gpt_moe.GPTMoE(configure(**kwargs), rngs=nnx.Rngs(seed))
     nnx.update(model, jax.tree.map(lambda leaf: 3 * leaf, nnx.state(model)))
     return model
 
@@ -62,7 +61,8 @@ K_OF_TABLE_2 = {4: (2,), 8: (2, 4), 16: (2, 4, 8), 32: (2, 4, 8), 64: (2, 4, 8)}
 def test_the_60_sizes_of_table_2(num_experts):
     for d_ff, millions in zip((256, 384, 512, 768, 1024), TABLE_2[num_experts], strict=True):
         for k in K_OF_TABLE_2[num_experts]:
-            config = gpt_moe.GPTMoEConfig(num_experts, k, d_ff)
+            layer = moe.MoEConfig(d_model=512, d_ff=d_ff, num_experts=num_experts, experts_per_token=k)
+            config = gpt_moe.GPTMoEConfig(moe=layer)
             params = nnx.eval_shape(lambda config=config: nnx.state(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))))
             assert round(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) / 1e6) == millions
 
@@ -158,7 +158,7 @@ def test_it_learns_and_excitation_changes_experts_alone_at_first():
         plain, excited = optax.adam(3e-2), optax.chain(optax.adam(3e-2), excitation_optax.scale_by_excitation())
         after = []
         for tx in (optax.chain(plain), excited):
-            model = gpt_moe.GPTMoE(gpt_moe.GPTMoEConfig(**SIZES), rngs=nnx.Rngs(0))
+            model = gpt_moe.GPTMoE(configure(), rngs=nnx.Rngs(0))
             step, params, state = train_step(model, tx)
             losses = []
             for number in range(40):
@@ -172,22 +172,50 @@ def test_it_learns_and_excitation_changes_experts_alone_at_first():
         assert differs == ("experts" in jax.tree_util.keystr(path)), path
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_selection_biases_are_updated_from_captured_counts(scan_layers):
+    """Scanned, biases are `[L, E]` like the counts. The optimizer's step leaves them alone."""
+    model = make(layer={"selection_bias": True, "scores": "sigmoid"}, scan_layers=scan_layers)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss_fn(model):
+            logits, utilization = excitation_flax.capture_routing(model)(TOKENS)
+            return jnp.mean(logits**2), utilization
+
+        grads, utilization = nnx.grad(loss_fn, has_aux=True)(model)
+        optimizer.update(model, grads)
+        for path, layer in nnx.iter_modules(model):
+            if isinstance(layer, moe.MoE):
+                counts = functools.reduce(lambda tree, name: tree[name], [*path, "experts"], utilization)
+                layer.router.bias[...] = router.update_router_bias(layer.router.bias[...], counts, 0.25)
+        return utilization
+
+    counts = step(model, optimizer)["layers"]
+    if scan_layers:
+        got, loads = model.layers.stack.moe.router.bias[...], counts["stack"]["moe"]["experts"].counts
+    else:
+        got = jnp.stack([layer.moe.router.bias[...] for layer in model.layers.list])
+        loads = jnp.stack([counts["list"][number]["moe"]["experts"].counts for number in range(3)])
+    signs = np.sign(60 / 4 - np.asarray(loads))  # 30 tokens, K = 2, E = 4
+    assert np.any(signs != 0)
+    np.testing.assert_allclose(got, 0.25 * (signs - signs.mean(1, keepdims=True)), atol=1e-6)
+
+
 def test_compile_time_is_flat_in_the_number_of_layers():
     """One layer in the program, however many there are."""
 
     def lines(num_layers):
-        graphdef, params = nnx.split(
-            nnx.eval_shape(
-                lambda: gpt_moe.GPTMoE(gpt_moe.GPTMoEConfig(**SIZES | {"num_layers": num_layers}), rngs=nnx.Rngs(0))
-            )
-        )
+        config = configure(num_layers=num_layers)
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: gpt_moe.GPTMoE(config, rngs=nnx.Rngs(0))))
         loss = lambda params: jnp.sum(excitation_flax.capture_routing(nnx.merge(graphdef, params))(TOKENS)[0])
         return len(jax.jit(jax.grad(loss)).lower(params).as_text().splitlines())
 
     assert lines(12) == lines(3)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"scan_layers": False}, {"num_experts": 12, "experts_per_token": 3}])
+@pytest.mark.parametrize("kwargs", [{}, {"scan_layers": False}, {"layer": {"num_experts": 12, "experts_per_token": 3}}])
 @pytest.mark.slow
 def test_greedy_generation_is_the_most_probable_token_each_time(kwargs):
     model = make(**kwargs)
@@ -243,6 +271,8 @@ def test_after_eval_a_compiled_function_may_close_over_the_model():
     model.eval()
     np.testing.assert_allclose(jax.jit(lambda tokens: model(tokens))(TOKENS), expected, atol=1e-5)
     assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(nnx.state(make()))
+    _, utilization = excitation_flax.capture_routing(model)(TOKENS)  # a capture still counts
+    assert utilization["layers"]["stack"]["moe"]["experts"].counts.sum() == 3 * 30 * 2
 
 
 @pytest.mark.slow
@@ -252,7 +282,7 @@ def test_experts_on_several_devices(axis_type):
     mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(axis_type,) * 2)
     expected, text = run(make())[0], gpt_moe.generate(make(), TOKENS[:, :4], 3, temperature=0.0)
     with jax.set_mesh(mesh):
-        model = make(expert_parallel_axis="expert")
+        model = make(layer={"expert_parallel_axis": "expert"})
         np.testing.assert_allclose(run(model)[0], expected, atol=1e-3)  # logits reach 16
         np.testing.assert_array_equal(gpt_moe.generate(model, TOKENS[:, :4], 3, temperature=0.0), text)
 
@@ -295,47 +325,50 @@ def test_seeds_of_generation():
     ("kwargs", "message"),
     [
         ({"num_heads": 3}, "d_model must be divisible by num_heads = 3; got 8"),
-        ({"context": 0}, "context must be an integer of at least 1; got 0"),
-        ({"experts_per_token": 5}, "experts_per_token must be at most num_experts = 4; got 5"),
-        ({"vocab_size": -1}, "vocab_size must be an integer of at least 1; got -1"),
-        ({"capacity_factor": -1.0}, "capacity_factor must be positive"),
+        ({"context": 0}, "GPTMoEConfig: context must be an integer of at least 1; got 0"),
+        ({"vocab_size": -1}, "GPTMoEConfig: vocab_size must be an integer of at least 1; got -1"),
+        ({"moe": {"d_model": 8}}, "GPTMoEConfig: moe must be a MoEConfig; got dict"),
     ],
 )
 def test_bad_configs(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        make(**kwargs)
+        dataclasses.replace(configure(), **kwargs)
 
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (jnp.ones((2, 5)), r"takes tokens \[B, S\] as integers; got float32\[2, 5\]"),
-        (jnp.ones(5, jnp.int32), r"takes tokens \[B, S\] as integers; got int32\[5\]"),
-        (jnp.ones((2, 17), jnp.int32), "at most context = 16 tokens; got 17. Cut it, or configure a longer context"),
+        (jnp.ones((2, 5)), r"GPTMoE: tokens must be an array of integers \[B, S\]; got float32\[2, 5\]"),
+        (jnp.ones(5, jnp.int32), r"GPTMoE: tokens must be an array of integers \[B, S\]; got int32\[5\]"),
+        (3, r"GPTMoE: tokens must be an array of integers \[B, S\]; got int32\[\]"),
+        (jnp.ones((2, 17), jnp.int32), "at most context = 16 tokens; got 17. Shorten it, or configure a longer"),
     ],
 )
 def test_bad_tokens(tokens, message):
+    model = make()
     with pytest.raises(ValueError, match=message):
-        make()(tokens)
+        model(tokens)
+    with pytest.raises(ValueError, match=message):
+        model.decode(tokens, model.empty_cache(2))
 
 
-@pytest.mark.parametrize("where", [jnp.ones((3, 9), bool), jnp.ones((3, 10), jnp.int32), jnp.ones(3, bool)])
+@pytest.mark.parametrize("where", [jnp.ones((3, 9), bool), jnp.ones((3, 10), jnp.int32), jnp.ones(3, bool), True])
 def test_bad_masks(where):
-    with pytest.raises(ValueError, match=r"where must be boolean \[3, 10\], an entry for every token; got "):
+    with pytest.raises(ValueError, match=r"GPTMoE: where must be an array of booleans \[3, 10\]; got "):
         make()(TOKENS, where)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_tokens": 13}, "num_tokens must be from 1 to 12, the context 16 less the prompt's 4; got 13"),
+        ({"num_tokens": 13}, "num_tokens must be from 1 to 12, the context 16 minus the prompt's 4 tokens; got 13"),
         ({"num_tokens": 0}, "num_tokens must be from 1 to 12.*got 0"),
         ({"temperature": -1.0}, "temperature must not be negative; got -1.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
-        ({}, r"pass key=jax.random.key\(seed\) to sample, or temperature=0 to be greedy"),
-        ({"prompt": jnp.array([[1, 11]])}, "tokens must be from 0 to 10, the vocabulary; got 1 to 11"),
-        ({"prompt": jnp.ones((1, 4))}, r"prompt must be integers \[B, S\].*got float32\[1, 4\]"),
-        ({"prompt": jnp.ones((1, 0), jnp.int32)}, r"S at least 1; got int32\[1, 0\]"),
+        ({}, r"pass key=jax.random.key\(seed\) to sample, or temperature=0 for greedy decoding"),
+        ({"prompt": jnp.array([[1, 11]])}, "tokens must be from 0 to 10, the model's vocabulary; got 1 to 11"),
+        ({"prompt": jnp.ones((1, 4))}, r"prompt must be an array of integers \[B, S\]; got float32\[1, 4\]"),
+        ({"prompt": jnp.ones((1, 0), jnp.int32)}, r"prompt must hold at least one token; got \[1, 0\]"),
     ],
 )
 def test_bad_arguments_of_generate(kwargs, message):

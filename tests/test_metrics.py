@@ -325,6 +325,7 @@ def test_load_takes_counts_lists_and_trees_of_them(metric):
 def test_the_threshold_holds_for_every_leaf():
     tree = {"a": COUNTS, "b": LOAD}
     assert jax.tree.map(float, metrics.dead_experts(tree, threshold=0.25)) == {"a": 0.75, "b": 0.75}
+    assert metrics.dead_experts(threshold=0.25, utilization=LOAD) == 0.75  # any argument can be named
 
 
 def test_the_other_metrics_take_trees_and_lists():

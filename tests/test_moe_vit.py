@@ -1,5 +1,6 @@
 """The MoE-ViT: sizes, patches, gradients, routing, errors."""
 
+import dataclasses
 import math
 
 import jax
@@ -12,20 +13,17 @@ import excitation_optax
 from excitation_optax import flax as excitation_flax
 from models import moe, moe_vit
 
-SIZES = {
-    "num_experts": 4,
-    "experts_per_token": 2,
-    "d_model": 8,
-    "d_ff": 12,
-    "num_layers": 3,
-    "num_heads": 2,
-    "image_size": 8,
-}
 IMAGES = jax.random.normal(jax.random.key(0), (5, 8, 8, 3))
 
 
+def configure(layer=None, **kwargs):
+    """A small config. `layer` holds options of its MoE."""
+    layer = moe.MoEConfig(**{"d_model": 8, "d_ff": 12, "num_experts": 4, "experts_per_token": 2} | (layer or {}))
+    return moe_vit.MoEViTConfig(moe=layer, **{"num_layers": 3, "num_heads": 2, "image_size": 8} | kwargs)
+
+
 def make(seed=0, **kwargs):
-    return moe_vit.MoEViT(moe_vit.MoEViTConfig(**SIZES | kwargs), rngs=nnx.Rngs(seed))
+    return moe_vit.MoEViT(configure(**kwargs), rngs=nnx.Rngs(seed))
 
 
 def number_of_parameters(config):
@@ -34,17 +32,25 @@ def number_of_parameters(config):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "millions"),
+    ("sizes", "num_layers", "num_heads", "millions"),
     [
-        ((64, 2, 128, 256, 4, 4), 17.2),  # section 4.5's "17M"
-        ((32, 8, 512, 32, 2, 8), 4.3),  # and "4M"
-        ((8, 2, 512, 1024, 6, 8), 56.8),  # Table 8
-        ((32, 2, 1024, 2048, 12, 16), 1662.7),  # printed there as 1.64B
+        # num_experts, experts_per_token, d_model, d_ff
+        ((64, 2, 128, 256), 4, 4, 17.2),  # section 4.5's "17M"
+        ((32, 8, 512, 32), 2, 8, 4.3),  # and "4M"
+        ((8, 2, 512, 1024), 6, 8, 56.8),  # Table 8
+        ((32, 2, 1024, 2048), 12, 16, 1662.7),  # printed there as 1.64B
     ],
 )
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_sizes_of_the_paper(sizes, millions, scan_layers):
-    assert round(number_of_parameters(moe_vit.MoEViTConfig(*sizes, scan_layers=scan_layers)) / 1e6, 1) == millions
+def test_sizes_of_the_paper(sizes, num_layers, num_heads, millions, scan_layers):
+    names = ("num_experts", "experts_per_token", "d_model", "d_ff")
+    config = moe_vit.MoEViTConfig(
+        moe=moe.MoEConfig(**dict(zip(names, sizes, strict=True))),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        scan_layers=scan_layers,
+    )
+    assert round(number_of_parameters(config) / 1e6, 1) == millions
 
 
 def test_patches_are_cut_row_by_row():
@@ -91,7 +97,7 @@ def test_the_order_of_patches_matters_and_that_of_images_does_not():
 
 
 def test_half_precision_computes_in_it_and_returns_float32():
-    model = make(dtype=jnp.bfloat16)
+    model = make(layer={"dtype": jnp.bfloat16})
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
     logits = excitation_flax.capture_routing(model)(IMAGES)[0]
     exact = excitation_flax.capture_routing(make())(IMAGES)[0]
@@ -104,19 +110,19 @@ def test_half_precision_computes_in_it_and_returns_float32():
     [
         ({"num_heads": 3}, "d_model must be divisible by num_heads = 3; got 8"),
         ({"patch_size": 3}, "image_size must be divisible by patch_size = 3; got 8"),
-        ({"num_layers": 0}, "num_layers must be an integer of at least 1; got 0"),
-        ({"experts_per_token": 5}, "experts_per_token must be at most num_experts = 4; got 5"),
-        ({"capacity_factor": 0.0}, "capacity_factor must be positive, such as 1.25, or None to drop no token; got 0.0"),
-        ({"backend": "fast"}, "backend must be one of padded, ragged_dot, tokamax, one_hot, or None.*got 'fast'"),
-        ({"num_classes": 2.5}, "num_classes must be an integer of at least 1; got 2.5"),
+        ({"num_layers": 0}, "MoEViTConfig: num_layers must be an integer of at least 1; got 0"),
+        ({"num_classes": 2.5}, "MoEViTConfig: num_classes must be an integer of at least 1; got 2.5"),
+        ({"moe": None}, "MoEViTConfig: moe must be a MoEConfig; got NoneType"),
     ],
 )
 def test_bad_configs(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        make(**kwargs)
+        dataclasses.replace(configure(), **kwargs)
 
 
-@pytest.mark.parametrize("images", [jnp.ones((2, 8, 8)), jnp.ones((2, 8, 4, 3)), jnp.ones((2, 8, 8, 3), jnp.int32)])
+@pytest.mark.parametrize(
+    "images", [jnp.ones((2, 8, 8)), jnp.ones((2, 8, 4, 3)), jnp.ones((2, 8, 8, 3), jnp.int32), 1.0]
+)
 def test_bad_images(images):
-    with pytest.raises(ValueError, match=r"takes images \[B, 8, 8, 3\] as floats; got "):
+    with pytest.raises(ValueError, match=r"MoEViT: images must be an array of floats \[B, 8, 8, 3\]; got "):
         make()(images)

@@ -6,7 +6,9 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
+import sys
 import threading
 
 import dashboards
@@ -17,7 +19,7 @@ import pytest
 from jax._src import array
 from jax.sharding import PartitionSpec
 
-from examples import training
+from examples import logs, training
 from examples.pod import checkpoints, data, parallel, train
 
 pytestmark = [
@@ -172,7 +174,7 @@ CONFIG = {"strategy": "zero_sum", "d_model": 16}
 
 
 def make_state(mesh, step):
-    state = parallel.TrainState({"w": step + jnp.arange(4096.0).reshape(64, 64)}, (), jnp.array(step, jnp.int32))
+    state = training.TrainState({"w": step + jnp.arange(4096.0).reshape(64, 64)}, (), jnp.array(step, jnp.int32))
     return jax.device_put(state, parallel.shardings(state, mesh))
 
 
@@ -259,7 +261,46 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage):
     damage(largest_file(tmp_path / "6"))  # and once more
     with pytest.warns(UserWarning, match="step 6"):
         assert restore(tmp_path)[1] == 4
-    assert names(tmp_path) == ["4", "6.damaged", "6.damaged-again"]
+    assert names(tmp_path) == ["4", "6.damaged", "6.damaged-2"]
+
+
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("text", [b"zero_sum", b"16", b"d_model", b"checksum", b"config_checksum", b"{"])
+def test_a_flipped_bit_in_the_config_is_damage(tmp_path, text):
+    """It does not make the checkpoint another run's: the sound one before it is used."""
+    fill(tmp_path)
+    file = tmp_path / "6" / "config" / "metadata"
+    content = bytearray(file.read_bytes())
+    content[content.index(text) + len(text) - 1] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="step 6 .* is damaged; trying the one before"):
+        assert restore(tmp_path)[1] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings("ignore:The checkpoint of step 6:UserWarning")
+def test_a_flipped_byte_in_any_file(tmp_path):
+    """Of the newest checkpoint: it is restored as it was saved, or the one before it is."""
+    fill(tmp_path / "sound")
+    files = [path for path in (tmp_path / "sound" / "6").rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(files) > 4
+    for number, path in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "sound", folder)
+        flip(folder / path.relative_to(tmp_path / "sound"))
+        state, step = restore(folder)
+        assert step in (4, 6)
+        np.testing.assert_array_equal(state.params["w"], step + np.arange(4096.0).reshape(64, 64))
+
+
+def test_a_cloud_without_its_package(monkeypatch):
+    """Neither gcsfs nor s3fs is a requirement of the examples."""
+    for package in ("gcsfs", "s3fs"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for address in ("gs://bucket/run", "s3://bucket/run", "cloud://bucket/run"):
+        with pytest.raises(ValueError, match=rf"--checkpoints {address} cannot be opened .*pip install gcsfs"):
+            open_folder(address)
 
 
 def test_one_that_was_not_finished_is_passed_over(tmp_path):
@@ -279,7 +320,7 @@ def test_a_checkpoint_is_not_blamed_for_what_may_pass(tmp_path, monkeypatch, err
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.ocp.CheckpointManager, "restore", fail)
-        with pytest.raises(OSError, match=r"step 6 could not be read, which need not be its fault .* try again"):
+        with pytest.raises(OSError, match=r"step 6 could not be read, for a reason that may pass .* try again"):
             restore(tmp_path)
     assert names(tmp_path) == before
     assert restore(tmp_path)[1] == 6
@@ -387,7 +428,7 @@ def logged(config):
         ({"coordinator": "here:1", "processes": 2, "process": 1, "cluster": True}, "leave --coordinator out"),
         ({"coordinator": "here", "processes": 2, "process": 1}, "--coordinator is HOST:PORT; got 'here'"),
         ({"parallel": "pmap", "fsdp": 2}, "--fsdp and --expert must be 1"),
-        ({"files_by_process": True}, "needs one folder as --text"),
+        ({"files_by_process": True}, "requires one folder as --text"),
     ],
 )
 def test_errors_of_the_program(tmp_path, changes, message):
@@ -420,7 +461,7 @@ def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
     assert "preempted: saved step 5 of 6" in capsys.readouterr().out
     (tmp_path / "saved" / "5").rename(tmp_path / "lost")  # as if it had been killed: it goes on from step 4
     state = train.main(parts)
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().out
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     assert logged(parts) == logged(whole)
@@ -430,14 +471,21 @@ def test_a_run_goes_on_and_its_log_too(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_log_lies_beside_the_checkpoints(tmp_path, capsys):
-    config = make_config(tmp_path, log=None, checkpoints=str(tmp_path / "saved"), steps=2)
+def test_it_says_what_it_does_and_logs_beside_the_checkpoints(tmp_path, capsys):
+    config = make_config(tmp_path, log=None, checkpoints=str(tmp_path / "saved"), steps=2, expert=2, fsdp=2)
     train.main(config)
     assert (tmp_path / "saved" / "log.jsonl").is_file()
+    shown = capsys.readouterr()
+    first, second, *_, last = shown.out.splitlines()
+    assert first.startswith("mesh data 2 x fsdp 2 x expert 2 of 8 devices (cpu) in 1 processes; ")
+    assert re.search(r"; [\d,]+ parameters; 64 tokens per step$", first)
+    assert (second, last) == ("compiling", "checkpoint of step 2 saved, the last")
+    assert re.search(r"positive_sum: step 2 of 2, loss \d\.\d+, [\d,]+ tokens/s", shown.err)
     train.main(config)
-    assert "going on from step 2, the last: nothing is left to do" in capsys.readouterr().out
-    assert train.with_log(dataclasses.replace(config, checkpoints="gs://bucket/run")).log is None
-    assert train.with_log(dataclasses.replace(config, log=tmp_path / "a")).log == tmp_path / "a"
+    assert "resuming from step 2, the last: nothing is left to do" in capsys.readouterr().out
+    on_a_cloud = dataclasses.replace(config, checkpoints="gs://bucket/run")
+    assert on_a_cloud.log_path == pathlib.Path("out") / "pod-positive_sum.jsonl"
+    assert dataclasses.replace(config, log=tmp_path / "a").log_path == tmp_path / "a"
 
 
 def test_a_run_does_not_go_on_from_that_of_another(tmp_path):
@@ -466,7 +514,7 @@ def test_two_thousand_steps_leave_nothing_behind(kind, tmp_path, monkeypatch):
     compiled, copied, seen = [], [], []
     listen = lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
     jax.monitoring.register_event_duration_secs_listener(listen)
-    write, to_host = training.Log.write, array.ArrayImpl._value
+    write, to_host = logs.Log.write, array.ArrayImpl._value
 
     def watch(log, step, values, shown=""):
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
@@ -476,7 +524,7 @@ def test_two_thousand_steps_leave_nothing_behind(kind, tmp_path, monkeypatch):
 
     # On CPU, jax.transfer_guard does not see what comes from the device.
     monkeypatch.setattr(array.ArrayImpl, "_value", property(lambda a: copied.append(a.shape) or to_host.__get__(a)))
-    monkeypatch.setattr(training.Log, "write", watch)
+    monkeypatch.setattr(logs.Log, "write", watch)
     flags = {"steps": 2000, "log_every": 200, "eval_every": 10_000, "parallel": kind}
     try:
         train.main(make_config(tmp_path, **flags, checkpoints=str(tmp_path / "saved"), save_every=10_000))
@@ -497,7 +545,7 @@ def test_two_thousand_steps_leave_nothing_behind(kind, tmp_path, monkeypatch):
 def test_tensorboard_has_the_routing_of_all_devices(kind, tmp_path):
     config = make_config(tmp_path, steps=2, log_every=1, parallel=kind, tensorboard=tmp_path / "board")
     train.main(config)
-    events = dashboards.events_of(tmp_path / "board")
+    events = dashboards.events_of(tmp_path / "board" / config.strategy)
     for row in logged(config):
         written = {name: value.simple_value for step, name, value in events if step == row["step"]}
         assert written["routing/max_over_mean_load/mean"] == pytest.approx(row["max_over_mean_load"])
@@ -515,6 +563,20 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path):
     assert logged(config)[-1]["skipped_in_a_row"] == 3
     first_skipped = next(line["step"] for line in logged(config) if line["skipped_in_a_row"])
     assert names(tmp_path / "saved") == [str(first_skipped - 1)]
+
+
+def test_a_damaged_line_of_the_log_stops_no_run(tmp_path):
+    flags = {"checkpoints": str(tmp_path / "saved"), "steps": 4, "save_every": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints.Preemption, "reached", lambda self, step: step == 2)
+        with pytest.raises(SystemExit):
+            train.main(make_config(tmp_path, **flags))
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"7\n" + path.read_bytes() + b"\0" * 80)
+    with pytest.warns(UserWarning, match=r"log\.jsonl, line 1: skipped, as it is damaged"):
+        train.main(make_config(tmp_path, **flags))
+    lines = [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

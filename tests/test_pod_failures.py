@@ -83,7 +83,7 @@ def left_alone(compiled, tmp_path_factory):
 
 def went_on_from(output):
     """The step that a run went on from."""
-    (step,) = re.findall(r"going on from step (\d+)", output)
+    (step,) = re.findall(r"resuming from step (\d+)", output)
     return int(step)
 
 
@@ -126,7 +126,7 @@ def test_two_processes_go_on_where_one_was(compiled, left_alone, tmp_path):
     saved = result(tmp_path)[0]
     codes, output = finish(*two(tmp_path, compiled, "--fsdp", "2"))
     assert codes == [0, 0], output
-    assert re.findall(r"going on from step (\d+)", output) == [str(saved)] * 2
+    assert re.findall(r"resuming from step (\d+)", output) == [str(saved)] * 2
     assert abs(result(tmp_path)[2][-1]["loss"] - left_alone[2][-1]["loss"]) < 1e-3
 
 
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_which_one_process_cannot_read_its_part(compiled, left_a
     codes, output = finish(*two(tmp_path, compiled, "--fsdp", "2"))
     assert codes == [0, 0], output
     assert f"The checkpoint of step {newest}" in output
-    (first, second) = map(int, re.findall(r"going on from step (\d+)", output))
+    (first, second) = map(int, re.findall(r"resuming from step (\d+)", output))
     assert first == second < newest
     step, _, lines = result(tmp_path)
     assert step == 300

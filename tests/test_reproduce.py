@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -16,9 +17,7 @@ import numpy as np
 import pytest
 
 from examples import datasets, reproduce
-from examples.reproduction import engine, experiments, store, study, toy
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorflow_datasets", "ignore::ResourceWarning")
+from examples.reproduction import engine, experiments, report, store, study, toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = experiments.Experiment(
@@ -38,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("as_users_have_it")
 def tiny(monkeypatch):
     """An experiment of four runs on digits, on one device, so that they compile once."""
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
-    monkeypatch.setattr(datasets, "load_tfds", lambda name, data_dir: datasets.load_digits())
+    monkeypatch.setattr(datasets, "load_images", lambda name, data_dir: datasets.load_digits())
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 
@@ -99,7 +98,7 @@ def test_missing_data_ends_the_program_with_one_line(tmp_path):
     failed = program("run", "table1", "--data-dir", tmp_path, "--results", tmp_path / "results")
     assert failed.returncode == 1
     assert f"{len(reproduce.Run(names=('table1',)).runs('table1'))} runs, of which 0 are on file" in failed.stdout
-    assert failed.stderr.splitlines()[-1].startswith("reproduce: cifar10 is not prepared as array_record in")
+    assert failed.stderr.splitlines()[-1].startswith("reproduce: cifar10 is not in")
     assert "Traceback" not in failed.stderr
     assert not list(tmp_path.rglob("*.jsonl"))
 
@@ -180,7 +179,9 @@ def test_trained_once_then_never_again(tmp_path, tiny, capsys):
         assert 0 <= accuracy <= 1
 
     run.main()
-    assert "4 runs, of which 4 are on file" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "4 runs, of which 4 are on file" in shown
+    assert f"To run them again, give an empty folder: --results {tmp_path.with_name('results-again')}" in shown
     assert path.read_bytes() == first
 
     with pytest.raises(ValueError, match=rf"4 of these 4 runs are in {tmp_path} already; leave --no-resume out"):
@@ -227,28 +228,39 @@ def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
     assert ["fig1", "-", "done"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
 
 
-@pytest.fixture
-def mocked():
-    tfds = pytest.importorskip("tensorflow_datasets")
-    with tfds.testing.mock_data(num_examples=40):
-        yield
+def test_table_8_says_how_it_is_measured(tmp_path, capsys):
+    reproduce.Run(names=("table8",), results=tmp_path).main()
+    assert f"table8 is measured by: python -m benchmarks.overhead --results {tmp_path}" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("mocked")
-def test_the_data_sets_of_figure_8_mocked(tmp_path, monkeypatch):
+def test_a_full_disk_names_the_report(tmp_path, monkeypatch):
+    def write(results, docs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report, "write", write)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}'"):
+        reproduce.Report(results=tmp_path).main()
+
+
+def noise(name, size=40):
+    """Images and labels like those of a data set."""
+    rng, classes = np.random.default_rng(0), datasets.NUM_CLASSES[name]
+    images, labels = rng.integers(0, 256, (size, 32, 32, 3), np.uint8), rng.integers(0, classes, size, np.int32)
+    return datasets.ImageData(images, labels, images, labels, classes, name)
+
+
+def test_the_data_sets_of_figure_8(tmp_path, monkeypatch):
     """SVHN and CIFAR-100 are read by their names, and each has its classes."""
     trained = []
 
     def train_group(group, data, advance, stopped):
-        trained.append((group.runs[0][0].dataset, data.num_classes, data.train_images.shape))
+        trained.append((group.runs[0][0].dataset, data.num_classes))
         return [store.Result(run, {"accuracy": 0.5}, {}, 1.0, {}) for run in group]
 
     monkeypatch.setattr(engine, "train_group", train_group)
+    monkeypatch.setattr(datasets, "load_images", lambda name, data_dir: noise(name))
     reproduce.Run(names=("fig8",), results=tmp_path, data_dir=tmp_path, epochs=1).main()
-    assert {entry[:3] for entry in trained} == {
-        ("svhn_cropped", 10, (40, 32, 32, 3)),
-        ("cifar100", 100, (40, 32, 32, 3)),
-    }
+    assert set(trained) == {("svhn_cropped", 10), ("cifar100", 100)}
     assert len(store.Results(tmp_path)) == 42
 
 
@@ -272,12 +284,9 @@ NAMED = [pytest.param(group, id="-".join(map(str, shape))) for shape, group in S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", NAMED)
-@pytest.mark.usefixtures("mocked")
-def test_every_shape_trains_for_two_steps(tmp_path, group):
+def test_every_shape_trains_for_two_steps(group):
     run = group.runs[0][0]
-    data = datasets.load_tfds(run.dataset, tmp_path)
-    more = lambda array: np.resize(array, (2 * run.batch_size, *array.shape[1:]))
-    data = dataclasses.replace(data, train_images=more(data.train_images), train_labels=more(data.train_labels))
+    data = noise(run.dataset, 2 * run.batch_size)
     results = engine.train_group(group, data, lambda runs: None, lambda: False)
     assert [result.run for result in results] == list(group)
     for result in results:
@@ -422,3 +431,121 @@ def test_killed_ten_times(tmp_path):
             keys["damaged"] += 1
     assert keys.pop("damaged", 0) == len(told) > 0
     assert set(keys.values()) == {1}
+
+
+TRANSFORMERS = """
+import pathlib, resource, sys
+from examples import datasets, reproduce, texts
+from examples.reproduction import configs, store, transformers
+
+folder, fail = pathlib.Path(sys.argv[1]), sys.argv[2:] == ["full"]
+sizes = {"num_experts": 4, "experts_per_token": 2, "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+vit = configs.ViTRun(**sizes, dataset="digits", strategy="random_boost", batch_size=16, epochs=12, subset=48)
+gpt = configs.GPTRun(**sizes, dataset="abc", strategy="positive_sum", batch_size=4, epochs=12, subset=14, context=8)
+parts = [b"abcab" * n for n in (40, 13)]
+text = texts.Text(*(texts.encode(part, "bytes") for part in parts), parts[1], 256, "abc")
+transformers.CHUNK, transformers.CHECKPOINT_SECONDS = 1, 0
+transformers.load_text = lambda name, folder: text
+datasets.load_images = lambda name, folder: datasets.load_digits()
+save, restore = transformers._save, transformers._restore
+transformers._save = lambda *args: (print("save", flush=True), save(*args), print("saved", flush=True))
+
+def counted(path, like):
+    found = restore(path, like)
+    print("restored" if found else "anew", flush=True)
+    return found
+
+transformers._restore = counted
+results = store.Results(folder)
+append = results.append
+
+def append_to_full_disk(new):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))  # the first bytes fit
+    append(new)
+
+if fail:
+    results.append = append_to_full_disk
+reproduce.Run(names=("fig6",), results=folder).train_transformers([vit, gpt], results)
+"""
+
+
+@pytest.fixture(scope="module")
+def transformers_job(tmp_path_factory):
+    """Starts a program that trains a MoE-ViT and a GPT-MoE, with a checkpoint after each of twelve epochs."""
+    env = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    pipe = subprocess.PIPE
+    return lambda folder, *flags: subprocess.Popen(
+        [sys.executable, "-c", TRANSFORMERS, str(folder), *flags],
+        **{"cwd": ROOT, "env": env, "stdout": pipe, "stderr": pipe, "text": True},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(transformers_job, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = transformers_job(folder)
+    assert "restored" not in job.communicate()[0]
+    assert job.returncode == 0
+    assert not list((folder / "checkpoints").iterdir())
+    return measured(folder)
+
+
+@pytest.mark.slow
+def test_transformers_killed_ten_times(tmp_path, transformers_job, undisturbed):
+    """While they train, or write a checkpoint; the results are those of a run that nobody disturbed."""
+    moments, restored = random.Random(0), 0
+    for _ in range(10):
+        job = transformers_job(tmp_path)
+        awaited, left = moments.choice(["save", "saved"]), moments.randrange(1, 4)
+        for line in job.stdout:
+            restored += line == "restored\n"
+            left -= line == awaited + "\n"
+            if left == 0:
+                break
+        time.sleep(moments.uniform(0, 0.02))
+        job.kill()
+        job.communicate()
+    assert restored > 3
+    job = transformers_job(tmp_path)
+    assert "damaged" not in job.communicate()[1]
+    assert job.returncode == 0
+    assert measured(tmp_path) == undisturbed
+    assert not list((tmp_path / "checkpoints").glob("*.npz"))
+
+
+@pytest.mark.slow
+def test_transformers_whose_result_does_not_fit_on_the_disk(tmp_path, transformers_job, undisturbed):
+    """The checkpoint stays, so that little is trained again."""
+    job = transformers_job(tmp_path, "full")
+    _, errors = job.communicate()
+    assert job.returncode == 1
+    assert "File too large; results on file are kept, new ones are lost" in errors.splitlines()[-1]
+    assert not (tmp_path / "vit-digits.jsonl").read_bytes()
+    assert len(list((tmp_path / "checkpoints").glob("*.npz"))) == 1
+    output, _ = (job := transformers_job(tmp_path)).communicate()
+    assert (job.returncode, output.split().count("restored")) == (0, 1)
+    assert measured(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_transformers_whose_checkpoint_has_a_flipped_bit(tmp_path, transformers_job, undisturbed):
+    job = transformers_job(tmp_path)
+    for _ in range(8):
+        job.stdout.readline()
+    job.kill()
+    job.communicate()
+    (path,) = (tmp_path / "checkpoints").glob("*.npz")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    output, errors = (job := transformers_job(tmp_path)).communicate()
+    assert (job.returncode, "restored" in output) == (0, False)
+    assert f"The checkpoint {path} is damaged" in errors
+    assert measured(tmp_path) == undisturbed
+    assert [kept.name for kept in (tmp_path / "checkpoints").iterdir() if kept.suffix == ".damaged"] == [
+        f"{path.name}.damaged"
+    ]

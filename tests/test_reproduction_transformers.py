@@ -1,8 +1,11 @@
 """Runs of the paper's transformers: against plain loops, paired, repeatable; measures, checkpoints, texts, errors."""
 
 import dataclasses
+import io
 import json
 import math
+import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from examples.reproduction import configs, store, transformers
 from excitation_optax import flax as excitation_flax
 from models import gpt_moe, moe, moe_vit
 
+LAYER = moe.MoEConfig(d_model=8, d_ff=8, num_experts=4, experts_per_token=2)
 SIZES = {"num_experts": 4, "experts_per_token": 2, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads": 2}
 VIT = SIZES | {"dataset": "digits", "batch_size": 16, "epochs": 2, "subset": 60, "learning_rate": 0.03}
 GPT = SIZES | {"dataset": "abc", "batch_size": 4, "epochs": 2, "subset": 14, "learning_rate": 0.03, "context": 8}
@@ -114,7 +118,7 @@ CASES = [
 def test_a_vit_is_trained_as_by_a_plain_loop(digits, kwargs):
     result = train_vit(digits, **kwargs)
     run = result.run
-    config = moe_vit.MoEViTConfig(4, 2, 8, 8, 2, 2, image_size=8, patch_size=4, num_classes=10)
+    config = moe_vit.MoEViTConfig(moe=LAYER, num_layers=2, num_heads=2, image_size=8, patch_size=4, num_classes=10)
     key = jax.random.fold_in(jax.random.key(run.seed), 1)
     rgb = lambda images: jnp.asarray(np.tile(images, (1, 1, 1, 3)))
 
@@ -138,7 +142,7 @@ def test_a_vit_is_trained_as_by_a_plain_loop(digits, kwargs):
 
 def test_a_gpt_is_trained_as_by_a_plain_loop(text, gpt):
     run, result = gpt.run, gpt
-    config = gpt_moe.GPTMoEConfig(4, 2, 8, 8, 2, 2, context=8, vocab_size=256)
+    config = gpt_moe.GPTMoEConfig(moe=LAYER, num_layers=2, num_heads=2, context=8, vocab_size=256)
 
     def batches(number, indices):
         windows = jnp.stack([jnp.asarray(text.train[8 * i : 8 * i + 9]) for i in indices])
@@ -269,7 +273,73 @@ def test_a_run_goes_on_from_its_checkpoint(digits, tmp_path, monkeypatch):
     result = train_vit(digits, lambda epoch, _: seen.append(epoch), tmp_path, epochs=3, strategy=strategy)
     np.testing.assert_allclose(seen, [7 / 3, 8 / 3, 3])
     assert numbers(result) == numbers(whole)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{whole.run.key}.npz"]  # until the result is on file
+    transformers.forget(result.run, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# What a checkpoint may look like after a bad sector, a full disk or another version of this program.
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "a flipped bit": lambda content: (
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+    ),
+    "its end": lambda content: content[:-30] + bytes([content[-30] ^ 1]) + content[-29:],
+    "of other arrays": lambda content: saved(arr_0=np.zeros(3), reached="[1, {}, 0]"),
+    "without the step": lambda content: saved(arr_0=np.zeros(3), arr_1=np.zeros(3)),
+    "a step that is no JSON": lambda content: saved(arr_0=np.zeros(3), reached="[1"),
+}
+
+
+def saved(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside(damage, tmp_path):
+    state = {"a": jnp.arange(500.0), "b": jnp.ones((3, 4), jnp.int32)}
+    path = tmp_path / "key.npz"
+    transformers._save(path, state, (3, {"epoch": [1]}, 2.5))
+    restored, reached = transformers._restore(path, state)
+    assert reached == [3, {"epoch": [1]}, 2.5]
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    for kept in ("key.npz.damaged", "key.npz.damaged-2"):
+        transformers._save(path, state, (3, {}, 2.5))
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+        with pytest.warns(UserWarning, match=rf"{path} is damaged .*is kept as {kept}, and the run starts anew"):
+            assert transformers._restore(path, state) is None
+        assert not path.exists()
+        assert (tmp_path / kept).exists()
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
+    """Or changes nothing, as in the date of a file in the archive."""
+    state = {"a": jnp.arange(50.0), "b": jnp.ones((3, 4), jnp.int32)}
+    path = tmp_path / "key.npz"
+    transformers._save(path, state, (3, {"epoch": [1]}, 2.5))
+    content = path.read_bytes()
+    found = 0
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            if restored := transformers._restore(path, state):
+                jax.tree.map(np.testing.assert_array_equal, restored[0], state)
+                assert restored[1] == [3, {"epoch": [1]}, 2.5]
+            else:
+                found += 1
+    assert found > 100
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "key.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*key\.tmp'"):
+        transformers._save(tmp_path / "key.npz", {"a": jnp.arange(5000.0)}, (3, {}, 2.5))
 
 
 def test_a_short_run_leaves_no_checkpoint(digits, tmp_path, vit):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax_versions
 import numpy as np
 import optax
 import pytest
@@ -206,7 +207,7 @@ def test_masked_arrays_are_not_in_the_norm():
 
 
 def test_float64_is_kept():
-    with jax.enable_x64(True):
+    with jax_versions.enable_x64(True):
         case = one_layer()
         case = case._replace(updates=in_dtype(case.updates, jnp.float64))
         before, after = norms(case, case.updates), norms(case, scale(case, "direction"))
@@ -235,7 +236,7 @@ def test_sharded_experts_send_their_norms_once(component, kind):
     case = case._replace(updates=in_dtype(case.updates, jnp.float32))
     expected = scale(case, component)
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(kind,))
-    with jax.set_mesh(mesh):
+    with jax_versions.set_mesh(mesh):
         place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
         updates = {name: place(x, SPECS[name]) for name, x in case.updates.items()}
         tx = excitation_optax.scale_by_excitation(excitation_optax.zero_sum, component=component)
@@ -256,7 +257,7 @@ def test_arrays_sharded_along_other_axes(component):
     case = case._replace(updates={"moe": {"w": normal(L, E, 8, 4), "b": normal(L, E, 8)}})
     case = case._replace(updates=in_dtype(case.updates, jnp.float32))
     mesh = jax.make_mesh((2, 4), ("expert", "model"), axis_types=(AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh):
+    with jax_versions.set_mesh(mesh):
         specs = {"moe": {"w": P(None, "expert", "model"), "b": P(None, "expert", "model")}}
         place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
         updates = jax.tree.map(place, case.updates, specs)

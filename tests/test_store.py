@@ -190,6 +190,9 @@ def test_a_line_that_lacks_only_its_newline_is_whole(tmp_path):
     ("damage", "said"),
     [
         (lambda line: line[: len(line) // 2], "damaged"),
+        (lambda line: line.replace(b"0.05", b"0.07"), "its checksum is"),
+        (lambda line: line.replace(b"today", b"todaz"), "its checksum is"),
+        (lambda line: line.replace(b'"checksum": "', b'"checksum": "0'), "that of its content is"),
         (lambda line: line.replace(b'"seed": 1', b'"seed": 8'), f"{made_up(1).run.key} is not that of its config"),
         (lambda line: line.replace(b'"width"', b'"widht"'), "widht"),
         (lambda line: line.replace(b'"mlp"', b'"cnn"'), "'cnn'"),
@@ -210,6 +213,27 @@ def test_a_damaged_line_in_the_middle_is_named_and_skipped(tmp_path, damage, sai
     assert message.startswith(f"{path}, line 2: skipped")
     assert said in message
     assert seeds(tmp_path) == [0, 2]
+
+
+def test_a_line_without_a_checksum_is_one_of_an_earlier_version(tmp_path):
+    path = tmp_path / "mlp-cifar10.jsonl"
+    store.Results(tmp_path).append([made_up(0, accuracy=1 / 3, entropy=[math.inf, 1e-300, 5])])
+    record = json.loads(path.read_text())
+    assert len(record.pop("checksum")) == 16
+    path.write_text(json.dumps(record) + "\n")
+    results = store.Results(tmp_path)
+    assert (len(results), results.damaged) == (1, [])
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    """A line reads as it was written, or not at all. (A name of a field that nobody reads may change.)"""
+    path = tmp_path / "mlp-cifar10.jsonl"
+    store.Results(tmp_path).append([made_up(1)])
+    line, (written,) = path.read_bytes(), store.Results(tmp_path)
+    for place in range(len(line) - 1):
+        for bit in range(8):
+            path.write_bytes(line[:place] + bytes([line[place] ^ 1 << bit]) + line[place + 1 :])
+            assert list(store.Results(tmp_path)) in ([], [written]), (place, bit)
 
 
 # Writing that fails.
@@ -256,7 +280,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, cut_off):
     before = path.read_bytes()
     with (
         files_no_longer_than(len(before) + 100),  # the first bytes fit
-        pytest.raises(OSError, match=r"what is on file is kept, runs under way are lost.*mlp-cifar10\.jsonl"),
+        pytest.raises(OSError, match=r"results on file are kept, new ones are lost.*mlp-cifar10\.jsonl"),
     ):
         results.append([made_up(1), made_up(2)])
     assert path.read_bytes() == before

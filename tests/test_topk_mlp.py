@@ -119,19 +119,25 @@ def test_evaluation_leaves_nothing_behind():
 def test_inputs_are_flattened_and_checked():
     model = make()
     np.testing.assert_array_equal(model(X), model(X.reshape(8, 2, 2, 3)))
-    with pytest.raises(ValueError, match=r"\[8, 5\] have 5 values each; input_dim is 12"):
-        model(jnp.ones((8, 5)))
+    for wrong, received in [
+        (jnp.ones((8, 5)), r"float32\[8, 5\]"),
+        (1.0, r"float32\[\]"),
+        (jnp.ones(12), r"float32\[12\]"),
+    ]:
+        with pytest.raises(ValueError, match=rf"x must be \[B, ...\] with input_dim = 12 values .*; got {received}"):
+            model(wrong)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"input_dim": 0}, "input_dim must be at least 1; got 0"),
-        ({"width": 0}, "width must be at least 1; got 0"),
-        ({"depth": 0}, "depth must be at least 1; got 0"),
-        ({"num_classes": -1}, "num_classes must be at least 1; got -1"),
-        ({"sparsity": 1.5}, r"sparsity is a share in \[0, 1\]; got 1.5"),
-        ({"sparsity": -0.1}, r"sparsity is a share in \[0, 1\]; got -0.1"),
+        ({"input_dim": 0}, "input_dim must be an integer of at least 1; got 0"),
+        ({"width": 0}, "width must be an integer of at least 1; got 0"),
+        ({"depth": 0}, "depth must be an integer of at least 1; got 0"),
+        ({"num_classes": -1}, "num_classes must be an integer of at least 1; got -1"),
+        ({"width": 2.5}, "width must be an integer of at least 1; got 2.5"),
+        ({"sparsity": 1.5}, r"sparsity must be in \[0, 1\]; got 1.5"),
+        ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\]; got -0.1"),
     ],
 )
 def test_bad_configs(kwargs, message):
@@ -184,6 +190,8 @@ def test_it_learns_with_every_strategy():
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_keep_top_k_refuses_what_is_no_count_of_neurons(k):
+def test_keep_top_k_requires_a_count_of_neurons(k):
     with pytest.raises(ValueError, match=rf"k must be between 1 and 3, .*got {k}"):
         topk_mlp.keep_top_k(jnp.ones((2, 3)), k)
+    with pytest.raises(ValueError, match=r"keep_top_k: h must be an array of floats \[..., E\]; got float32\[\]"):
+        topk_mlp.keep_top_k(1.0, 1)

@@ -1,4 +1,4 @@
-"""The training program of the GPT-MoE: short runs, their logs and samples, that they repeat; evaluation, errors."""
+"""The program that trains GPT-MoEs: short runs, their logs, table and samples; evaluation; errors."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -23,26 +24,30 @@ SIZES = {"num_experts": 4, "d_ff": 16, "d_model": 16, "num_layers": 2, "num_head
 FLAGS = SIZES | {"batch_size": 8, "steps": 30, "eval_every": 20, "log_every": 5, "learning_rate": 0.02, "prompt": "ab"}
 ROUTING = {"load_balancing_loss", "router_z_loss", "routing_entropy", "max_over_mean_load", "dead_experts"}
 ROUTING |= {"dead_experts_worst_layer"}
+EXCITED = {"excitation_min", "excitation_max"}
 LOGGED = {"step", "loss", "tokens_per_second"} | ROUTING
 
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 
-def train(folder, text="abc" * 300, **kwargs):
-    """The loss that a run returns, the lines of its log, and what it prints."""
+def train(folder, text="abc" * 300, strategy=("baseline", "positive_sum"), **kwargs):
+    """What a run returns, the lines of its logs by strategy and seed, and what it prints."""
     (folder / "text").write_text(text)
-    config = train_gpt_moe.Config(text=(folder / "text",), log=folder / "log.jsonl", **FLAGS | kwargs)
+    flags = FLAGS | {"text": (folder / "text",), "output": folder / "run.png", "strategy": strategy} | kwargs
     printed = io.StringIO()
     with jax.numpy_dtype_promotion("standard"), contextlib.redirect_stdout(printed):  # Optax's Adam needs it
-        loss = train_gpt_moe.main(config)
-    return loss, [json.loads(line) for line in config.log.read_text().splitlines()], printed.getvalue()
+        runs = train_gpt_moe.main(train_gpt_moe.Config(**flags))
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+    logs = {path.stem.removeprefix("run-"): read(path) for path in folder.glob("run-*.jsonl")}
+    return runs, logs, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Thirty steps without Excitation, on abcabcabc..."""
-    return train(tmp_path_factory.mktemp("run"))
+    """Thirty steps without and with Excitation, on abcabcabc..."""
+    folder = tmp_path_factory.mktemp("run")
+    return *train(folder), folder
 
 
 def repeatable(rows):
@@ -50,68 +55,84 @@ def repeatable(rows):
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows[1:]]
 
 
-def test_a_run_writes_its_log_and_learns(run):
-    loss, rows, _ = run
-    assert rows[0]["step"] == 0
-    assert rows[0]["config"]["context"] == 16
-    assert rows[0]["config"]["text"][0].endswith("text")
-    steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == [5, 10, 15, 20, 25, 30]
-    assert all(set(row) == LOGGED for row in steps)
-    assert all(np.all(np.isfinite(list(row.values()))) for row in steps)
-    assert all(row["tokens_per_second"] > 0 for row in steps)
-    assert steps[0]["loss"] > 1
-    assert steps[-1]["loss"] < 0.1
-    # K = 2 of E = 4 experts get a token, so one gets at most twice the mean; the router's entropy is at most log 4.
-    assert all(1 <= row["max_over_mean_load"] <= 2 + 1e-5 for row in steps)
-    assert all(0 <= row["routing_entropy"] <= np.log(4) + 1e-5 for row in steps)
-    evaluations = [row for row in rows if "evaluation_loss" in row]
-    assert [row["step"] for row in evaluations] == [20, 30]
-    for row in evaluations:
-        assert set(row) == {"step", "evaluation_loss", "perplexity", "bits_per_byte"}
-        assert row["perplexity"] == pytest.approx(math.exp(row["evaluation_loss"]))
-        assert row["bits_per_byte"] == pytest.approx(row["evaluation_loss"] / math.log(2))  # a token is a byte
-    assert evaluations[-1]["evaluation_loss"] == loss < 0.1
+def test_a_run_writes_its_logs_and_learns(run):
+    runs, logs, _, folder = run
+    assert set(logs) == {"baseline-0", "positive_sum-0"}
+    for name, rows in logs.items():
+        assert rows[1:] == runs[name.removesuffix("-0")][0]
+        assert rows[0]["step"] == 0
+        assert rows[0]["config"]["context"] == 16
+        assert rows[0]["config"]["text"] == [str(folder / "text")]
+        steps = [row for row in rows if "loss" in row]
+        assert [row["step"] for row in steps] == [5, 10, 15, 20, 25, 30]
+        assert all(set(row) == LOGGED | (EXCITED if name == "positive_sum-0" else set()) for row in steps)
+        assert all(np.all(np.isfinite(list(row.values()))) for row in steps)
+        assert all(row["tokens_per_second"] > 0 for row in steps)
+        assert steps[0]["loss"] > 1
+        assert steps[-1]["loss"] < 0.1
+        # K = 2 of E = 4 experts get a token, so one gets at most twice the mean; the entropy is at most log 4.
+        assert all(1 <= row["max_over_mean_load"] <= 2 + 1e-5 for row in steps)
+        assert all(0 <= row["routing_entropy"] <= np.log(4) + 1e-5 for row in steps)
+        evaluations = [row for row in rows if "evaluation_loss" in row]
+        assert [row["step"] for row in evaluations] == [20, 30]
+        for row in evaluations:
+            assert set(row) == {"step", "evaluation_loss", "perplexity", "bits_per_byte"}
+            assert row["perplexity"] == pytest.approx(math.exp(row["evaluation_loss"]))
+            assert row["bits_per_byte"] == pytest.approx(row["evaluation_loss"] / math.log(2))  # a token is a byte
+        assert evaluations[-1]["evaluation_loss"] < 0.1
 
 
-def test_a_run_prints_what_it_is_and_a_sample(run):
-    loss, rows, printed = run
+def test_strategies_start_alike_and_see_the_same_batches(run):
+    """Only updates after the first batches differ."""
+    baseline, excited = (repeatable(run[1][f"{name}-0"]) for name in ("baseline", "positive_sum"))
+    assert baseline[0]["loss"] != excited[0]["loss"]
+    assert baseline[0]["loss"] == pytest.approx(excited[0]["loss"], rel=0.2)
+
+
+def test_a_run_ends_with_the_answer(run):
+    runs, _, printed, folder = run
     assert "the last tenth is evaluated: 810 and 90 tokens" in printed
-    assert f"none: perplexity {math.exp(loss):.3f} per token, {rows[-1]['bits_per_byte']:.3f} bits per byte" in printed
-    assert "under the entropy of the text's single bytes, 1.585" in printed  # log2 3
-    assert f"log: {pathlib.Path(rows[0]['config']['log'])}" in printed
-    assert printed.endswith("sample: abcabcabcabcabca\n")  # the prompt and what follows, as long as the context
+    losses = [f"{runs[name][0][-1]['evaluation_loss']:.3f}" for name in ("baseline", "positive_sum")]
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["evaluation", "loss,", "nats", *losses] in lines
+    assert "experts without a token, %" in printed
+    assert "busiest expert / mean load" in printed
+    assert re.search(r"excitation, range +none +1\.00 to \d\.\d\d\n", printed)
+    assert "A code for single bytes takes 1.585 bits per byte." in printed  # log2 3
+    for name in ("baseline", "positive_sum"):  # the prompt and what follows, as long as the context
+        assert f"sample of {name}: abcabcabcabcabca\n" in printed
+    assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert "\nnext: python -m examples.train_gpt_moe " in printed
 
 
 def test_a_run_repeats_with_its_seed_and_not_with_another(tmp_path, run):
-    loss, rows, printed = train(tmp_path)
-    assert repeatable(rows) == repeatable(run[1])
-    assert loss == run[0]
-    assert printed.splitlines()[-1] == run[2].splitlines()[-1]
-    _, rows, _ = train(tmp_path, seed=1)
-    assert rows[1]["step"] == run[1][1]["step"] == 5
-    assert abs(rows[1]["loss"] - run[1][1]["loss"]) > 1e-3
+    _, logs, printed = train(tmp_path, strategy=("positive_sum",), seeds=2)
+    assert set(logs) == {"positive_sum-0", "positive_sum-1"}
+    assert repeatable(logs["positive_sum-0"]) == repeatable(run[1]["positive_sum-0"])
+    assert abs(logs["positive_sum-1"][1]["loss"] - logs["positive_sum-0"][1]["loss"]) > 1e-3
+    assert "mean ± standard deviation of 2 seeds" in printed
+    assert printed.count("sample of") == 1
 
 
 @pytest.mark.slow
-def test_tokens_of_gpt2_with_excitation(tmp_path):
-    """GPT-2's tokens, SGD and Excitation."""
-    flags = {"tokenizer": "gpt2", "optimizer": "sgd", "strategy": "positive_sum"}
-    loss, rows, printed = train(tmp_path, text="hello world " * 100, steps=3, log_every=2, **flags)
+def test_tokens_of_gpt2_with_sgd(tmp_path):
+    flags = {"tokenizer": "gpt2", "optimizer": "sgd", "strategy": ("positive_sum",)}
+    _, logs, printed = train(tmp_path, text="hello world " * 100, steps=3, log_every=2, **flags)
     # " world" and " hello" by turns, a first "hello", and a space at the end of each part: 1080 and 120 bytes.
     assert "the last tenth is evaluated: 181 and 21 tokens" in printed
-    assert [row["step"] for row in rows] == [0, 2, 3]
-    assert set(rows[1]) == LOGGED | {"excitation_min", "excitation_max"}
+    rows = logs["positive_sum-0"]
+    assert [row["step"] for row in rows] == [0, 2, 3, 3]
     assert rows[1]["excitation_min"] == 1 < rows[1]["excitation_max"] <= 2  # K = 2: E / K times the mean
+    loss = rows[3]["evaluation_loss"]
     assert 10 < loss < 12  # about log 50257, the vocabulary
-    assert rows[2]["bits_per_byte"] == pytest.approx(loss / math.log(2) * 21 / 120)
-    assert "\nsample: ab" in printed
+    assert rows[3]["bits_per_byte"] == pytest.approx(loss / math.log(2) * 21 / 120)
 
 
 def test_tensorboard_changes_nothing_but_what_is_written(tmp_path, run):
-    _, rows, _ = train(tmp_path, tensorboard=tmp_path / "board")
-    assert repeatable(rows) == repeatable(run[1])
-    events = dashboards.events_of(tmp_path / "board")
+    _, logs, _ = train(tmp_path, strategy=("positive_sum",), tensorboard=tmp_path / "board")
+    rows = logs["positive_sum-0"]
+    assert repeatable(rows) == repeatable(run[1]["positive_sum-0"])
+    events = dashboards.events_of(tmp_path / "board" / "positive_sum-0")
     for row in rows[1:]:
         written = {name: value.simple_value for step, name, value in events if step == row["step"]}
         expected = {name: row[name] for name in row.keys() - {"step"}}
@@ -173,8 +194,8 @@ def test_every_token_but_the_first_is_predicted_once(number, context, batch_size
 
 def test_flags_reach_the_model():
     model = train_gpt_moe.Config(dtype="bfloat16", remat=True, num_experts=8, d_ff=24, context=32).model(11)
-    assert (model.dtype, model.remat, model.num_experts, model.d_ff) == (jnp.bfloat16, True, 8, 24)
-    assert (model.context, model.vocab_size, model.d_model, model.num_layers) == (32, 11, 128, 4)
+    assert (model.moe.dtype, model.remat, model.moe.num_experts, model.moe.d_ff) == (jnp.bfloat16, True, 8, 24)
+    assert (model.context, model.vocab_size, model.moe.d_model, model.num_layers) == (32, 11, 128, 4)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +205,7 @@ def test_flags_reach_the_model():
         ({"batch_size": 0}, "--batch-size must be at least 1; got 0."),
         ({"eval_every": -1}, "--eval-every must be at least 1; got -1."),
         ({"prompt": ""}, "--prompt must not be empty."),
-        ({"warmup": 2.0}, "--warmup is a share of the steps, in [0, 1]; got 2.0."),
+        ({"seeds": 0}, "--seeds must be at least 1; got 0."),
         ({"context": 0}, "--context must be at least 2, for a prompt and what follows; got 0."),
         ({"num_heads": 3}, "d_model must be divisible by num_heads = 3; got 128."),
         ({"experts_per_token": 17}, "experts_per_token must be at most num_experts = 16; got 17."),
@@ -208,7 +229,7 @@ def test_a_text_shorter_than_the_context(tmp_path, length):
         ValueError, match=r"text; the last tenth is evaluated: .* tokens; each must have more than --context 16\."
     ):
         train(tmp_path, text="a" * length)
-    assert not (tmp_path / "log.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 # runpy says that the module is imported already.
@@ -246,6 +267,6 @@ def test_an_error_of_the_program_is_one_line(tmp_path):
 
 def test_a_prompt_longer_than_the_context(tmp_path):
     (tmp_path / "text").write_bytes(b"abc" * 300)
-    config = train_gpt_moe.Config(text=(tmp_path / "text",), prompt="a" * 16, context=16, log=tmp_path / "log")
+    config = train_gpt_moe.Config(text=(tmp_path / "text",), prompt="a" * 16, context=16, output=tmp_path / "a.png")
     with pytest.raises(ValueError, match="--prompt has 16 tokens, and must be shorter than --context 16"):
         train_gpt_moe.main(config)

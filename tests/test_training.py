@@ -1,4 +1,4 @@
-"""What the training programs share: the optimizer by hand, what is logged about routing, the log, the flags.
+"""What the training programs share: the optimizer by hand, the metrics of the routing, the log, the flags.
 
 Axis letters: E experts, L layers.
 """
@@ -21,7 +21,7 @@ import pytest
 from flax import nnx
 
 import excitation_optax
-from examples import training
+from examples import comparison, logs, training
 from models import gpt_moe, moe, moe_vit
 
 L, E = 2, 4
@@ -36,9 +36,10 @@ def standard_promotion():
         yield
 
 
-def updates_of(config, steps, params, grads, expert_axis=None, utilization=None):
+def updates_of(config, steps, params, grads, utilization=None, **excite):
     """The update of each step, from a list of gradients."""
-    tx = training.make_optimizer(config, steps, expert_axis)
+    excite = {"strategy": "baseline", "gamma": config.gamma, "seed": config.seed} | excite
+    tx = training.make_optimizer(training.base_optimizer(config, steps), **excite)
     update = jax.jit(lambda grads, state: tx.update(grads, state, params, utilization=utilization))
     state, updates = tx.init(params), []
     for grad in grads:
@@ -114,7 +115,8 @@ LEFT = {
 }
 
 
-SIZES = {"num_experts": E, "experts_per_token": 2, "d_model": 4, "d_ff": 6, "num_layers": L, "num_heads": 2}
+LAYER = moe.MoEConfig(d_model=4, d_ff=6, num_experts=E, experts_per_token=2)
+SIZES = {"moe": LAYER, "num_layers": L, "num_heads": 2}
 
 
 def small_gpt_moe():
@@ -181,8 +183,8 @@ def test_excitation_scales_the_whole_update(optimizer, strategy, gamma, phi):
     flags = {"optimizer": optimizer, "learning_rate": 0.5, "weight_decay": 0.1, "gamma": gamma}
     plain = updates_of(training.TrainingConfig(**flags), 20, params, grads)
     # The experts are on the last axis here.
-    config = training.TrainingConfig(strategy=strategy, **flags)
-    excited = updates_of(config, 20, params, grads, 1, utilization)
+    config = training.TrainingConfig(**flags)
+    excited = updates_of(config, 20, params, grads, utilization, strategy=strategy, expert_axis=1)
     for mine, other in zip(excited[1:], plain[1:], strict=True):
         assert np.all(other["experts"]["kernel"] != 0)
         expected = other["experts"]["kernel"] * np.array([phi])
@@ -190,39 +192,45 @@ def test_excitation_scales_the_whole_update(optimizer, strategy, gamma, phi):
         np.testing.assert_allclose(mine["router"]["kernel"], other["router"]["kernel"], rtol=1e-6)
 
 
-def test_excitation_is_there_and_last_unless_left_out():
+def test_excitation_is_last_and_the_baseline_has_none():
     params = {"experts": jnp.ones((E, 3))}
-    plain, random = (
-        training.make_optimizer(training.TrainingConfig(strategy=strategy), 10, None).init(params)
-        for strategy in ("none", "random_boost")
-    )
+    config = training.TrainingConfig(optimizer="sgd")
+    make = lambda strategy: training.make_optimizer(training.base_optimizer(config, 10), strategy=strategy)
+    plain, random = (make(strategy).init(params) for strategy in ("baseline", "random_boost"))
     assert len(random) == len(plain) + 1
     assert isinstance(random[-1], excitation_optax.ScaleByExcitationState)
-    tx = training.make_optimizer(training.TrainingConfig(strategy="positive_sum", optimizer="sgd"), 10, None)
     with pytest.raises(ValueError, match="utilization"):
-        tx.update(params, tx.init(params), params)
-    tx = training.make_optimizer(training.TrainingConfig(optimizer="sgd"), 10, None)
-    updates, _ = tx.update(params, tx.init(params), params)
+        make("positive_sum").update(params, make("positive_sum").init(params), params)
+    updates, _ = make("baseline").update(params, plain, params)
     # The warm-up's first and only step is at the peak, and the gradient's norm is clipped to 1.
     assert optax.tree.norm(updates) == pytest.approx(1e-3)
+
+
+def test_a_step_is_gradient_and_update():
+    """w of 3 with the loss w^2 x: a gradient of 2 * 3 * 0.5 = 3, times the learning rate 0.1 and Phi, here 2."""
+    tx = training.make_optimizer(optax.sgd(0.1), strategy="zero_sum")
+    utilization = {"experts": jnp.array([1.0, 0.0])}
+    loss_fn = lambda params, x: (jnp.sum(params["experts"] ** 2) * x, ({"loss": x}, utilization))
+    state = training.TrainState.create({"experts": jnp.array([3.0, 3.0])}, tx)
+    state, logged, routing = training.train_step(jax.grad(loss_fn, has_aux=True), tx, state, jnp.float32(0.5))
+    np.testing.assert_allclose(state.params["experts"], [3 - 0.1 * 3 * 2, 3], rtol=1e-6)
+    assert (int(state.step), float(logged["loss"])) == (1, 0.5)
+    assert routing is not None
 
 
 # The losses.
 
 
-def test_auxiliary_losses_are_added_by_their_weights():
-    config = training.TrainingConfig(load_balancing=0.5, router_z=0.25)
-    assert training.add_auxiliary(config, jnp.float32(2), LOSSES) == 2 + 0.5 * 3 + 0.25 * 5
-    config = training.TrainingConfig(load_balancing=0.0, router_z=0.0)
-    assert training.add_auxiliary(config, jnp.float32(2), LOSSES) == 2
+def test_auxiliary_losses_are_added_by_their_weights(monkeypatch):
+    monkeypatch.setattr(moe, "auxiliary_losses", lambda sown: LOSSES)
+    loss, logged = training.add_auxiliary(jnp.float32(2), nnx.State({}), load_balancing=0.5, router_z=0.25)
+    assert loss == 2 + 0.5 * 3 + 0.25 * 5
+    assert logged == {"loss": 2, "load_balancing_loss": 3, "router_z_loss": 5, "routing_entropy": 0.25}
 
 
 # routing_metrics.
 
 COMMON = {
-    "load_balancing_loss": 3.0,
-    "router_z_loss": 5.0,
-    "routing_entropy": 0.25,
     "max_over_mean_load": 1.5,  # 1 / (1/2) in layer 0, 1 in layer 1
     "dead_experts": 0.125,  # one of four, and none
     "dead_experts_worst_layer": 0.25,
@@ -233,7 +241,7 @@ COMMON = {
 @pytest.mark.parametrize(
     ("strategy", "gamma", "expected"),
     [
-        ("none", 1.0, {}),
+        ("baseline", 1.0, {}),
         ("zero_sum", 1.0, {"excitation_min": 0.0, "excitation_max": 2.0}),
         ("zero_sum", 2.0, {"excitation_min": 0.0, "excitation_max": 8 / 3}),
         ("zero_sum", 0.0, {"excitation_min": 1.0, "excitation_max": 1.0}),
@@ -246,8 +254,7 @@ COMMON = {
 def test_routing_metrics_by_hand(stacked, strategy, gamma, expected):
     layers = [excitation_optax.RoutingCounts(COUNTS.counts[n], COUNTS.tokens[n]) for n in range(L)]
     utilization = {"layers": {"stack": COUNTS} if stacked else {"list": layers}}
-    config = training.TrainingConfig(strategy=strategy, gamma=gamma)
-    logged = training.routing_metrics(config, utilization, LOSSES, jnp.int32(3))
+    logged = training.routing_metrics(utilization, strategy=strategy, gamma=gamma, step=jnp.int32(3))
     assert all(jnp.shape(value) == () for value in logged.values())
     assert {name: float(value) for name, value in logged.items()} == pytest.approx(COMMON | expected, rel=1e-5)
 
@@ -257,8 +264,7 @@ def test_layers_may_differ_in_their_number_of_experts():
         excitation_optax.RoutingCounts(jnp.array([3.0, 1.0]), jnp.float32(4)),  # 3/4 and 1/4: 3/2 of the mean
         excitation_optax.RoutingCounts(jnp.array([4.0, 0, 0, 0]), jnp.float32(4)),  # 4 times the mean, 3/4 dead
     ]
-    config = training.TrainingConfig(strategy="zero_sum")
-    logged = training.routing_metrics(config, layers, LOSSES, jnp.int32(0))
+    logged = training.routing_metrics(layers, strategy="zero_sum")
     names = ("max_over_mean_load", "dead_experts", "excitation_min", "excitation_max")
     assert [float(logged[name]) for name in names] == pytest.approx([(1.5 + 4) / 2, 0.75 / 2, 0.0, 4.0])
 
@@ -270,13 +276,14 @@ def test_the_logged_excitation_is_the_one_applied(seed):
     counts = excitation_optax.RoutingCounts(jnp.array([[7.0, 1, 3, 5], [4, 6, 2, 4]]), jnp.array([8.0, 8.0]))
     utilization = {"experts": counts}
     flags = {"optimizer": "sgd", "seed": seed, "warmup": 0.0}
-    config = training.TrainingConfig(strategy="random_boost", gamma=1.5, **flags)
-    excited = updates_of(config, 10, params, [params] * 4, utilization=utilization)
+    config = training.TrainingConfig(gamma=1.5, **flags)
+    excited = updates_of(config, 10, params, [params] * 4, utilization, strategy="random_boost")
     plain = updates_of(training.TrainingConfig(**flags), 10, params, [params] * 4)
     orders = []
     for step in range(1, 4):
         phi = np.asarray(excited[step]["experts"] / plain[step]["experts"])
-        logged = training.routing_metrics(config, utilization, LOSSES, jnp.int32(step))
+        excite = {"strategy": "random_boost", "gamma": 1.5, "seed": seed}
+        logged = training.routing_metrics(utilization, step=jnp.int32(step), **excite)
         assert float(logged["excitation_min"]) == pytest.approx(phi.min(), rel=1e-5)
         assert float(logged["excitation_max"]) == pytest.approx(phi.max(), rel=1e-5)
         key = jax.random.fold_in(jax.random.key(seed), step)
@@ -298,38 +305,66 @@ def read(path):
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+def open_log(path, steps=10, **kwargs):
+    flags = {name: kwargs.pop(name) for name in ("tensorboard", "wandb", "gamma") if name in kwargs}
+    return logs.Log(path, steps, training.TrainingConfig(**flags), **{"label": "run"} | kwargs)
+
+
 def test_the_log_is_lines_of_json_with_the_config_first(tmp_path):
-    config = training.TrainingConfig(log=tmp_path / "new" / "folder" / "log.jsonl", gamma=2.0)
-    log = training.Log(config, "program", 10)
+    path = tmp_path / "new" / "folder" / "log.jsonl"
+    log = open_log(path, gamma=2.0)
     log.advance()
-    log.write(1, {"loss": jnp.float32(0.5), "count": np.int32(3), "epoch": 2}, "loss 0.5")
+    written = log.write(1, {"loss": jnp.float32(0.5), "count": np.int32(3), "epoch": 2}, "loss 0.5")
     # A line is there as soon as it is written.
-    assert read(config.log)[1] == {"step": 1, "loss": 0.5, "count": 3.0, "epoch": 2}
+    assert read(path)[1] == written == {"step": 1, "loss": 0.5, "count": 3.0, "epoch": 2}
     values = {"nan": jnp.float32(np.nan), "inf": math.inf, "minus": jnp.float32(-np.inf), "nothing": None}
     log.write(2, values | {"path": pathlib.Path("a") / "b", "name": "x", "flag": True, "many": (1, pathlib.Path("c"))})
     log.close()
-    first, _, last = read(config.log)
-    assert first == {"step": 0, "config": dataclasses.asdict(config) | {"log": str(config.log)}}
+    first, _, last = read(path)
+    assert first == {"step": 0, "config": dataclasses.asdict(training.TrainingConfig(gamma=2.0))}
     assert last == {
         **{"step": 2, "nan": None, "inf": None, "minus": None, "nothing": None},
         **{"path": str(pathlib.Path("a") / "b"), "name": "x", "flag": True, "many": [1, "c"]},
     }
+    open_log(path).close()
+    assert len(read(path)) == 1  # it replaces the one before
 
 
-def test_a_log_has_a_name_by_default_and_replaces_the_one_before(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for rows in (3, 1):
-        log = training.Log(training.TrainingConfig(strategy="zero_sum", seed=4), "program", 10)
-        for step in range(rows):
-            log.write(step, {})
-        log.close()
-    assert log.path == pathlib.Path("out") / "program-zero_sum-4.jsonl"
-    assert len(read(log.path)) == 1 + 1
+DAMAGE = [b"7", b"\0\0\0", b"\xff\xfe", b"[1]", b"null", b"{}", b'{"step": "x"}', b'{"st\rep": 1}', b""]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_stops_no_run(tmp_path, damage):
+    """What a full disk or a bad sector leaves. The line is named and skipped; what is of later steps goes."""
+    path = tmp_path / "log.jsonl"
+    lines = [b'{"step": %d}\n' % step for step in range(5)]
+    path.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[2:], b'{"step": 5, "lo']))
+    with pytest.warns(UserWarning, match=r"log\.jsonl, line 3: skipped, as it is damaged"):
+        log = open_log(path, done=3)
+    log.close()
+    kept = path.read_bytes()
+    assert kept.startswith(b"".join([*lines[:2], damage + b"\n", *lines[2:4], b'{"step": 3, "config"']))
+    assert kept.count(b"\n") == 6
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        open_log(pathlib.Path("/dev/full"))
+    (tmp_path / "picture.png").symlink_to("/dev/full")
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*picture\.png'"),
+        comparison.figure(tmp_path / "picture.png", 4) as figure,
+    ):
+        figure.subplots().plot([1, 2])
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/out"):
+        open_log(tmp_path / "file" / "out" / "log")
 
 
 def test_the_rate_is_that_since_the_last_call(tmp_path):
     start = time.perf_counter()
-    log = training.Log(training.TrainingConfig(log=tmp_path / "log"), "program", 10)
+    log = open_log(tmp_path / "log")
     opened = time.perf_counter()
     time.sleep(0.02)
     before = time.perf_counter()
@@ -343,28 +378,41 @@ def test_the_rate_is_that_since_the_last_call(tmp_path):
     log.close()
 
 
+def test_without_a_terminal_lines_say_how_long_it_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logs, "SECONDS_BETWEEN_LINES", 0)
+    log = open_log(tmp_path / "log", steps=4)
+    log.start(0, 0)
+    log._started = (time.monotonic() - 100, 0)  # a hundred seconds for the first step, so 300 for the others
+    log.write(1, {}, "loss 2")
+    log.write(4, {}, "loss 1")
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "run: step 1 of 4, loss 2, about 05:00 left",
+        "run: step 4 of 4, loss 1",
+    ]
+
+
 # TensorBoard and W&B.
 
 
-def log_two_steps(config):
+def log_two_steps(path, **flags):
     """The second with a broken utilization; an evaluation follows each."""
-    log = training.Log(config, "program", 10)
+    log = open_log(path, **flags)
+    metrics = jax.jit(lambda counts: training.routing_metrics({"moe": counts}, strategy="zero_sum", whole=True))
     for step, counts in [(5, COUNTS), (6, excitation_optax.RoutingCounts(COUNTS.counts * jnp.nan, COUNTS.tokens))]:
-        logged = jax.jit(lambda counts: training.routing_metrics(config, {"moe": counts}, LOSSES, jnp.int32(3)))(counts)
-        log.write(step, jax.device_get(logged) | {"loss": step / 2})
+        log.write(step, jax.device_get(metrics(counts)) | {"loss": step / 2})
         log.write(step, {"evaluation_loss": 1.5})
     log.close()
 
 
-EXPECTED = {"loss": 2.5, "evaluation_loss": 1.5, "load_balancing_loss": 3, "max_over_mean_load": 1.5}
+EXPECTED = {"loss": 2.5, "evaluation_loss": 1.5, "max_over_mean_load": 1.5}
 # Of utilization [1, 0, 1/2, 1/2] and [1/2, 1/2, 1/2, 1/2], whose zero-sum is 2, 0, 1, 1 and 1, 1, 1, 1.
 EXPECTED |= {"routing/max_over_mean_load/worst": 2, "routing/dead_experts/worst": 0.25, "routing/excitation/max": 2}
 
 
 def test_tensorboard_has_all_that_is_logged_and_the_routing(tmp_path):
-    config = training.TrainingConfig(log=tmp_path / "log", tensorboard=tmp_path / "board", strategy="zero_sum")
-    log_two_steps(config)
-    events = dashboards.events_of(tmp_path / "board")
+    log_two_steps(tmp_path / "log", tensorboard=tmp_path / "board")
+    events = dashboards.events_of(tmp_path / "board" / "run")
     written = {name: value.simple_value for step, name, value in events if step == 5}
     assert {name: written[name] for name in EXPECTED} == pytest.approx(EXPECTED)
     (histogram,) = [value.histo for step, name, value in events if (step, name) == (5, "routing/excitation")]
@@ -372,16 +420,14 @@ def test_tensorboard_has_all_that_is_logged_and_the_routing(tmp_path):
     broken = {name: value.simple_value for step, name, value in events if step == 6}
     assert broken["routing/layers_not_finite"] == 2
     assert np.isnan(broken["routing/excitation/max"])
-    assert all("routing" not in line for line in read(config.log)[1:])
+    assert all("routing" not in line for line in read(tmp_path / "log")[1:])
 
 
-def test_tensorboard_of_a_run_that_goes_on_drops_what_was_later(tmp_path):
-    config = training.TrainingConfig(log=tmp_path / "log", tensorboard=tmp_path / "board")
+def test_tensorboard_of_a_run_that_resumes_drops_what_was_later(tmp_path):
     (tmp_path / "log").write_text("")
-    log = training.Log(config, "program", 10, done=7)
-    log.close()
-    starts = [event.step for event in dashboards.raw_events_of(tmp_path / "board") if event.HasField("session_log")]
-    assert starts == [8]
+    open_log(tmp_path / "log", tensorboard=tmp_path / "board", done=7).close()
+    events = dashboards.raw_events_of(tmp_path / "board" / "run")
+    assert [event.step for event in events if event.HasField("session_log")] == [8]
 
 
 @pytest.fixture
@@ -395,33 +441,50 @@ def wandb_rows(monkeypatch):
 
 
 def test_wandb_has_all_that_is_logged_and_the_routing(tmp_path, wandb_rows):
-    log_two_steps(training.TrainingConfig(log=tmp_path / "log", wandb="project", strategy="zero_sum"))
+    log_two_steps(tmp_path / "log", wandb="project")
     assert {name: float(wandb_rows[5][name]) for name in EXPECTED} == pytest.approx(EXPECTED)
     assert wandb_rows[5]["routing/busiest"][0] == ("moe[0]", 0, 2)
     assert wandb_rows[6]["routing/layers_not_finite"] == 2
 
 
-def test_silent_processes_write_no_dashboards(tmp_path, wandb_rows):
-    config = training.TrainingConfig(tensorboard=tmp_path / "board", wandb="project")
-    log = training.Log(config, "program", 10, silent=True)
-    log.write(1, {"loss": 1.0, "routing": ({"moe": COUNTS}, None)})
+def test_silent_processes_write_nothing(tmp_path, capsys, wandb_rows):
+    log = open_log(tmp_path / "log", tensorboard=tmp_path / "board", wandb="project", silent=True)
+    log.write(10, {"loss": 1.0, "routing": ({"moe": COUNTS}, None)}, "loss")
+    log.tell("a line")
     log.close()
     assert not list(tmp_path.iterdir())
     assert not wandb_rows
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("flag", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_dashboard_that_is_not_installed_is_an_error_at_once(monkeypatch, flag, package):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
-    with pytest.raises(ValueError, match=rf"--{flag} needs {package}: pip install -e '\.\[telemetry\]'"):
+    with pytest.raises(ValueError, match=rf"--{flag} requires {package}: pip install -e '\.\[telemetry\]'"):
         training.TrainingConfig(**{flag: "out"})
     training.TrainingConfig()
 
 
-def test_the_routing_is_not_carried_where_nobody_reads_it():
-    logged = training.routing_metrics(training.TrainingConfig(), {"moe": COUNTS}, LOSSES, jnp.int32(0))
-    assert "routing" not in logged
+# The table.
+
+
+def test_the_table_at_the_end():
+    line = lambda loss, load, low, high: (
+        {"loss": loss, "max_over_mean_load": load, "dead_experts": 0.25}
+        | ({"excitation_min": low, "excitation_max": high} if low else {})
+    )
+    runs = {
+        "baseline": [[line(9, 9, None, None), line(1.0, 2.0, None, None)], [line(3.0, 4.0, None, None)]],
+        "zero_sum": [[line(1.0, 1.0, 0.5, 2.0)], [line(None, 1.0, 1.0, 3.0)]],  # the second diverged
+    }
+    table = comparison.table(runs, {"loss": ("loss", 1, 1)}).splitlines()
+    assert table[0].strip() == "at the end, mean ± standard deviation of 2 seeds"
+    assert table[1].split() == ["baseline", "zero_sum"]
+    assert table[2].split() == ["loss", "2.0", "±", "1.4", "1.0,", "1", "NaN"]  # 1 and 3: the root of 2
+    assert table[3].split()[-6:] == ["3.00", "±", "1.41", "1.00", "±", "0.00"]
+    assert table[4].split()[-6:] == ["25.0", "±", "0.0", "25.0", "±", "0.0"]
+    assert table[5].split()[-4:] == ["none", "0.75", "to", "2.50"]
 
 
 # Flags.
@@ -439,8 +502,8 @@ def test_the_routing_is_not_carried_where_nobody_reads_it():
         ({"weight_decay": -0.1}, "--weight-decay must not be negative; got -0.1."),
         ({"load_balancing": -0.1}, "--load-balancing must not be negative; got -0.1."),
         ({"router_z": math.nan}, "--router-z must not be negative; got nan."),
-        ({"warmup": 1.5}, "--warmup is a share of the steps, in [0, 1]; got 1.5."),
-        ({"warmup": -0.1}, "--warmup is a share of the steps, in [0, 1]; got -0.1."),
+        ({"warmup": 1.5}, "--warmup is a fraction of the steps, in [0, 1]; got 1.5."),
+        ({"warmup": -0.1}, "--warmup is a fraction of the steps, in [0, 1]; got -0.1."),
         ({"log_every": 0}, "--log-every must be at least 1; got 0."),
     ],
 )
@@ -452,3 +515,21 @@ def test_bad_flags(kwargs, message):
 
 def test_flags_at_the_edge_are_good():
     training.TrainingConfig(gamma=0.0, weight_decay=0.0, load_balancing=0.0, router_z=0.0, warmup=1.0, log_every=1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"strategy": ()}, "--strategy must name different strategies, at least one; got []."),
+        (
+            {"strategy": ("inverted", "inverted")},
+            "--strategy must name different strategies, at least one; got ['inverted', 'inverted'].",
+        ),
+        ({"seeds": 0}, "--seeds must be at least 1; got 0."),
+        ({"output": pathlib.Path("a.txt")}, "--output must name a .png, .pdf or .svg file; got a.txt."),
+    ],
+)
+def test_bad_flags_of_comparisons(kwargs, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        training.ComparisonConfig(**kwargs)
+    assert str(error.value) == message

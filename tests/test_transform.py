@@ -4,10 +4,10 @@ import functools
 import re
 
 import chex
-import flax.serialization
 import jax
 import jax.export
 import jax.numpy as jnp
+import jax_versions
 import numpy as np
 import optax
 import pytest
@@ -27,7 +27,7 @@ def excite(**kwargs):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_dtype_and_structure_are_kept(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with jax_versions.enable_x64(dtype == "float64"):
         params = small_moe.init(0, jnp.dtype(dtype))
         u = {"experts": jnp.array([0.1, 0.2, 0.3, 0.4], jnp.float32)}
         updates, _ = excite().update(params, excite().init(params), utilization=u)
@@ -36,7 +36,7 @@ def test_dtype_and_structure_are_kept(dtype):
         expected = np.asarray(params["experts"]["bias"], np.float64) * phi[:, None]
         # Scaled in float32 or wider, and rounded once.
         np.testing.assert_allclose(
-            np.asarray(updates["experts"]["bias"], np.float64), expected, rtol=max(jnp.finfo(dtype).eps, 2e-7)
+            np.asarray(updates["experts"]["bias"], np.float64), expected, rtol=max(float(jnp.finfo(dtype).eps), 2e-7)
         )
 
 
@@ -199,7 +199,7 @@ def test_stable_under_cond(tx):
 def test_jit_with_a_sharded_batch(kind):
     params, x, y, expected = one_step()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    with jax.set_mesh(mesh):
+    with jax_versions.set_mesh(mesh):
         x, y = (jax.device_put(a, jax.NamedSharding(mesh, P("data"))) for a in (x, y))
         replicated = jax.device_put(params, jax.NamedSharding(mesh, P()))
         stepped, _ = jax.jit(step)(replicated, sgd().init(params), x, y)
@@ -216,7 +216,7 @@ def test_experts_that_are_split_send_nothing(kind, where):
     for name in strategy_table.NAMES:
         tx = excitation_optax.scale_by_excitation(getattr(excitation_optax, name), 2.0)
         expected, _ = tx.update(updates, tx.init(updates), utilization=utilization)
-        with jax.set_mesh(mesh):
+        with jax_versions.set_mesh(mesh):
             place = lambda tree, spec: jax.device_put(tree, jax.NamedSharding(mesh, spec))
             split = place(updates, P(None, "expert"))
             u = place(utilization, P(None, *where))
@@ -294,8 +294,8 @@ def test_fractions_cannot_be_summed_over_devices():
         jax.pmap(update, axis_name="data")(jnp.ones((8, 4)))
 
 
-def test_states_and_counts_are_serialized():
-    """By `jax.export`, to which optax's own states are made known here, and by `flax.serialization`."""
+def test_states_and_counts_are_exported():
+    """By `jax.export`, to which optax's own states are made known here."""
     params = {"experts": jnp.ones((2, 3))}
     counts = {"experts": excitation_optax.RoutingCounts(jnp.array([3.0, 1.0]), jnp.array(4.0))}
     tx = excite(gamma=optax.constant_schedule(1.0))
@@ -308,9 +308,6 @@ def test_states_and_counts_are_serialized():
         update = jax.jit(lambda params, state, counts, tx=wrapped: tx.update(params, state, params, utilization=counts))
         exported = jax.export.deserialize(jax.export.export(update)(params, state, counts).serialize())
         chex.assert_trees_all_equal(exported.call(params, state, counts), update(params, state, counts))
-        restored = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
-        chex.assert_trees_all_equal(restored, state)
-        assert jax.tree.structure(restored) == jax.tree.structure(state)
 
 
 def test_experts_sharded_under_jit_stay_sharded():

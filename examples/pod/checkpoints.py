@@ -1,11 +1,12 @@
 """Checkpoints by Orbax: saved while training goes on, and restored onto whatever mesh there is.
 
 A checkpoint holds parameters, optimizer state and step, and the config that they were made with. All noise and the
-order of the data are functions of seed and step, so that a run that was stopped goes on as if it had not been.
+order of the data are functions of seed and step, so a run that was stopped continues as if it had not been.
 """
 
 import enum
-import itertools
+import hashlib
+import json
 import pathlib
 import signal
 import threading
@@ -19,8 +20,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from examples import logs
+
 ITEMS = ("state", "config")
-# What stops the reading of a checkpoint that may be sound.
+SUMS = {"checksum", "config_checksum"}  # of the state, and of all else in the config
+# Errors that do not mean that a checkpoint is damaged.
 NOT_ITS_FAULT = (PermissionError, TimeoutError, ConnectionError, MemoryError, jax.errors.JaxRuntimeError)
 
 
@@ -28,43 +32,51 @@ class Checkpoints:
     """The checkpoints of a run, in a folder that all processes see.
 
     Args:
-      folder: where they are, and go: a path, or `gs://BUCKET/PATH` where the package gcsfs is installed.
-      config: what must be the same for a run to go on, as JSON: architecture, optimizer, strategy, data.
+      folder: a path, or `gs://BUCKET/PATH` where the package gcsfs is installed.
+      config: what must be the same for a run to resume, as JSON: architecture, optimizer, strategy, data.
       save_every: steps between checkpoints.
       keep: how many of the newest are kept.
-      may_change: names in `config` that may differ when a run goes on; that they do is printed.
+      may_change: names in `config` that may differ when a run resumes; a change is printed.
 
     Raises:
       OSError: if the folder cannot be made.
+      ValueError: if a package for this kind of address is missing.
     """
 
     def __init__(
         self, folder: str | pathlib.Path, config: dict[str, Any], save_every: int, keep: int, may_change: Any = ()
     ):
-        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
         self.config, self.may_change = config, set(may_change)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).absolute()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (ImportError, KeyError) as error:
+            raise ValueError(
+                f"--checkpoints {folder} cannot be opened ({error}). gs:// requires a package: pip install gcsfs. "
+                "Otherwise name a folder."
+            ) from error
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=save_every, max_to_keep=keep, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        self._saving: int | None = None  # a step that `written` has not returned yet
 
     def restore(self, like: Any, shardings: Any) -> tuple[Any, int] | None:
-        """The newest state that can be read, and its step; None if there is none at all.
+        """The newest state that can be read, and its step; None if there is no checkpoint.
 
         Args:
           like: the shapes of the state.
-          shardings: where its arrays are to lie, which need not be where they lay when they were saved.
+          shardings: how its arrays are split, which may differ from how they were split when they were saved.
 
         Raises:
-          ValueError: if the newest was made with another config, or if there are checkpoints, and none can be read.
-          OSError: if reading was stopped by what need not be the checkpoint's fault, such as a lost connection.
+          ValueError: if the newest was made with another config, or if there are checkpoints and all are damaged.
+          OSError: if a checkpoint could not be read, for a reason that may pass, such as a lost connection.
         """
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
         )
         me = jax.process_index()
-        # Every process reads by itself: in Orbax's collective restore, one that cannot read leaves the others waiting.
+        # Each process reads by itself: in Orbax's collective restore, one that cannot read leaves the others waiting.
         alone = ocp.options.MultiprocessingOptions(me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
         options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
         damaged: list[int] = []
@@ -72,6 +84,9 @@ class Checkpoints:
             steps = sorted(reader.all_steps())
             while (step := _of_process_0(max(set(steps) - set(damaged), default=-1))) >= 0:
                 config = _read(reader, step, config=ocp.args.JsonRestore())
+                if config is not None and config.get("config_checksum") != config_checksum(config):
+                    print(f"checkpoint of step {step}: its config is not the one that was saved", flush=True)
+                    config = None
                 if config is not None:
                     self._check(config, step)
                     state = _read(reader, step, state=ocp.args.StandardRestore(target))
@@ -86,7 +101,8 @@ class Checkpoints:
                 damaged.append(step)
         if damaged:
             raise ValueError(
-                f"All checkpoints in {self.folder} are damaged, of steps {damaged}. Nothing was changed there."
+                f"All checkpoints in {self.folder} are damaged, or of an earlier version of this program: steps "
+                f"{damaged}. Nothing was changed there."
             )
         return None
 
@@ -95,23 +111,32 @@ class Checkpoints:
         return self._manager.should_save(step)
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save, unless this step is there. What is on disk counts when `wait` returns.
+        """Starts to save, unless this step is there. It is on disk when `wait` returns.
 
         Raises:
-          OSError, ValueError: if this save, or the one before, went wrong, as on a full disk; those before it remain.
+          OSError, ValueError: if this save, or the one before, failed, as on a full disk; older ones remain.
         """
         if self._manager.latest_step() == step:
             return
         config = self.config | {"checksum": checksum(state)}
+        config |= {"config_checksum": config_checksum(config)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
         self._manager.save(step, args=args, force=True)
+        self._saving = step
+
+    def written(self) -> int | None:
+        """The step of a checkpoint that is on disk since the last call; otherwise None."""
+        if self._saving is None or self._manager.is_saving_in_progress():
+            return None
+        step, self._saving = self._saving, None
+        return step if (self.folder / str(step)).exists() else None
 
     def wait(self) -> None:
-        """Until everything is on disk."""
+        """Returns when everything is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the folder."""
+        """Waits, and releases the folder."""
         self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -122,7 +147,7 @@ class Checkpoints:
 
     def _check(self, config: dict[str, Any], step: int) -> None:
         """Raises ValueError if a checkpoint is of another run."""
-        names = sorted((config.keys() | self.config.keys()) - {"checksum"})
+        names = sorted((config.keys() | self.config.keys()) - SUMS)
         changed = {
             name: f"{name}: {config.get(name)!r} there, {self.config.get(name)!r} here"
             for name in names
@@ -135,7 +160,7 @@ class Checkpoints:
                 "changed there: give the same flags, or another folder."
             )
         if changed:
-            print(f"from here on with other flags ({'; '.join(changed.values())})", flush=True)
+            print(f"resuming with other flags ({'; '.join(changed.values())})", flush=True)
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints, so that their steps can be saved again."""
@@ -145,10 +170,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 for step in steps:
-                    names = (f"{step}.damaged" + "-again" * times for times in itertools.count())
-                    path = self.folder / str(step)
-                    kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-                    path.rename(kept)
+                    kept = logs.set_aside(self.folder / str(step))
                     print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
             except OSError as caught:
                 error = caught
@@ -157,13 +179,19 @@ class Checkpoints:
         self._manager.reload()
 
 
+def config_checksum(config: dict[str, Any]) -> str:
+    """8 hexadecimal digits made of a config, but for this checksum of it."""
+    rest = {name: value for name, value in config.items() if name != "config_checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _of_process_0(value: int) -> int:
-    """The value that process 0 has, on all of them, which may see a shared folder at different times."""
+    """The value of process 0, on all processes: they may see a shared folder at different times."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 class _Outcome(enum.IntEnum):
-    """Of reading, the worse the higher: the worst of all processes' counts."""
+    """The outcome of reading. The largest of all processes counts."""
 
     READ = 0
     DAMAGED = 1
@@ -175,14 +203,14 @@ def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:
     value, outcome, cause = None, _Outcome.READ, None
     try:
         value = next(iter(reader.restore(step, args=ocp.args.Composite(**item)).values()))
-    except Exception as error:  # whatever a damaged file brings about
+    except Exception as error:  # a damaged file can cause any
         print(f"checkpoint of step {step}: {error!r:.300}", flush=True)
         outcome = _Outcome.NOT_ITS_FAULT if isinstance(error, NOT_ITS_FAULT) else _Outcome.DAMAGED
         cause = error
     worst = np.max(multihost_utils.process_allgather(np.array(outcome)))
     if worst == _Outcome.NOT_ITS_FAULT:
         raise OSError(
-            f"The checkpoint of step {step} could not be read, which need not be its fault "
+            f"The checkpoint of step {step} could not be read, for a reason that may pass "
             f"({repr(cause)[:300] if cause else 'see the other processes'}). Nothing was changed: try again."
         ) from cause
     return value if worst == _Outcome.READ else None
@@ -221,23 +249,23 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def checksum(state: Any) -> int:
-    """32 bits that change if any bit of a state does, or two change places, whatever mesh it lies on.
+    """32 bits that change if any bit of a state changes or two trade places, independent of the mesh.
 
-    Storage does not check all that it reads. One bit, or any bits of one number of up to 32, never go unseen; of other
-    damage, one in 2^32 does.
+    Storage does not check all that it reads. Damage within one number of at most 32 bits is always found; one in 2^32
+    other cases is not.
     """
     return int(_checksum(state))
 
 
 class Preemption:
-    """SIGTERM, as a machine that is about to be taken away gets it.
+    """SIGTERM, which a machine gets before it is taken away.
 
-    Of a single process, the second one ends the program at once.
+    In a run of one process, the second signal ends the program at once.
     """
 
     def __init__(self):
         self._told = threading.Event()
-        self._distributed = jax.process_count() > 1  # JAX's own service listens then, and agrees on a step
+        self._distributed = jax.process_count() > 1  # then JAX's own service listens, and agrees on a step
         if not self._distributed:
             self._before = signal.signal(signal.SIGTERM, self._tell)
 

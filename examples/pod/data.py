@@ -19,7 +19,7 @@ PREFETCHED = 2  # batches that are read while the device is busy
 
 
 class Windows:
-    """A text as its windows of so many tokens, each of which follows on the one before."""
+    """A text as consecutive windows of `length` tokens."""
 
     def __init__(self, tokens: np.ndarray, length: int):
         self.tokens, self.length = tokens, length
@@ -32,14 +32,13 @@ class Windows:
 
 
 class Batches:
-    """Global batches `[B, ...]`, of which a process reads the rows that it is asked for.
+    """Global batches `[B, ...]`. A process reads only the rows that it asks for.
 
     Args:
-      source: examples by number, a sequence.
+      source: a sequence of examples.
       batch_size: B.
-      seed: of the order, which is another one in every epoch.
-      own: the rows of every batch that come from this source, where each process has a source of its own; otherwise
-        all.
+      seed: of the order, which differs in every epoch.
+      own: the rows of every batch that come from this source, if each process has a source of its own; by default all.
     """
 
     def __init__(self, source: Any, batch_size: int, seed: int, own: Sequence[int] | None = None):
@@ -48,13 +47,13 @@ class Batches:
         self._examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
 
     def rows(self, step: int, rows: slice) -> np.ndarray:
-        """Rows of the batch of a step, counted from 0."""
+        """Rows of the batch of a step; steps count from 0."""
         first = step * len(self._place)
         return np.stack([np.asarray(self._examples[first + self._place[i]]) for i in range(self.shape[0])[rows]])
 
 
 def prefetch(make: Callable[[int], Any], first: int, last: int) -> Iterator[Any]:
-    """`make(step)` for the steps from first to last, the next ones made by a thread in the meantime."""
+    """`make(step)` for the steps in `range(first, last)`; a thread makes the next ones in the meantime."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         waiting = collections.deque(thread.submit(make, step) for step in range(first, min(first + PREFETCHED, last)))
         for step in range(first, last):
@@ -64,7 +63,7 @@ def prefetch(make: Callable[[int], Any], first: int, last: int) -> Iterator[Any]
 
 
 def files_of_process(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
-    """The files that this process reads, where each host has disk for its own part: those numbered i, i + P, ... of P.
+    """The files that process i of P reads, where each host stores its own part: numbers i, i + P, ...
 
     Raises:
       ValueError: if there are fewer files than processes.
@@ -79,5 +78,5 @@ def files_of_process(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.P
 
 
 def read_tokens(files: Sequence[pathlib.Path], tokenizer: texts.Tokenizer) -> np.ndarray:
-    """The tokens of text files, one after the other, `[N]` int32."""
+    """The concatenated tokens of text files, `[N]` int32."""
     return np.concatenate([texts.encode(file.read_bytes(), tokenizer) for file in files])

@@ -3,9 +3,8 @@
     python -m examples.pod.fit --topology v5e:4x4 --expert 4
     python -m examples.pod.fit --topology v5p:8x8x8 --expert 8 --fsdp 8 --num-experts 64 --batch-size 4096
 
-Prints memory for each chip, FLOPs, and the collectives with their bytes, of the vanilla and of the excited step, both
-with the loss as all that they log. Needs the TPU compiler, on any Linux machine: uv sync --locked --extra examples
---extra tpu, or pip install 'jax[tpu]'.
+Prints memory per chip, FLOPs, and the collectives with their bytes, of the step without and with Excitation; both log
+the loss only. Requires the TPU compiler, on any Linux machine: uv sync --locked --extra examples --extra tpu.
 """
 
 import collections
@@ -14,14 +13,13 @@ import importlib.util
 import math
 import os
 import re
-import sys
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.experimental import topologies
 
+from examples import training
 from examples.pod import parallel, train
 
 COLLECTIVES = (
@@ -33,7 +31,6 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-Excited = Literal["zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 COLLECTIVE = re.compile(rf"\s*(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
@@ -43,21 +40,21 @@ class Config(train.Config):
 
     topology: str = "v5e:4x4"
     """NAME:SHAPE in chips, such as v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4."""
-    excited: Excited = "positive_sum"
-    """The strategy of the excited step; the other has none."""
+    strategy: training.Strategy = "positive_sum"
+    """The strategy of the step that is compared with the baseline."""
 
 
 class Program(NamedTuple):
-    """What XLA says of a compiled step; sizes are for each chip, in bytes."""
+    """XLA's figures for a compiled step; sizes are per chip, in bytes."""
 
     arguments: int
     temporary: int
-    flops: float  # with the body of every loop, such as that over the layers, counted once, as XLA does
-    collectives: dict[str, list[int]]  # bytes that each gives out in a step, by kind
+    flops: float  # XLA counts the body of a loop, such as that over the layers, once
+    collectives: dict[str, list[int]]  # the bytes of each one's result, by kind
 
 
-def bare_step(*args: Any, **kwargs: Any) -> tuple[parallel.TrainState, Any]:
-    """The step of `train`, of which the loss alone is logged: no metric asks for the routing of the vanilla one."""
+def bare_step(*args: Any, **kwargs: Any) -> tuple[training.TrainState, Any]:
+    """The step of `train` that logs the loss only: then the baseline does not count its routing."""
     state, logged = train.step_fn(*args, **kwargs)
     return state, logged["loss"]
 
@@ -87,9 +84,9 @@ def examine(compiled: jax.stages.Compiled) -> Program:
 
 
 def collectives(hlo: str) -> dict[str, list[int]]:
-    """The bytes that each collective of an HLO program gives out, by kind; what a loop repeats, all times together.
+    """The bytes of the result of each collective of an HLO program, by kind; times the trips of the loop it is in.
 
-    Parts of one that XLA fuses with what is computed in the meantime have its channel, and count as one.
+    XLA may fuse parts of a collective with other computations. They share its channel, and count as one.
     """
     computations, entry = _computations(hlo)
     found: dict[Any, tuple[str, int]] = {}
@@ -128,13 +125,13 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(condition: list[str]) -> int:
-    """How often a loop of `jax.lax.scan` runs: up to the constant of its condition. Where it depends on data, 1."""
+    """The trips of a loop of `jax.lax.scan`: the constant of its condition. 1 if they depend on data."""
     bounds = [match[1] for line in condition if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", line))]
     return int(bounds[0]) if len(bounds) == 1 and any("direction=LT" in line for line in condition) else 1
 
 
 def _bytes_out(shapes: str, started: str) -> int:
-    """The size of a collective's result. What starts an asynchronous one gives out its operands first."""
+    """The size of a collective's result. The start of an asynchronous one returns its operands first."""
     sizes = [_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)]
     if started == "all-gather":
         sizes = sizes[len(sizes) // 2 :]
@@ -149,29 +146,29 @@ def _bytes(dtype: str, shape: str) -> int:
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
 
 
-def table(vanilla: Program, excited: Program) -> str:
+def table(baseline: Program, excited: Program) -> str:
     """Both side by side, in Markdown."""
     rows = [
-        ("arguments, MiB a chip", *(f"{p.arguments / 2**20:,.1f}" for p in (vanilla, excited))),
-        ("temporary, MiB a chip", *(f"{p.temporary / 2**20:,.1f}" for p in (vanilla, excited))),
-        ("GFLOPs a chip, loops once", *(f"{p.flops / 1e9:,.2f}" for p in (vanilla, excited))),
+        ("arguments, MiB a chip", *(f"{p.arguments / 2**20:,.1f}" for p in (baseline, excited))),
+        ("temporary, MiB a chip", *(f"{p.temporary / 2**20:,.1f}" for p in (baseline, excited))),
+        ("GFLOPs a chip, loops once", *(f"{p.flops / 1e9:,.2f}" for p in (baseline, excited))),
     ]
     for kind in COLLECTIVES:
-        sizes = [p.collectives.get(kind, []) for p in (vanilla, excited)]
+        sizes = [p.collectives.get(kind, []) for p in (baseline, excited)]
         if any(sizes):
             rows.append((f"{kind}: number, KiB in all", *(f"{len(s)}, {sum(s) / 2**10:,.1f}" for s in sizes)))
-    lines = ["| | vanilla | excited |", "| --- | --: | --: |"]
+    lines = ["| | baseline | excited |", "| --- | --: | --: |"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def devices(topology: str) -> list[jax.Device]:
-    """The devices of a TPU slice that is not there.
+    """The devices of a TPU slice, which need not exist here.
 
     Raises:
       ValueError: if there is no such slice, or no TPU compiler.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor one that must be kept from other processes
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU has metadata to be asked for
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no other process uses a TPU
     jax.config.update("jax_platforms", "cpu")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("There is no TPU compiler here: uv sync --locked --extra examples --extra tpu")
@@ -182,29 +179,26 @@ def devices(topology: str) -> list[jax.Device]:
 
 
 def compare(config: Config) -> tuple[jax.sharding.Mesh, Program, Program]:
-    """The mesh, and the vanilla and the excited step on it.
+    """The mesh, and the steps of the baseline and of the strategy on it.
 
     Raises:
       ValueError: if the mesh does not fit the topology, or the step the chips.
     """
     mesh = parallel.make_mesh(config.data, config.fsdp, config.expert, devices=devices(config.topology))
     parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
-    vanilla, excited = (
+    baseline, excited = (
         examine(compile_step(dataclasses.replace(config, strategy=strategy), mesh))
-        for strategy in ("none", config.excited)
+        for strategy in ("baseline", config.strategy)
     )
-    return mesh, vanilla, excited
+    return mesh, baseline, excited
 
 
 def main(config: Config) -> None:
-    """Compiles both steps and prints what they need."""
-    mesh, vanilla, excited = compare(config)
+    """Compiles both steps and prints what they require."""
+    mesh, baseline, excited = compare(config)
     print(f"{config.topology}, {mesh.size} chips, mesh {dict(mesh.shape)}: the step fits.\n")
-    print(table(vanilla, excited))
+    print(table(baseline, excited))
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config, description=Config.__doc__))
-    except (OSError, ValueError) as error:
-        sys.exit(f"pod.fit: {error}")
+    training.run_program(main, Config, "pod.fit")

@@ -1,13 +1,14 @@
 """The results: JSON lines, one for each finished run, appended as runs finish.
 
-A line is written whole or not at all as far as a reader is concerned: one that was cut off (the machine died, the disk
-was full) is reported and skipped, and the run that it was about is made again.
+Each line has a checksum; lines of earlier versions have none. A damaged line is reported and skipped, and its run is
+made again.
 """
 
 import dataclasses
 import datetime
 import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -26,12 +27,12 @@ FOLDER = pathlib.Path(__file__).parents[2] / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished run. Floats that are not finite stand as null in the file and as NaN here."""
+    """A finished run. Floats that are not finite are null in the file and NaN here."""
 
     run: configs.Run
     measures: dict[str, Any]  # final values by name, such as accuracy; a list has one entry per layer
     curve: dict[str, list[float]]  # "epoch", and as many values of each measure along training
-    seconds: float  # of its device: its share of them, if it was trained stacked with others
+    seconds: float  # of its device; its share, if it was trained stacked with others
     about: dict[str, Any]  # date, revision, versions, device, data, and how many runs were stacked
 
     def to_json(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class Results:
     """The finished runs in a folder of JSON lines files.
 
     Args:
-      folder: where the files are; it is made when there is something to write.
+      folder: has the files. It is made when there is something to write.
     """
 
     def __init__(self, folder: pathlib.Path = FOLDER):
@@ -81,7 +82,7 @@ class Results:
         return len(self._results)
 
     def check_writable(self) -> None:
-        """Raises OSError if results could not be written, before anything is trained for nothing."""
+        """Raises OSError if results cannot be written, before anything is trained."""
         problem = f"The results folder {self.folder} cannot be written to; choose another by --results"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +92,10 @@ class Results:
             raise PermissionError(f"{problem}.")
 
     def append(self, results: list[Result]) -> None:
-        """Adds finished runs to the file of their kind and data set, and to the disk, before it returns.
+        """Adds finished runs to the file of their kind and data set. They are on disk when it returns.
 
         Raises:
-          OSError: if they could not be written whole; the file is then as it was before.
+          OSError: if they could not be written; the file is then as it was before.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         files: dict[pathlib.Path, list[Result]] = {}
@@ -102,18 +103,19 @@ class Results:
             name = f"{result.run.kind}-{result.run.dataset}.jsonl"
             files.setdefault(self.folder / name, []).append(result)
         for path, group in files.items():
-            text = "".join(json.dumps(_without_nan(r.to_json()), allow_nan=False) + "\n" for r in group)
-            _append(path, text.encode())
+            records = [_without_nan(result.to_json()) for result in group]
+            lines = [json.dumps(r | {"checksum": _checksum(r)}, allow_nan=False) + "\n" for r in records]
+            _append(path, "".join(lines).encode())
             self._results |= {r.run.key: r for r in group}
 
 
 def _append(path: pathlib.Path, text: bytes) -> None:
-    """Appends all of the text or nothing of it. Two programs may write to one file."""
+    """Appends the whole text or nothing. Several programs may write to one file."""
     with path.open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
         if end and not _ends_with_newline(path):
-            text = b"\n" + text  # the last writer was cut off: its line stays alone
+            text = b"\n" + text  # the last writer was cut off: its line stays apart
         try:
             written = 0
             while written < len(text):
@@ -121,7 +123,7 @@ def _append(path: pathlib.Path, text: bytes) -> None:
             os.fsync(file.fileno())
         except OSError as error:
             file.truncate(end)
-            message = f"{error.strerror}; what is on file is kept, runs under way are lost"
+            message = f"{error.strerror}; results on file are kept, new ones are lost"
             raise OSError(error.errno, message, path) from error
 
 
@@ -131,12 +133,20 @@ def _ends_with_newline(path: pathlib.Path) -> bool:
         return file.read(1) == b"\n"
 
 
+def _checksum(record: dict[str, Any]) -> str:
+    """16 hexadecimal digits made of all of a line but this."""
+    rest = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _parse(line: bytes) -> Result:
     record = json.loads(line)
     run = configs.from_json(record["config"])
     if record["key"] != run.key:
         raise ValueError(f"its key {record['key']} is not that of its config, {run.key}")
     measures, curve = _with_nan(record["measures"]), _with_nan(record["curve"])
+    if record.get("checksum", checksum := _checksum(record)) != checksum:
+        raise ValueError(f"its checksum is {record['checksum']}, that of its content is {checksum}")
     return Result(run, measures, curve, record["seconds"], record["about"])
 
 
@@ -158,7 +168,7 @@ def _with_nan(value: Any) -> Any:
 
 @functools.cache
 def environment() -> dict[str, Any]:
-    """What a result says about the software and the machine that made it."""
+    """The software and the machine that make a result."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
@@ -171,7 +181,7 @@ def environment() -> dict[str, Any]:
 
 
 def now() -> str:
-    """The date and the time, UTC."""
+    """The date and time in UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -181,7 +191,7 @@ def cores() -> int:
 
 
 def _revision() -> str:
-    """Of git, with a + if files under version control differ from it."""
+    """The revision of git, with a + if tracked files differ from it."""
     git = lambda *args: subprocess.run(
         ["git", *args], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import excitation_optax
-from examples import quickstart
+from examples import training
 from examples.reproduction import store
 
 BOWLS = {  # h0, of the busy expert, and h1
@@ -36,7 +36,7 @@ RATES = np.geomspace(0.05, 4.0, 201)  # of the sweep, over that of all
 
 def make_optimizer(method: str, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
     """The method's name says what it is; momentum is 0.9."""
-    transforms = [quickstart.OPTIMIZERS["momentum" if "momentum" in method else "sgd"](learning_rate)]
+    transforms = [training.OPTIMIZERS["momentum" if "momentum" in method else "sgd"](learning_rate)]
     if "zero_sum" in method:
         transforms.append(excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
     return optax.chain(*transforms)

@@ -1,8 +1,8 @@
 """Trains a transformer of the paper's section 4.5: a MoE-ViT (figures 6, 10 and 11) or a GPT-MoE (table 2).
 
-The runs of a seed start from the same parameters and see the same batches, cut and mirrored alike, whatever their
-strategy: so differences between strategies can be paired by seed. The data stays on the device; steps are compiled in
-chunks. A run that takes long leaves a checkpoint now and then, from which it goes on, bit by bit as if never stopped.
+The runs of a seed start from the same parameters and see the same batches with the same augmentation, whatever their
+strategy, so differences between strategies can be paired by seed. The data stays on the device, and steps are compiled
+in chunks. A run of more than ten minutes writes checkpoints, from which it resumes with the same bits.
 
 Axis letters: B batch, S sequence, L layers, E experts, K experts per token.
 """
@@ -13,7 +13,8 @@ import math
 import os
 import pathlib
 import time
-import types
+import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,14 +25,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-import excitation_optax
-from examples import datasets, quickstart, texts, train_gpt_moe, train_moe_vit
+from examples import datasets, logs, texts, train_gpt_moe, train_moe_vit, training
 from examples.reproduction import configs, store
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import gpt_moe, moe, moe_vit
 
-# What is called along the way with the epochs so far, such as 0.5, and a line of what is seen.
+# Called along the way with the epochs so far, such as 0.5, and a line about the run.
 Progress = Callable[[float, str], None]
 
 CHUNK = 20  # steps of a call of the compiled program
@@ -39,11 +39,11 @@ EVALUATE_EVERY = 1000  # steps, and at the end of every epoch
 CHECKPOINT_SECONDS = 600
 EVALUATION_BATCH = 500  # images
 
-# The files of a text, in the folder that is named, and the tokens of the first: GPT-2's, as `GPTRun` has it. Those of
-# WikiText-103's training split are the paper's count ("5 epochs, about 517M tokens").
+# The files of a text in its folder, and the number of GPT-2's tokens in the first, as `GPTRun` counts them. That of
+# WikiText-103's training split is the paper's ("5 epochs, about 517M tokens").
 TEXTS = {
     "wikitext-103": ("wiki.train.tokens", "wiki.test.tokens", 103_400_000),
-    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt", 258_659),  # the splits of WikiText that are small
+    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt", 258_659),  # WikiText's two small splits
 }
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257, "digits": 1_437}
 
@@ -55,13 +55,13 @@ def train_vit(
 
     Args:
       run: what to train.
-      data: of `run.dataset`; gray images are repeated in three channels.
+      data: the data set `run.dataset`; gray images are repeated in three channels.
       progress: is called after every chunk of steps.
-      folder: for the checkpoint of a run that takes more than ten minutes; None writes none.
+      folder: for the checkpoint of a long run. Call `forget` once the result is on file. None writes none.
 
     Returns:
       The result. Measures are the accuracy, and for each layer `entropy` (nats, of the router's probabilities),
-      `max_load` (of the busiest expert, over the mean) and `dead` (the share of experts that no patch goes to).
+      `max_load` (of the busiest expert, over the mean) and `dead` (the fraction of experts that no patch goes to).
 
     Raises:
       ValueError: if there is not a single full batch, or a size does not fit.
@@ -71,17 +71,13 @@ def train_vit(
         jnp.broadcast_to(images, (*images.shape[:-1], 3))
         for images in (data.train_images[: run.subset], data.test_images)
     )
-    steps_per_epoch = _steps_per_epoch(run, len(train_images), "training images")
-    graphdef, params = nnx.split(moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)))
-    tx = make_optimizer(run, run.epochs * steps_per_epoch, moe_vit.MoEViT.expert_axis)
-    settings = _settings(run)
+    loss_fn = functools.partial(train_moe_vit.loss_fn, flip=bool(run.flip))
 
-    def step(params, opt_state, number, train, batch):
+    def batch(number, train, indices):
         images, labels, augmentation_key = train
-        key = jax.random.fold_in(augmentation_key, number)
-        return train_moe_vit.train_step(
-            settings, graphdef, tx, params, opt_state, number, images[batch], labels[batch], key
-        )
+        return images[indices], labels[indices], jax.random.fold_in(augmentation_key, number)
+
+    graphdef, params = nnx.split(moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)))
 
     @jax.jit
     def evaluate(params, images, labels):
@@ -111,11 +107,12 @@ def train_vit(
         accuracy = math.nan if total["broken"] else int(total["correct"]) / len(test_labels)
         return {"accuracy": accuracy} | {name: np.asarray(value).tolist() for name, value in per_layer.items()}
 
-    # The key is data, so that all seeds are the same program. It is apart from random strategies' keys.
+    # The key is data, so that all seeds are the same program. It is apart from the keys of random strategies.
     train = train_images, jnp.asarray(data.train_labels), jax.random.fold_in(jax.random.key(run.seed), 1)
-    task = Task(run, train, len(train_images), step, measure)
+    model = Model(graphdef, params, moe_vit.MoEViT.expert_axis, loss_fn)
+    task = Task(run, train, len(train_images), "training images", batch, measure)
     about = {"data": f"{run.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
-    return fit(task, params, tx, about | {"fingerprint": data.fingerprint}, progress, folder)
+    return fit(task, model, about | {"fingerprint": data.fingerprint}, progress, folder)
 
 
 def train_gpt(
@@ -123,11 +120,7 @@ def train_gpt(
 ) -> store.Result:
     """Trains a GPT-MoE and measures it on the held-out text, after every epoch and every thousand steps.
 
-    Args:
-      run: what to train.
-      text: of `run.dataset`, from `load_text`.
-      progress: is called after every chunk of steps.
-      folder: for the checkpoint of a run that takes more than ten minutes; None writes none.
+    Args: as `train_vit`, with the text `run.dataset`, from `load_text`.
 
     Returns:
       The result. Measures are the `perplexity` per token and the `bits_per_byte`.
@@ -135,62 +128,62 @@ def train_gpt(
     Raises:
       ValueError: if there is not a single full batch, or a size does not fit.
     """
-    config = gpt_config(run, text.vocab_size)
     examples = (len(text.train) - 1) // run.context
     examples = examples if run.subset is None else min(examples, run.subset)
-    steps_per_epoch = _steps_per_epoch(run, examples, f"sequences of {run.context} tokens")
-    graphdef, params = nnx.split(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)))
-    tx = make_optimizer(run, run.epochs * steps_per_epoch, gpt_moe.GPTMoE.expert_axis)
-    settings = _settings(run)
-    bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
-
-    def step(params, opt_state, number, train, batch):
-        tokens = train[batch[:, None] * run.context + jnp.arange(run.context + 1)[None]]  # [B, S + 1]
-        return train_gpt_moe.train_step(settings, graphdef, tx, params, opt_state, number, tokens)
-
+    graphdef, params = nnx.split(gpt_moe.GPTMoE(gpt_config(run, text.vocab_size), rngs=nnx.Rngs(run.seed)))
     total_loss = train_gpt_moe.make_total_loss(graphdef)
+
+    def batch(number, train, indices):
+        del number
+        return train[indices[:, None] * run.context + jnp.arange(run.context + 1)[None]]  # [B, S + 1]
 
     def measure(params):
         loss = train_gpt_moe.evaluate(total_loss, params, text.evaluation, run.context, run.batch_size)
-        return {"perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss / math.log(2) / bytes_per_token}
+        found = train_gpt_moe.evaluation_metrics(loss, text)
+        return {name: found[name] for name in ("perplexity", "bits_per_byte")}
 
-    task = Task(run, jnp.asarray(text.train), examples, step, measure)
+    model = Model(graphdef, params, gpt_moe.GPTMoE.expert_axis, train_gpt_moe.loss_fn)
+    task = Task(run, jnp.asarray(text.train), examples, f"sequences of {run.context} tokens", batch, measure)
     fingerprint = f"{zlib.crc32(text.train.tobytes() + text.evaluation.tobytes()):08x}"
-    return fit(task, params, tx, {"data": run.dataset, "fingerprint": fingerprint}, progress, folder)
+    return fit(task, model, {"data": run.dataset, "fingerprint": fingerprint}, progress, folder)
 
 
 def vit_config(run: configs.ViTRun, image_size: int = 32, num_classes: int = 10) -> moe_vit.MoEViTConfig:
-    """That of the run's model."""
+    """The config of the run's model."""
     return moe_vit.MoEViTConfig(
-        run.num_experts,
-        run.experts_per_token,
-        run.d_model,
-        run.d_ff,
-        run.num_layers,
-        run.num_heads,
-        image_size,
-        run.patch_size,
-        num_classes,
+        moe=moe.MoEConfig(
+            d_model=run.d_model,
+            d_ff=run.d_ff,
+            num_experts=run.num_experts,
+            experts_per_token=run.experts_per_token,
+        ),
+        num_layers=run.num_layers,
+        num_heads=run.num_heads,
+        image_size=image_size,
+        patch_size=run.patch_size,
+        num_classes=num_classes,
     )
 
 
 def gpt_config(run: configs.GPTRun, vocab_size: int = texts.VOCAB_SIZE["gpt2"]) -> gpt_moe.GPTMoEConfig:
-    """That of the run's model."""
+    """The config of the run's model."""
     return gpt_moe.GPTMoEConfig(
-        run.num_experts,
-        run.experts_per_token,
-        run.d_ff,
-        run.d_model,
-        run.num_layers,
-        run.num_heads,
-        run.context,
-        vocab_size,
-        dtype=jnp.dtype(run.dtype),
+        moe=moe.MoEConfig(
+            d_model=run.d_model,
+            d_ff=run.d_ff,
+            num_experts=run.num_experts,
+            experts_per_token=run.experts_per_token,
+            dtype=jnp.dtype(run.dtype),
+        ),
+        num_layers=run.num_layers,
+        num_heads=run.num_heads,
+        context=run.context,
+        vocab_size=vocab_size,
     )
 
 
 def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
-    """Reads a text of `TEXTS` as GPT-2's tokens: minutes for WikiText-103, so load it once for many runs.
+    """Reads a text of `TEXTS` as GPT-2's tokens. It takes minutes for WikiText-103, so load it once for many runs.
 
     Raises:
       ValueError: if there is no text of this name.
@@ -214,55 +207,57 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """SGD or Adam with warm-up and cosine decay to zero, and Excitation after it."""
     assert run.learning_rate is not None  # set when the config is made
-    warmup = max(1, round(run.warmup * steps))
-    peak = run.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, max(steps, warmup + 1))
-    transforms = [quickstart.OPTIMIZERS[getattr(run, "optimizer", "adam")](schedule)]
-    if run.strategy != "vanilla":
-        strategy = getattr(excitation_optax, run.strategy)
-        transforms.append(
-            excitation_optax.scale_by_excitation(strategy, run.gamma, expert_axis=expert_axis, seed=run.seed)
-        )
-    return optax.chain(*transforms)
+    schedule = training.warmup_cosine(run.learning_rate, run.warmup, steps)
+    strategy = training.from_run(run.strategy)
+    optimizer = training.OPTIMIZERS[getattr(run, "optimizer", "adam")](schedule)
+    return training.make_optimizer(
+        optimizer, strategy=strategy, gamma=run.gamma, expert_axis=expert_axis, seed=run.seed
+    )
+
+
+class Model(NamedTuple):
+    """A model at the start, and its loss."""
+
+    graphdef: Any
+    params: Any  # `fit` donates them
+    expert_axis: Any
+    loss_fn: Callable[..., Any]
 
 
 class Task(NamedTuple):
-    """What `fit` has to know of a run."""
+    """A run and its data."""
 
     run: configs.ViTRun | configs.GPTRun
     data: Any  # arrays on the device
     examples: int
-    step: Callable[..., Any]  # of (params, opt_state, number, data, indices of examples [B]), as `train_step` returns
+    unit: str  # what the examples are
+    batch: Callable[..., Any]  # (number of the step, data, indices of examples [B]) -> a batch of `loss_fn`
     measure: Callable[[Any], dict[str, Any]]  # of params, on what is held out
 
 
 def fit(
     task: Task,
-    params: Any,
-    tx: optax.GradientTransformation,
+    model: Model,
     about: dict[str, Any],
     progress: Progress | None = None,
     folder: pathlib.Path | None = None,
 ) -> store.Result:
-    """Trains in epochs over shuffled examples, measures along the way, and leaves checkpoints.
-
-    Args:
-      task: the run.
-      params: to start from; the program takes their buffers over.
-      tx: the optimizer.
-      about: what to say of the data.
-      progress: is called after every chunk of steps.
-      folder: for checkpoints; None writes none.
+    """Trains in epochs over shuffled examples, measures along the way, and writes checkpoints.
 
     Returns:
       The result: the last measures, and curves of the training loss and all measures, means over the layers.
     """
     start = saved = time.monotonic()
     run, steps_per_epoch = task.run, task.examples // task.run.batch_size
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    state = params, tx.init(params)
+    if not steps_per_epoch:
+        raise ValueError(f"batch_size must be at most the {task.examples} {task.unit}; got {run.batch_size}.")
+    tx = make_optimizer(run, run.epochs * steps_per_epoch, model.expert_axis)
+    losses = {"load_balancing": run.load_balancing, "router_z": 0.0}
+    gradient = jax.grad(functools.partial(model.loss_fn, model.graphdef, **losses), has_aux=True)
+    parameters = training.size_of(model.params)
+    state = training.TrainState.create(model.params, tx)
     checkpoint = None if folder is None else folder / f"{run.key}.npz"
-    reached, curve, seconds = 0, {"epoch": [], "train_loss": []}, 0.0  # of what a checkpoint holds
+    reached, curve, seconds = 0, {"epoch": [], "train_loss": []}, 0.0  # what a checkpoint holds, beside the state
     if checkpoint is not None and (restored := _restore(checkpoint, state)):
         state, (reached, curve, seconds) = restored
     within = [*range(EVALUATE_EVERY, steps_per_epoch, EVALUATE_EVERY), steps_per_epoch]
@@ -270,11 +265,12 @@ def fit(
 
     # Any number of steps is the same program.
     @functools.partial(jax.jit, donate_argnums=0)
-    def advance(state, data, order, row, number, count):
+    def advance(state, data, order, row, count):
         def body(i, carry):
-            (params, opt_state), losses = carry
-            params, opt_state, logged = task.step(params, opt_state, number + i, data, order[row + i])
-            return (params, opt_state), losses.at[i].set(logged["loss"])
+            state, losses = carry
+            batch = task.batch(state.step, data, order[row + i])
+            state, logged, _ = training.train_step(gradient, tx, state, batch)
+            return state, losses.at[i].set(logged["loss"])
 
         return jax.lax.fori_loop(0, count, body, (state, jnp.zeros(CHUNK)))
 
@@ -286,12 +282,12 @@ def fit(
         losses = []
         while reached < stop:
             count = min(CHUNK, stop - reached)
-            state, chunk = advance(state, task.data, order, reached - epoch * steps_per_epoch, reached, count)
+            state, chunk = advance(state, task.data, order, reached - epoch * steps_per_epoch, count)
             losses += np.asarray(chunk)[:count].tolist()  # waits for it
             reached += count
             if progress is not None:
                 progress(reached / steps_per_epoch, f"loss {losses[-1]:.3f}")
-        measures = task.measure(state[0])
+        measures = task.measure(state.params)
         curve["epoch"].append(reached / steps_per_epoch)
         curve["train_loss"].append(float(np.mean(losses)))
         for name, value in measures.items():
@@ -299,56 +295,58 @@ def fit(
         if checkpoint is not None and reached < stops[-1] and time.monotonic() - saved >= CHECKPOINT_SECONDS:
             _save(checkpoint, state, (reached, curve, seconds + time.monotonic() - start))
             saved = time.monotonic()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     about = store.environment() | {"date": store.now(), **about, "parameters": parameters}
     return store.Result(run, measures, curve, round(seconds + time.monotonic() - start, 2), about)
 
 
-def _steps_per_epoch(run, examples: int, of: str) -> int:
-    if run.batch_size > examples:
-        raise ValueError(f"batch_size must be at most the {examples} {of}; got {run.batch_size}.")
-    return examples // run.batch_size
-
-
-def _settings(run) -> types.SimpleNamespace:
-    """What `train_step` of both programs reads of a config: its strategy is for logging only. No router z-loss."""
-    of_training = {"strategy": "none", "load_balancing": run.load_balancing, "router_z": 0.0}
-    return types.SimpleNamespace(**of_training, flip=getattr(run, "flip", None), tensorboard=None, wandb=None)
+def forget(run: configs.Run, folder: pathlib.Path) -> None:
+    """Removes the checkpoint of a run. Only do so when its result is on file."""
+    (folder / f"{run.key}.npz").unlink(missing_ok=True)
 
 
 def _save(path: pathlib.Path, state: Any, reached: tuple) -> None:
     """Replaces the checkpoint, so that there always is a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, *jax.device_get(jax.tree.leaves(state)), reached=json.dumps(reached))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with logs.naming(temporary):
+        with temporary.open("wb") as file:
+            np.savez(file, *jax.device_get(jax.tree.leaves(state)), reached=json.dumps(reached))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
-    """What was saved; None if nothing was, or it was of another model."""
+    """What was saved; None if there is nothing, or it is damaged and was set aside."""
     if not path.exists():
         return None
     leaves, structure = jax.tree.flatten(like)
-    with np.load(path) as saved:
-        arrays = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
-        reached = json.loads(str(saved["reached"]))
-    if [(a.shape, a.dtype) for a in arrays] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
+    try:
+        with path.open("rb") as file, np.load(file) as saved:
+            arrays = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
+            reached = json.loads(str(saved["reached"]))
+        if [(a.shape, a.dtype) for a in arrays] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
+            raise ValueError("its arrays are not those of this model and optimizer")
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        warnings.warn(
+            f"The checkpoint {path} is damaged ({error!r:.200}). It is kept as {logs.set_aside(path).name}, and the "
+            "run starts anew.",
+            stacklevel=2,
+        )
         return None
     return jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays]), reached
 
 
-# How fast we take an H100 to train such small models with XLA, in float32: a guess, a tenth of its dense TF32 peak.
+# Our guess for an H100 that trains such small models with XLA in float32: a tenth of its dense TF32 peak.
 FLOPS_PER_SECOND = 50e12
 
 
 def estimate_gpu_hours(run: configs.ViTRun | configs.GPTRun) -> float:
-    """How long a run would take on one H100: 6 operations for every weight that a token uses, and every token.
+    """An estimate for one H100: 6 operations per token and active weight, at a guessed `FLOPS_PER_SECOND`.
 
-    An estimate: attention's products, evaluation and the optimizer are left out, and `FLOPS_PER_SECOND` is a guess.
+    It leaves out the products of attention, evaluation and the optimizer.
     """
     if isinstance(run, configs.ViTRun):
         tokens_of_example, examples = (32 // run.patch_size) ** 2, TRAINING_IMAGES[run.dataset]

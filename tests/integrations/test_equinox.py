@@ -17,7 +17,6 @@ import excitation_optax
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
-SEPARATE = excitation_optax.children("*")
 WEIGHTS = [
     ("layers/0/weight", 2),
     ("layers/0/bias", 1),
@@ -97,7 +96,7 @@ class Stateful(eqx.Module):
         return x, scores, state
 
     def utilization(self, state):
-        return {"layers": {number: {"experts": state.get(index)} for number, index in enumerate(self.counts)}}
+        return {f"layers/{number}/experts/{{expert}}": state.get(index) for number, index in enumerate(self.counts)}
 
 
 def test_scanned_layers_of_stacked_experts():
@@ -134,7 +133,7 @@ def test_separate_experts_some_of_them_frozen_with_counts_from_the_state():
     frozen = lambda tree: (tree.layers[0].shared, tree.layers[0].experts[0])
     spec = eqx.tree_at(frozen, jax.tree.map(eqx.is_inexact_array, model), replace=(False, False))
     trained, fixed = eqx.partition(model, spec)
-    adamw, tx = own_moe.optimizers(SEPARATE)
+    adamw, tx = own_moe.optimizers()
     opt_state = tx.init(trained)
 
     @eqx.filter_jit
@@ -171,7 +170,10 @@ def gradients(key):
     return jax.tree.map(lambda leaf: jnp.sin(jnp.arange(1.0, leaf.size + 1)).reshape(leaf.shape), params)
 
 
-UTILIZATION = [{"experts": jnp.array([0.4, 0.3, 0.2, 0.1])}, {"experts": jnp.array([0.1, 0.2, 0.3, 0.4])}]
+UTILIZATION = {
+    "0/experts/{expert}": jnp.array([0.4, 0.3, 0.2, 0.1]),
+    "1/experts/{expert}": jnp.array([0.1, 0.2, 0.3, 0.4]),
+}
 
 
 def updates_of(tx, grads):
@@ -184,7 +186,7 @@ def test_optax_wrappers_that_split_the_tree(wrapper):
     grads = jax.jit(gradients)(jax.random.key(0))
     nowhere = jax.tree.map(lambda _: False, grads)
     second = eqx.tree_at(lambda layers: layers[1].experts, nowhere, jax.tree.map(lambda _: True, grads[1].experts))
-    excitation = excitation_optax.scale_by_excitation(excitation_optax.zero_sum, expert_axis=SEPARATE)
+    excitation = excitation_optax.scale_by_excitation(excitation_optax.zero_sum)
     if wrapper == "masked":
         tx = optax.chain(optax.sgd(0.1), optax.masked(excitation, second))
     else:
@@ -197,7 +199,7 @@ def test_optax_wrappers_that_split_the_tree(wrapper):
 def test_a_layer_frozen_as_a_whole_has_no_utilization():
     grads = jax.eval_shape(gradients, jax.random.key(0))
     frozen = eqx.tree_at(lambda layers: layers[0], grads, replace_fn=lambda layer: jax.tree.map(lambda _: None, layer))
-    with pytest.raises(ValueError, match="0/experts matches no parameter"):
-        excitation_optax.describe(frozen, UTILIZATION, SEPARATE)
-    described = excitation_optax.describe(frozen, [None, UTILIZATION[1]], SEPARATE)
+    with pytest.raises(ValueError, match=r"0/experts/\{expert\} matches no parameter"):
+        excitation_optax.describe(frozen, UTILIZATION)
+    described = excitation_optax.describe(frozen, UTILIZATION | {"0/experts/{expert}": None})
     assert sum(p.scaled_by is not None for p in described.parameters) == E * len(WEIGHTS)

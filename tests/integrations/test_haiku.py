@@ -49,12 +49,12 @@ class MoE(hk.Module):
         return x + self.shared(x) + jnp.einsum("bse,bsed->bsd", weights, outputs), (scores, counts)
 
 
-def make_step(network, utilization_of, expert_axis):
+def make_step(network, utilization_of):
     """`network` returns the output and a tuple of scores and more; `utilization_of` takes that tuple and the state."""
     transformed = hk.without_apply_rng(hk.transform_with_state(network))
     x, _, where = own_moe.batch(0)
     params, state = jax.jit(transformed.init)(jax.random.key(1), x, where)
-    adamw, tx = own_moe.optimizers(expert_axis)
+    adamw, tx = own_moe.optimizers()
     opt_state = tx.init(params)
 
     @jax.jit
@@ -87,7 +87,7 @@ def test_separate_experts_in_several_layers_return_their_counts():
 
     def utilization_of(seen, state):
         assert not state
-        return {f"layer_{number}": counts for number, counts in enumerate(seen[1])}
+        return {f"layer_{number}/expert_{{expert}}": counts for number, counts in enumerate(seen[1])}
 
     def factors(phis):
         return {
@@ -96,7 +96,7 @@ def test_separate_experts_in_several_layers_return_their_counts():
             for name in "wb"
         }
 
-    own_moe.check_training(make_step(network, utilization_of, excitation_optax.children("expert_*")), factors)
+    own_moe.check_training(make_step(network, utilization_of), factors)
 
 
 def test_stacked_layers_of_stacked_experts_keep_their_counts_in_the_state():
@@ -110,7 +110,7 @@ def test_stacked_layers_of_stacked_experts_keep_their_counts_in_the_state():
     def factors(phis):  # parameters [L, E, ...]
         return {f"layers/moe/experts/{name}": own_moe.along(phis, 4, 0, 1) for name in ("w_up", "w_down")}
 
-    own_moe.check_training(make_step(network, utilization_of, None), factors, padding=True)
+    own_moe.check_training(make_step(network, utilization_of), factors, padding=True)
 
 
 def test_partitioned_parameters():
@@ -119,7 +119,7 @@ def test_partitioned_parameters():
     u = jnp.array([0.2, 0.3, 0.5])
     frozen, trained = hk.data_structures.partition(lambda module, name, value: module == "moe/expert_0", params)
     assert list(frozen) == ["moe/expert_0"]
-    with pytest.raises(ValueError, match="finds 2 experts at moe, whose children are expert_1, expert_2, router"):
-        excitation_optax.describe(trained, {"moe": u}, excitation_optax.children("expert_*"))
-    described = excitation_optax.describe(params, {"moe": u}, excitation_optax.children("expert_*"))
+    with pytest.raises(ValueError, match="finds 2 experts, with the numbers 1, 2; its utilization"):
+        excitation_optax.describe(trained, {"moe/expert_{expert}": u})
+    described = excitation_optax.describe(params, {"moe/expert_{expert}": u})
     assert [p.expert for p in described.parameters] == [0, 1, 2, None]

@@ -1,4 +1,4 @@
-"""The mappings of docs/integrations onto other projects' parameter trees, held fast without their packages.
+"""The mappings of docs/integrations onto other projects' parameter trees, tested without their packages.
 
 Axis letters: L layers, E experts.
 """
@@ -44,88 +44,113 @@ def tree_of(layout, leaf):
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer, or a stack of layers: the pattern that addresses it, and what the pattern must scale."""
+
+    pattern: str
+    shape: tuple[int, ...]  # of its utilization
+    axes: tuple[int, ...]  # of its parameters, that the axes of the utilization run along
+    parameters: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Mapping:
     layout: str
-    patterns: dict  # to the shape of the layers' utilization
-    expert_axis: object
-    scaled: dict  # the parameters that are scaled, and the axes along which; no others are
+    layers: list[Layer]
+    expert_axis: object = None
+
+    @property
+    def scaled(self):
+        """By path of each scaled parameter, its axes."""
+        return {path: layer.axes for layer in self.layers for path in layer.parameters}
+
+
+def below(node, *names):
+    return [f"{node}/{name}" for name in names]
 
 
 GATED = ("wi_0", "wi_1", "wo")
+DENSE = ("wi/kernel", "wi/bias", "wo/kernel", "wo/bias")
+GPT_OSS = "decoder/layers/layers_{}/GptOssMlp"
+GEMMA = "decoder/scanned_blocks/{}/mlp/moe_block/MoeBlock_0"
 MAPPINGS = [
     Mapping(
         "maxtext mixtral-8x7b",
-        {"decoder/layers/MoeBlock_0/w*": (3, 8)},
+        [Layer("decoder/layers/MoeBlock_0/w*", (3, 8), (1, 0), below("decoder/layers/MoeBlock_0", *GATED))],
         (1, 0),
-        {f"decoder/layers/MoeBlock_0/{name}": (1, 0) for name in GATED},
     ),
-    Mapping(  # its two input matrices in one, [E, D, 2F]
+    Mapping(  # its two input matrices are one array, [E, D, 2F]
         "maxtext qwen3-30b-a3b unscanned",
-        {"decoder/layers_*/moe_block/w*": (8,)},
-        None,
-        {f"decoder/layers_{i}/moe_block/{name}": (0,) for i in range(2) for name in ("wi", "wo")},
-    ),
-    Mapping(  # a dense layer, and shared experts beside the others
-        "maxtext deepseek3-671b",
-        {"decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/w*": (3, 8)},
-        (1, 0),
-        {f"decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0/{name}": (1, 0) for name in GATED},
-    ),
-    Mapping(  # blocks of two layers are scanned; biases of experts, and of the router
-        "maxtext gpt-oss-20b",
-        {"decoder/layers/layers_*/GptOssMlp/w*": (2, 8)},
-        (1, 0),
-        {
-            f"decoder/layers/layers_{i}/GptOssMlp/{name}": (1, 0)
+        [
+            Layer(f"decoder/layers_{i}/moe_block/w*", (8,), (0,), below(f"decoder/layers_{i}/moe_block", "wi", "wo"))
             for i in range(2)
-            for name in (*GATED, "wi_0_bias", "wi_1_bias", "wo_bias")
-        },
+        ],
+    ),
+    Mapping(  # it has a dense layer, and shared experts beside the others
+        "maxtext deepseek3-671b",
+        [
+            Layer(
+                "**/MoeBlock_0/w*",
+                (3, 8),
+                (1, 0),
+                below("decoder/moe_layers/DeepSeekMoeBlock_0/MoeBlock_0", *GATED),
+            )
+        ],
+        (1, 0),
+    ),
+    Mapping(  # blocks of two layers are scanned; the experts and the router have biases
+        "maxtext gpt-oss-20b",
+        [
+            Layer(
+                f"{GPT_OSS.format(i)}/w*",
+                (2, 8),
+                (1, 0),
+                below(GPT_OSS.format(i), *GATED, "wi_0_bias", "wi_1_bias", "wo_bias"),
+            )
+            for i in range(2)
+        ],
+        (1, 0),
     ),
     Mapping(  # scans within scans
         "maxtext gemma4-26b",
-        {
-            f"decoder/scanned_blocks/{block}/mlp/moe_block/MoeBlock_0/{name}": shape
-            for block, shape in {"global_layer": (1, 8), "local_layers": (1, 5, 8)}.items()
-            for name in ("w*", "per_expert_scale")
-        },
-        {"decoder": {"scanned_blocks": {"global_layer": (1, 0), "local_layers": (1, 2, 0)}}},
-        {
-            f"decoder/scanned_blocks/{block}/mlp/moe_block/MoeBlock_0/{name}": axes
-            for block, axes in {"global_layer": (1, 0), "local_layers": (1, 2, 0)}.items()
-            for name in (*GATED, "per_expert_scale")
-        },
+        [
+            Layer(
+                f"**/{block}/mlp/moe_block/MoeBlock_0/{{w*,per_expert_scale}}",
+                shape,
+                axes,
+                below(GEMMA.format(block), *GATED, "per_expert_scale"),
+            )
+            for block, shape, axes in [("global_layer", (1, 8), (1, 0)), ("local_layers", (1, 5, 8), (1, 2, 0))]
+        ],
+        {"**/global_layer": (1, 0), "**/local_layers": (1, 2, 0)},
     ),
     Mapping(
         "vmoe",
-        {"Encoder/encoderblock_*/Moe/Mlp": (4,)},
-        None,
-        {
-            f"Encoder/encoderblock_1/Moe/Mlp/{dense}/{name}": (0,)
-            for dense in ("Dense_0", "Dense_1")
-            for name in ("kernel", "bias")
-        },
+        [
+            Layer(
+                "Encoder/encoderblock_1/Moe/Mlp",
+                (4,),
+                (0,),
+                below(
+                    "Encoder/encoderblock_1/Moe/Mlp", "Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel", "Dense_1/bias"
+                ),
+            )
+        ],
     ),
     Mapping(
         "flaxformer unscanned",
-        {"**/mlp/expert": (4,)},
-        None,
-        {
-            f"{layer}/mlp/expert/{dense}/{name}": (0,)
+        [
+            Layer(f"{layer}/mlp/expert", (4,), (0,), below(f"{layer}/mlp/expert", *DENSE))
             for layer in ("encoder/layers_1", "decoder/layers_0")
-            for dense in ("wi", "wo")
-            for name in ("kernel", "bias")
-        },
+        ],
     ),
     Mapping(  # two blocks of encoder layers, the second layer of each with experts; three of the decoder
         "flaxformer scanned",
-        {"encoder/encoder/subblock_*/mlp/expert": (2, 4), "decoder/decoder/subblock_*/mlp/expert": (3, 4)},
+        [
+            Layer(f"{block}/mlp/expert", shape, (1, 0), below(f"{block}/mlp/expert", *DENSE))
+            for block, shape in {"encoder/encoder/subblock_1": (2, 4), "decoder/decoder/subblock_0": (3, 4)}.items()
+        ],
         (1, 0),
-        {
-            f"{block}/mlp/expert/{dense}/{name}": (1, 0)
-            for block in ("encoder/encoder/subblock_1", "decoder/decoder/subblock_0")
-            for dense in ("wi", "wo")
-            for name in ("kernel", "bias")
-        },
     ),
 ]
 
@@ -139,12 +164,13 @@ def test_every_layout_is_mapped():
     assert [mapping.layout for mapping in MAPPINGS] == list(LAYOUTS)
 
 
+def shape_leaf(shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def test_describe(mapping):
-    leaf = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    params = tree_of(mapping.layout, leaf)
-    patterns = {pattern: leaf(shape) for pattern, shape in mapping.patterns.items()}
-    utilization = excitation_optax.by_pattern(params, patterns)
-    description = excitation_optax.describe(params, utilization, mapping.expert_axis)
+    utilization = {layer.pattern: shape_leaf(layer.shape) for layer in mapping.layers}
+    description = excitation_optax.describe(tree_of(mapping.layout, shape_leaf), utilization, mapping.expert_axis)
     rows = {row.path: row for row in description.parameters}
     assert {path: row.shape for path, row in rows.items()} == LAYOUTS[mapping.layout]
     assert {path: row.axes for path, row in rows.items() if row.scaled_by is not None} == mapping.scaled
@@ -153,46 +179,46 @@ def test_describe(mapping):
 def test_updates(mapping):
     rng = np.random.default_rng(0)
     before = tree_of(mapping.layout, lambda shape: rng.normal(size=shape).astype(np.float32))
-    patterns = {pattern: rng.uniform(size=shape).astype(np.float32) for pattern, shape in mapping.patterns.items()}
-    utilization = excitation_optax.by_pattern(before, patterns)
+    utilization = {layer.pattern: rng.uniform(size=layer.shape).astype(np.float32) for layer in mapping.layers}
     tx = excitation_optax.scale_by_excitation(excitation_optax.zero_sum, expert_axis=mapping.expert_axis)
     after, _ = jax.jit(lambda updates, u: tx.update(updates, tx.init(updates), utilization=u))(before, utilization)
 
-    by_path = {}
-    for entry, leaf in excited.paths(utilization).items():  # of which some end in {several,siblings}
-        head, _, names = entry.rpartition("/")
-        by_path |= {f"{head}/{name}": leaf for name in names.strip("{}").split(",")}
     factors = {}
-    for path, axes in mapping.scaled.items():
-        u = np.asarray(next(leaf for prefix, leaf in by_path.items() if f"{path}/".startswith(f"{prefix}/")))
+    for layer in mapping.layers:
+        u = utilization[layer.pattern]
         factor = u / u.mean(axis=-1, keepdims=True)
-        shape = np.ones(len(LAYOUTS[mapping.layout][path]), int)
-        shape[list(axes)] = factor.shape
-        factors[path] = np.transpose(factor, np.argsort(axes)).reshape(shape)
+        for path in layer.parameters:
+            shape = np.ones(len(LAYOUTS[mapping.layout][path]), int)
+            shape[list(layer.axes)] = factor.shape
+            factors[path] = np.transpose(factor, np.argsort(layer.axes)).reshape(shape)
     excited.assert_scaled(before, after, factors)
 
 
 @pytest.mark.parametrize(
     ("layout", "pattern", "shape", "expert_axis", "message"),
     [
-        ("maxtext mixtral-8x7b", "decoder/layers/MoeBlock_0/w*", (3, 8), None, "these have \\[8, 3\\] entries"),
-        ("maxtext mixtral-8x7b", "decoder/layers/MoeBlock_0", (3, 8), (1, 0), "whose name 'gate' is one to avoid"),
-        (
-            "maxtext deepseek3-671b",
-            "**/DeepSeekMoeBlock_0/**/w*",
-            (3, 8),
-            (1, 0),
-            "whose name 'shared_experts' is one to avoid",
-        ),
+        ("maxtext mixtral-8x7b", "decoder/layers/MoeBlock_0/w*", (3, 8), None, r"these have \[8, 3\] entries"),
         ("maxtext qwen3-30b-a3b unscanned", "**/MoeBlock_0/w*", (8,), None, "matches no parameter"),
-        ("vmoe", "Encoder/*/Moe", (4,), None, "whose name 'Router' is one to avoid"),
-        ("vmoe", "Encoder/*/*/Mlp", (4,), 1, "cannot be scaled"),
-        ("flaxformer scanned", "encoder/**/mlp/expert", (2, 4), None, "these have \\[4, 2\\] entries"),
-        ("flaxformer unscanned", "**/mlp", (4,), None, "whose name 'router' is one to avoid"),
+        # Routers and shared experts are found by their shapes, whatever they are called.
+        ("maxtext mixtral-8x7b", "**/MoeBlock_0", (3, 8), (1, 0), r"gate/kernel \[16, 3, 8\] cannot be scaled"),
+        ("maxtext gpt-oss-20b", "**/layers_0/GptOssMlp", (2, 8), (1, 0), r"gate/kernel \[16, 2, 8\] cannot be scaled"),
+        ("maxtext deepseek3-671b", "**/shared_experts", (3, 8), (1, 0), r"wi_0/kernel \[16, 3, 32\] cannot be scaled"),
+        ("vmoe", "**/Moe", (4,), None, r"Router/dense/kernel \[16, 4\] cannot be scaled"),
+        ("flaxformer unscanned", "encoder/*/mlp", (4,), None, r"are different layers"),
+        ("flaxformer unscanned", "encoder/layers_1/mlp", (4,), None, r"w/kernel \[13, 4\] cannot be scaled"),
+        # One entry for several layers would give them the same counts.
+        ("maxtext qwen3-30b-a3b unscanned", "**/moe_block/w*", (8,), None, "are different layers"),
+        ("maxtext gpt-oss-20b", "decoder/layers/layers_*/GptOssMlp/w*", (2, 8), (1, 0), "are different layers"),
+        ("flaxformer unscanned", "**/mlp/expert", (4,), None, "are different layers"),
     ],
 )
 def test_mistakes_are_errors(layout, pattern, shape, expert_axis, message):
-    leaf = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    params = tree_of(layout, leaf)
     with pytest.raises(ValueError, match=message):
-        excitation_optax.describe(params, excitation_optax.by_pattern(params, {pattern: leaf(shape)}), expert_axis)
+        excitation_optax.describe(tree_of(layout, shape_leaf), {pattern: shape_leaf(shape)}, expert_axis)
+
+
+def test_describe_asks_about_a_bias_that_may_be_the_routers():
+    """Its shape, `[E]`, is also that of a scalar for each expert."""
+    path = "encoder/layers_1/mlp/router/router_weights/w/bias"
+    params = tree_of("flaxformer unscanned", shape_leaf)
+    assert excitation_optax.describe(params, {path: shape_leaf((4,))}).doubtful == (f"{path} [4]",)

@@ -92,7 +92,7 @@ def test_the_lines_that_matter_are_those_that_run():
 
 def test_describe_prints_what_the_page_says():
     model = eqx.filter_eval_shape(page()["make_model"])
-    description = excitation_optax.describe(model, page()["at_experts"](model, jnp.ones((3, 8))))
+    description = excitation_optax.describe(model, page()["at_experts"](jnp.ones((3, 8))))
     assert f"```text\n{description}\n```" in PAGE.read_text()
     assert {p.path for p in description.parameters if p.scaled_by} == set(factors(np.ones((3, 8)), 1))
 
@@ -109,7 +109,7 @@ def test_a_training_loop_scales_the_experts_and_nothing_else(padded, as_users_ha
         (loss, utilization), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model, example)
         params = eqx.filter(model, eqx.is_inexact_array)
         vanilla, _ = adamw.update(grads, opt_state[0], params)
-        utilization = names["at_experts"](params, utilization)
+        utilization = names["at_experts"](utilization)
         updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
         return eqx.apply_updates(model, updates), opt_state, loss, vanilla, updates
 
@@ -181,7 +181,7 @@ def test_levanters_own_trainer_drops_the_utilization_which_is_an_error():
     arguments = names["trainer_config"], names["tx"], names["trainer_loss_fn"]
     with trainer.Trainer(*arguments, add_default_hooks=False) as own:
         state = own.initial_state(jax.random.key(0), model_init=names["make_model"])
-        with pytest.raises(ValueError, match="Those that came: obj_fn, loss"):
+        with pytest.raises(ValueError, match="Extra arguments received: obj_fn, loss"):
             own.train_step(state, names["make_example"](jax.random.key(0)))
 
 

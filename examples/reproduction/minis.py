@@ -54,14 +54,10 @@ class Text(NamedTuple):
 
 def make_model(run: configs.MiniGPTRun, seed: Any) -> gpt_moe.GPTMoE:
     """The model that every run of a seed starts from."""
-    layer = moe.MoEConfig(
-        d_model=run.d_model,
-        d_ff=run.d_ff,
-        num_experts=run.num_experts,
-        experts_per_token=run.experts_per_token,
-    )
     config = gpt_moe.GPTMoEConfig(
-        moe=layer,
+        moe=moe.MoEConfig(
+            d_model=run.d_model, d_ff=run.d_ff, num_experts=run.num_experts, experts_per_token=run.experts_per_token
+        ),
         num_layers=run.num_layers,
         num_heads=run.num_heads,
         context=run.context,

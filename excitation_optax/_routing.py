@@ -232,11 +232,11 @@ def token_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _check_shapes(what: str, counts: RoutingCounts) -> None:
-    _check_experts(f"{what}: the counts of RoutingCounts", counts.counts)
+    _check_experts(f"{what}: the counts", counts.counts)
     shape = list(counts.counts.shape)
     if _arrays.shape_of(counts.tokens) != counts.counts.shape[:-1]:
         raise ValueError(
-            f"{what} is RoutingCounts with counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
+            f"{what} has counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
             f"shape {shape[:-1]}, one number for each layer."
         )
 

@@ -505,14 +505,11 @@ def test_utilization_that_is_right(leaf):
         (jnp.array([True]), r"Utilization at moe must be floating-point .* got bool\[1\]"),
         (jnp.array([0.5, -0.25]), r"Utilization at moe must not be negative; got float32\[2\] with the value -0\.25"),
         (np.array([math.nan, -1.0]), r"Utilization at moe must not be negative; got float64\[2\] with the value -1\.0"),
-        (RoutingCounts([3, 1], 4), r"Utilization at moe: the counts of RoutingCounts must be an array .* got \[3, 1\]"),
-        (
-            RoutingCounts(None, jnp.ones(())),
-            r"Utilization at moe: the counts of RoutingCounts must be an array .* got None",
-        ),
+        (RoutingCounts([3, 1], 4), r"Utilization at moe: the counts must be an array .* got \[3, 1\]"),
+        (RoutingCounts(None, jnp.ones(())), r"Utilization at moe: the counts must be an array .* got None"),
         (
             RoutingCounts(jnp.ones(2), jnp.ones(2)),
-            r"Utilization at moe is RoutingCounts with counts of shape \[2\] and tokens float32\[2\]; tokens must have the shape \[\]",
+            r"Utilization at moe has counts of shape \[2\] and tokens float32\[2\]; tokens must have the shape \[\]",
         ),
         (RoutingCounts(jnp.ones((3, 2)), 1), r"shape \[3, 2\] and tokens 1; tokens must have the shape \[3\]"),
         (RoutingCounts(jnp.ones(2), None), r"tokens None; tokens must have the shape \[\]"),

@@ -438,7 +438,7 @@ def hold(counts, **passed):
         ),
         (lambda: excitation_optax.hold_utilization(optax.sgd(0.1).update, LIKE), "takes none"),
         (lambda: excitation_optax.hold_utilization(TX, {}), "like must be a tree of RoutingCounts or fractions"),
-        (lambda: excitation_optax.hold_utilization(TX, {"a": 0.5}), "at a must be an array of fractions"),
+        (lambda: excitation_optax.hold_utilization(TX, {"a": 0.5}), "at a must be an array with an axis of experts"),
         (lambda: hold({"b": jnp.ones(2)}), "the layers of `like`: a is missing from the utilization"),
         (lambda: hold({"a": jnp.ones(3)}), "utilization at a is float32[3]; in `like` it is float32[2]"),
         (lambda: hold({"a": jnp.ones(2, jnp.bfloat16)}), "utilization at a is bfloat16[2]; in `like` it is float32[2]"),

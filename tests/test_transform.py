@@ -307,6 +307,7 @@ def test_fractions_cannot_be_summed_over_devices():
         jax.pmap(update, axis_name="data")(jnp.ones((8, 4)))
 
 
+@jax.numpy_dtype_promotion("standard")  # optax.MultiSteps needs it
 def test_states_and_counts_are_exported():
     """By `jax.export`, to which optax's own states are made known here."""
     params = {"experts": jnp.ones((2, 3))}

@@ -7,7 +7,7 @@ LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/p
 # Tests that import jax, numpy and optax only, for test-oldest: test_NAME.py.
 CORE_TESTS = $(patsubst %,tests/test_%.py,describe errors metrics paths routing scaling strategies transform)
 
-.PHONY: help demo site test test-latest test-oldest test-slow test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
+.PHONY: help demo site test test-latest test-oldest test-slow study-check test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-latest: $(UV)  ## the tests, with the newest Python at hand and the newest 
 
 test-slow: $(UV)  ## the tests that take longer
 	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) pytest -n 2 -m slow --ignore-glob='tests/test_pod*'
+
+study-check: $(UV)  ## tiny versions of our studies
+	$(RUN) pytest -n 2 -m "slow or not slow" tests/test_study.py tests/test_minis.py
 
 test-pod: $(UV)  ## the training program of examples/pod on any mesh, through every failure; a quarter of an hour
 	$(RUN) pytest -n 2 -m slow tests/test_pod*.py

@@ -18,7 +18,18 @@ import tqdm
 import tyro
 
 from examples import datasets, logs, training
-from examples.reproduction import configs, engine, evidence, experiments, overhead, report, store, toy, transformers
+from examples.reproduction import (
+    configs,
+    engine,
+    evidence,
+    experiments,
+    minis,
+    overhead,
+    report,
+    store,
+    toy,
+    transformers,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATASETS = tuple(datasets.NUM_CLASSES)
@@ -48,7 +59,8 @@ class List:
             runs, found = experiments.runs(experiment), evidence.found(results, experiment)
             listed |= {run.key for run in found}
             hours = sum(results[run].seconds for run in found) / 3600
-            counts = evidence.count(evidence.verdicts(results, experiment, view)) if view.get("claims") else []
+            view = view or {"claims": experiment.claims}
+            counts = evidence.count(evidence.verdicts(results, experiment, view)) if view["claims"] else []
             verdicts = " / ".join(map(str, counts[:3]))
             print(f"{name:<14}{len(runs):>6}{len(found):>6}{hours:>7.1f}{verdicts:>41}   {experiment.title}")
         if len(results) > len(listed):
@@ -62,7 +74,8 @@ class Run:
     names: tyro.conf.Positional[tuple[str, ...]]
     """Tables and figures, such as table1. They are trained in this order, and share runs."""
     dataset: str | None = None
-    """Another data set than the paper's: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid."""
+    """Another data set than the report's: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid;
+    for transformers in miniature tinyshakespeare or python-reference."""
     data_dir: pathlib.Path | None = None
     """The folder of the images (prepared by TensorFlow Datasets, or as their makers publish them) or of the text files;
     by default $TFDS_DATA_DIR, otherwise ~/tensorflow_datasets."""
@@ -102,7 +115,8 @@ class Run:
                     toy.save(toy.run(), self.results / "fig1")
             print(f"fig1 is on file in {self.results / 'fig1'}")
         self.train_mlps([run for run in runs if isinstance(run, configs.MLPRun)], results)
-        self.train_transformers([run for run in runs if not isinstance(run, configs.MLPRun)], results)
+        self.train_minis([run for run in runs if isinstance(run, configs.MiniGPTRun)], results)
+        self.train_transformers([run for run in runs if isinstance(run, configs.ViTRun | configs.GPTRun)], results)
         if "table8" in self.names:
             print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")
         in_tables = {run for name in self.names for run in Run((name,)).runs(name)}  # the runs without flags
@@ -120,7 +134,7 @@ class Run:
         experiment = experiments.EXPERIMENTS[experiments.paper().get(name, {}).get("same_as", name)]
         if self.seeds is not None:
             experiment = dataclasses.replace(experiment, seeds=self.seeds)
-        known = tuple(transformers.TEXTS) if experiment.kind == "gpt" else DATASETS
+        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.FILES)}.get(experiment.kind, DATASETS)
         if self.dataset is not None and self.dataset not in known:
             raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
         return experiments.runs(experiment, **flags)
@@ -130,7 +144,17 @@ class Run:
         if any(run not in results for run in runs):
             total = sum(run.epochs for run in runs)
             with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
-                engine.train(runs, lambda name: datasets.load_images(name, self.data_dir), results, bar)
+                engine.train(runs, self.load_images, results, bar)
+
+    def load_images(self, name: str) -> datasets.ImageData:
+        """Reads a data set of images; digits come with scikit-learn."""
+        return datasets.load_digits() if name == "digits" else datasets.load_images(name, self.data_dir)
+
+    def train_minis(self, runs: list[configs.MiniGPTRun], results: store.Results) -> None:
+        """Trains GPT-MoEs in miniature, in groups."""
+        if any(run not in results for run in runs):
+            with tqdm.tqdm(total=sum(run.epochs for run in runs), unit="epoch", mininterval=1, delay=1) as bar:
+                minis.train(runs, lambda name: minis.load_text(name, self.data_dir), results, bar.update)
 
     def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
         """Trains transformers one after the other."""
@@ -229,7 +253,7 @@ def describe(run: configs.Run, result: store.Result) -> str:
     default = configs.KINDS[run.kind](dataset=run.dataset)
     fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
     apart = [f"{name} {value}" for name, value in fields.items() if value != getattr(default, name)]
-    measure, factor = ("perplexity", 1) if run.kind == "gpt" else ("accuracy", 100)
+    measure, factor = {"gpt": ("perplexity", 1), "mini_gpt": ("loss", 1)}.get(run.kind, ("accuracy", 100))
     return f"{', '.join([run.dataset, *apart])}: {measure} {factor * result.measures[measure]:.2f}"
 
 

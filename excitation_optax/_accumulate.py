@@ -87,7 +87,7 @@ def accumulate_utilization(
         _check_counts("utilization", received)
         _check_like(received, expected)
         if axis_name is not None:
-            received = jax.lax.psum(received, axis_name)
+            received = _routing.sum_over(axis_name, received)
         before = state.multi_steps
         of_this_batch = structure.unflatten([received[path] for path in expected])
         total = jax.tree.map(lambda x, y: x + jnp.asarray(y, x.dtype), state.accumulated, of_this_batch)

@@ -4,6 +4,7 @@ Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any 
 """
 
 import operator
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +74,11 @@ class RoutingCounts(NamedTuple):
 def is_counts(x: object) -> bool:
     """Says where a tree of utilization ends, as `is_leaf=`."""
     return isinstance(x, RoutingCounts)
+
+
+def sum_over(axis_name: Hashable, counts: dict[str, RoutingCounts]) -> dict[str, RoutingCounts]:
+    """Sums the counts of all layers over a mapped axis, in one reduction and in float32 or wider."""
+    return jax.lax.psum({path: RoutingCounts(*_arrays.widened(*leaf)) for path, leaf in counts.items()}, axis_name)
 
 
 def fractions(utilization: ArrayLike | RoutingCounts, what: str = "Utilization") -> jax.Array:

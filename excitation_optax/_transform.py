@@ -176,7 +176,7 @@ def _sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Any]
                 f"Utilization at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: with axis_name={axis_name!r}, "
                 "pass RoutingCounts, as from count_routing. A sum of fractions over devices is no fraction."
             )
-    return jax.lax.psum(dict(entries), axis_name)
+    return _routing.sum_over(axis_name, dict(entries))
 
 
 def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:

@@ -5,7 +5,14 @@ A layer calls `sow_routing`. Training code collects a nested dict of `RoutingCou
 * NNX: `capture_routing(model)(*inputs)`, or `pop_routing(model)` in a loop that calls the model itself.
 * Linen: `routing_from_intermediates(...)`, and `TrainState`, whose `apply_gradients` forwards `utilization`.
 
-`import excitation_optax` does not import this file, which needs Flax.
+`import excitation_optax` does not import this module, which needs Flax. The examples import it as `excitation_flax`,
+and use a layer whose neurons are experts:
+
+    >>> class Neurons(nnx.Linear):
+    ...     def __call__(self, x):
+    ...         h = nnx.relu(super().__call__(x))
+    ...         excitation_flax.sow_routing(self, excitation_optax.count_active(h > 0))
+    ...         return h
 """
 
 import dataclasses
@@ -23,24 +30,15 @@ from flax.training import train_state
 from excitation_optax import _routing, _sow
 from excitation_optax._sow import Routing
 
-__all__ = [
-    "Routing",
-    "TrainState",
-    "capture_routing",
-    "is_capturing",
-    "pop_routing",
-    "routing_from_intermediates",
-    "routing_like",
-    "sow_routing",
-]
+__all__ = ["Routing", "TrainState", "capture_routing", "is_capturing", "pop_routing"]
+__all__ += ["routing_from_intermediates", "routing_like", "sow_routing"]
 
 
 def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCounts, *names: str) -> None:
     """Records a layer's routing from inside its call. Several calls in one forward pass add up.
 
     In NNX, outside of `capture_routing`, the counts stay on the module until `pop_routing` takes them. Nothing is kept
-    if the module has an attribute `deterministic` that is True, as `model.eval()` sets it, or if `jax.jit` or another
-    JAX transform closed over the model.
+    if `module.deterministic` is True, as after `model.eval()`, or if a JAX transform closed over the model.
 
     Args:
       module: the module that holds the experts.
@@ -52,16 +50,10 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
       ValueError: if an argument has the wrong type, if the module has no such name, or if the routing would be lost.
 
     Example:
-      >>> from flax import nnx
-      >>> from excitation_optax import flax as excitation_flax
-      >>> class Neurons(nnx.Linear):
-      ...     def __call__(self, x):
-      ...         h = nnx.relu(super().__call__(x))
-      ...         excitation_flax.sow_routing(self, excitation_optax.count_active(h > 0), "kernel", "bias")
-      ...         return h
-      >>> output, utilization = excitation_flax.capture_routing(Neurons(2, 3, rngs=nnx.Rngs(0)))(jnp.ones((5, 2)))
-      >>> utilization["{kernel,bias}"].tokens
-      Array(5., dtype=float32)
+      >>> layer, counts = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), excitation_optax.count_active(jnp.ones((5, 3), bool))
+      >>> excitation_flax.sow_routing(layer, counts, "kernel", "bias")
+      >>> list(excitation_flax.pop_routing(layer))
+      ['{kernel,bias}']
     """
     if not isinstance(counts, _routing.RoutingCounts):
         raise ValueError(f"sow_routing takes RoutingCounts, as from count_routing; got {type(counts).__name__}.")
@@ -70,27 +62,21 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
             f"sow_routing takes the module that holds the experts; got {type(module).__name__}. For a list of experts, "
             "call sow_routing(self, counts, 'experts/{expert}') on the module that holds the list."
         )
-    if isinstance(module, linen.Module):
-        _sow.sow_linen(module, counts, names)
-    else:
-        _sow.sow_nnx(module, counts, names)
+    sow = _sow.sow_linen if isinstance(module, linen.Module) else _sow.sow_nnx
+    sow(module, counts, names)
 
 
 def is_capturing(module: nnx.Module) -> bool:
     """Whether `capture_routing` records this NNX module now. A plain call must leave nothing behind in the module.
 
     Example:
-      >>> from flax import nnx
-      >>> from excitation_optax import flax as excitation_flax
       >>> excitation_flax.is_capturing(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
       False
     """
     return _sow.captured(module) is not None
 
 
-def capture_routing(
-    model: nnx.Module | Callable[..., Any], *other_types: type[nnx.Variable]
-) -> Callable[..., tuple[Any, ...]]:
+def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..., tuple[Any, ...]]:
     """Wraps an NNX model so that a call also returns its routing and leaves nothing behind in the model.
 
     Use it for training and evaluation. Inside a loss function, return the routing as auxiliary output.
@@ -108,14 +94,7 @@ def capture_routing(
       ValueError: if `model` is not an NNX model; from the call, if no layer sowed, or if routing was lost.
 
     Example:
-      >>> from flax import nnx
-      >>> from excitation_optax import flax as excitation_flax
-      >>> def model(layer, x):
-      ...     h = nnx.relu(layer(x))
-      ...     excitation_flax.sow_routing(layer, excitation_optax.count_active(h > 0))
-      ...     return h
-      >>> layer = nnx.Linear(2, 8, rngs=nnx.Rngs(0))
-      >>> output, utilization = excitation_flax.capture_routing(model)(layer, jnp.ones((5, 2)))
+      >>> output, utilization = excitation_flax.capture_routing(Neurons(2, 8, rngs=nnx.Rngs(0)))(jnp.ones((5, 2)))
       >>> utilization.utilization.shape
       (8,)
     """
@@ -131,16 +110,15 @@ def capture_routing(
     @functools.wraps(model, updated=())
     def with_routing(*args, **kwargs):
         root: Any = owner if isinstance(owner, nnx.Module) else args[0] if args else None
-        with _sow.Capture(root) as capture:
-            call = functools.partial(model, *args, **kwargs)
-            output, routing, *others = nnx.capture(capture.run, Routing, *other_types)(root, call)
-            return output, _sow.collected(routing, "The call sowed no routing.", root), *others
+        call = functools.partial(model, *args, **kwargs)
+        output, routing, *others = _sow.Capture(root).record(root, call, *other_types)
+        return output, _sow.collected(routing, "The call sowed no routing.", root), *others
 
     return with_routing
 
 
 def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-    """The shapes of the routing that a call of an NNX model would sow. Nothing is computed.
+    """Returns the shapes of the routing that a call of an NNX model would sow, and computes nothing.
 
     Pass them as `like` to `excitation_optax.accumulate_utilization`. For any other model, apply `jax.eval_shape` to a
     function that returns its routing.
@@ -150,18 +128,10 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
       *args: the arguments of the call; arrays can be `jax.ShapeDtypeStruct`.
       **kwargs: its keyword arguments.
 
-    Returns:
-      A nested dict of `RoutingCounts` of `jax.ShapeDtypeStruct`.
-
     Raises:
       ValueError: as `capture_routing`.
 
     Example:
-      >>> from flax import nnx
-      >>> from excitation_optax import flax as excitation_flax
-      >>> class Neurons(nnx.Linear):
-      ...     def __call__(self, x):
-      ...         excitation_flax.sow_routing(self, excitation_optax.count_active(super().__call__(x) > 0))
       >>> excitation_flax.routing_like(Neurons(2, 8, rngs=nnx.Rngs(0)), jnp.ones((5, 2))).counts
       ShapeDtypeStruct(shape=(8,), dtype=float32)
     """
@@ -176,26 +146,21 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def pop_routing(model: nnx.Module) -> Any:
-    """Takes the routing that calls of an NNX model left on it, for loops that call the model themselves.
+    """Takes the routing that calls left on an NNX model, a nested dict of `RoutingCounts`, and returns it.
 
-    Pop after every call. Counts that nobody popped are added to the next ones, change the tree of a checkpoint, and
-    make `nnx.jit` compile again. Evaluation counts too, except after `model.eval()` for layers with an attribute
-    `deterministic`. Routing that is lost inside the model is not detected. `capture_routing` has none of these traps.
+    Pop after every call, also in evaluation. Counts that nobody popped are added to the next ones, change the tree of a
+    checkpoint, and make `nnx.jit` compile again. Routing that is lost inside the model is not detected.
+    `capture_routing` has none of these traps.
 
     Args:
       model: the module that was called.
-
-    Returns:
-      A nested dict of `RoutingCounts`.
 
     Raises:
       ValueError: if `model` is not an NNX module, or holds no routing.
 
     Example:
-      >>> from flax import nnx
-      >>> from excitation_optax import flax as excitation_flax
-      >>> layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-      >>> excitation_flax.sow_routing(layer, excitation_optax.count_active(layer(jnp.ones((5, 2))) > 0))
+      >>> layer = Neurons(2, 3, rngs=nnx.Rngs(0))
+      >>> output = layer(jnp.ones((5, 2)))
       >>> excitation_flax.pop_routing(layer).tokens
       Array(5., dtype=float32)
     """
@@ -205,30 +170,24 @@ def pop_routing(model: nnx.Module) -> Any:
 
 
 def routing_from_intermediates(intermediates: Any) -> Any:
-    """Finds the routing in the `intermediates` collection of a Linen model.
+    """Returns the routing in the `intermediates` collection of a Linen model, a nested dict of `RoutingCounts`.
 
     It also finds counts that a layer records by Flax's own `self.sow("intermediates", name, counts)`.
 
     Args:
       intermediates: the collection, from `model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]`.
 
-    Returns:
-      A nested dict of `RoutingCounts`.
-
     Raises:
       ValueError: if there is no routing in it, or if some would be counted twice.
 
     Example:
-      >>> from flax import linen
-      >>> from excitation_optax import flax as excitation_flax
-      >>> class Neurons(linen.Module):
-      ...     @linen.compact
+      >>> class LinenNeurons(linen.Dense):
       ...     def __call__(self, x):
-      ...         h = linen.relu(linen.Dense(3, name="dense")(x))
-      ...         excitation_flax.sow_routing(self, excitation_optax.count_active(h > 0), "dense")
+      ...         h = linen.relu(super().__call__(x))
+      ...         excitation_flax.sow_routing(self, excitation_optax.count_active(h > 0))
       ...         return h
-      >>> output, sown = Neurons().init_with_output(jax.random.key(0), jnp.ones((5, 2)), mutable=True)
-      >>> excitation_flax.routing_from_intermediates(sown["intermediates"])["dense"].tokens
+      >>> output, sown = LinenNeurons(3).init_with_output(jax.random.key(0), jnp.ones((5, 2)), mutable=True)
+      >>> excitation_flax.routing_from_intermediates(sown["intermediates"]).tokens
       Array(5., dtype=float32)
     """
     if not isinstance(intermediates, Mapping) or "intermediates" in intermediates:
@@ -245,7 +204,6 @@ class TrainState(train_state.TrainState):
     Flax's own drops them, so that `apply_gradients(grads=grads, utilization=...)` fails for missing utilization.
 
     Example:
-      >>> from excitation_optax import flax as excitation_flax
       >>> params = {"experts": jnp.ones((2, 3))}
       >>> tx = optax.chain(optax.sgd(0.5), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> state = excitation_flax.TrainState.create(apply_fn=None, params=params, tx=tx)
@@ -256,20 +214,13 @@ class TrainState(train_state.TrainState):
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> typing.Self:
-        """Updates parameters, optimizer state and step.
+        """Returns the state with new parameters, optimizer state and step.
 
         Args:
           grads: gradients, with the structure of the parameters.
           **kwargs: fields of the state to replace, as in Flax. All others are extra arguments of `tx.update`.
-
-        Returns:
-          The new state.
         """
-        fields = {field.name for field in dataclasses.fields(self)}
-        new_tx = kwargs.pop("tx", self.tx)
-        replaced = {name: value for name, value in kwargs.items() if name in fields}
-        extra_args = {name: value for name, value in kwargs.items() if name not in fields}
+        extra_args = {name: kwargs.pop(name) for name in kwargs.keys() - {f.name for f in dataclasses.fields(self)}}
         update = functools.partial(self.tx.update, **extra_args)
-        with_extra_args = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
-        updated: Any = train_state.TrainState.apply_gradients(with_extra_args, grads=grads, **replaced)
-        return updated.replace(tx=new_tx)
+        state: Any = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        return super(TrainState, state).apply_gradients(grads=grads, **{"tx": self.tx, **kwargs})

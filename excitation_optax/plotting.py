@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from excitation_optax import _routing, _strategies, telemetry
+from excitation_optax import _arrays, _routing, _strategies, telemetry
 
 __all__ = ["COLORS", "STYLE", "load_heat_map", "load_over_time", "strategy_curves"]
 
@@ -37,15 +37,13 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
 
     Args:
       load: `[L, E]` or `[E]`, an array or nested lists; or a tree of arrays `[..., E]` or `RoutingCounts`, such as the
-        utilization. E may differ between leaves. A masked array stands for layers with fewer experts.
+        utilization. A layer can have fewer experts: in a masked array, or in a leaf of another E.
       ax: the Axes to draw into, or None.
 
     Raises:
       ValueError: if the load has another form.
 
     Example:
-      >>> import numpy as np
-      >>> from excitation_optax import plotting
       >>> ax = plotting.load_heat_map({"layer_0": np.array([0.25, 0.5, 0.25, 0.0]), "layer_1": np.full(4, 0.25)})
       >>> ax.collections[0].get_array().data  # log2 of the load over the mean; -3 is no token
       array([[ 0.,  1.,  0., -3.],
@@ -74,8 +72,6 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
       ValueError: if the steps do not rise, or the load has another form.
 
     Example:
-      >>> import numpy as np
-      >>> from excitation_optax import plotting
       >>> load = np.array([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]])  # [T, L, E]
       >>> ax = plotting.load_over_time([100, 200], load)
       >>> ax.collections[0].get_array().data.round(2)  # a row for each expert, layer by layer
@@ -115,15 +111,13 @@ def strategy_curves(strategies: Any, gamma: float = 1.0, *, num_experts: int = 8
       ValueError: if E is not an integer of at least 2, or a strategy is random.
 
     Example:
-      >>> from excitation_optax import plotting
       >>> ax = plotting.strategy_curves([excitation_optax.zero_sum, excitation_optax.positive_sum], num_experts=4)
       >>> float(ax.lines[0].get_ydata()[-1])  # all tokens to one of four experts
       4.0
     """
-    if not isinstance(num_experts, int) or num_experts < 2:
-        raise ValueError(f"strategy_curves: num_experts must be an integer, at least 2; got {num_experts!r}.")
+    others = _arrays.static_int("strategy_curves: num_experts", num_experts, at_least=2) - 1
     share = np.linspace(0, 1, 201, dtype=np.float32)[:, None]
-    u = np.concatenate([share, np.repeat((1 - share) / (num_experts - 1), num_experts - 1, axis=1)], axis=1)
+    u = np.concatenate([share, np.repeat((1 - share) / others, others, axis=1)], axis=1)
     ax = ax or _new_axes()
     for number, strategy in enumerate([strategies] if callable(strategies) else strategies):
         name = _strategies.name(strategy)
@@ -151,13 +145,12 @@ def _layers(load: Any) -> np.ma.MaskedArray:
         numbers = not any(_routing.is_counts(leaf) or np.ndim(leaf) for leaf in leaves)  # in nested lists
         leaves, _, present = telemetry.flatten(np.ma.array(load, float) if numbers else load)
         leaves = [leaf.utilization if _routing.is_counts(leaf) else leaf for leaf in leaves]
-        parts = [np.ma.array(np.ma.getdata(x), float, mask=np.ma.getmaskarray(x)).ravel() for x in leaves]
         array = np.ma.masked_all(present.shape)
-        array[present] = np.ma.concatenate(parts)
+        array[present] = np.ma.concatenate([np.ma.asarray(leaf, float).ravel() for leaf in leaves])
     except (TypeError, ValueError):
         array = None
     if array is None or getattr(load, "ndim", 1) > 2:
-        got = f"shape {list(load.shape)}" if hasattr(load, "shape") else reprlib.repr(load)
+        got = _arrays.show_value(load)
         raise ValueError(f"A load must be [L, E], [E], or a tree of RoutingCounts or arrays [..., E]; got {got}.")
     return array
 
@@ -165,11 +158,11 @@ def _layers(load: Any) -> np.ma.MaskedArray:
 def _history(steps: Any, load: Any) -> tuple[np.ndarray, np.ma.MaskedArray]:
     """Steps `[T]` and load `[T, L, E]`."""
     steps, frames = np.asarray(steps, float), [_layers(frame) for frame in load]
-    shapes = [frame.shape for frame in frames]
-    if steps.shape != (len(frames),) or not frames or len(set(shapes)) > 1 or not np.all(np.diff(steps) > 0):
+    shapes = {frame.shape for frame in frames}
+    if steps.shape != (len(frames),) or len(shapes) != 1 or not np.all(np.diff(steps) > 0):
         raise ValueError(
             "load_over_time: steps must be [T], rising, and load [T, L, E], [T, E] or T loads of one shape; got steps "
-            f"{reprlib.repr(steps.tolist())} and loads of shapes {reprlib.repr(shapes)}."
+            f"{reprlib.repr(steps.tolist())} and {len(frames)} loads of shapes {reprlib.repr(shapes)}."
         )
     return steps, np.ma.stack(frames)
 

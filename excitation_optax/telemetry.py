@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from excitation_optax import _routing, metrics
+from excitation_optax import _arrays, _routing, metrics
 
 __all__ = ["JSONLines", "RoutingLog"]
 
@@ -25,8 +25,7 @@ class RoutingLog:
 
     A call of `write` makes one device-to-host transfer, and writes these scalars, whatever the size of the model:
 
-    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`: mean, percentiles and maximum over the layers, of the load of
-      a layer's busiest expert over the layer's mean load. 1 is balance.
+    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`: over the layers, of `metrics.max_over_mean_load`.
     * `load_entropy/mean`, `/worst`: 1 is balance, 0 is collapse onto one expert.
     * `dead_experts/mean`, `/worst`: the fraction of a layer's experts that received no token.
     * `layers_without_load`, which load and entropy leave out, and `layers_not_finite`, which make them NaN.
@@ -45,19 +44,17 @@ class RoutingLog:
     Args:
       *writers: objects with `add_scalar` and `add_histogram`, such as `tensorboardX.SummaryWriter(folder)`, or with
         `log(row, step=...)`, such as `wandb.init()` and `JSONLines(path)`. None is skipped.
-      alarm: a function `(step, layer, what)`. It is called when experts of a layer become dead and when a router
-        collapses, and not again while that state lasts.
-      alarm_after: calls of `write` in a row after which a state counts. Small batches miss experts by chance.
+      alarm: a function `(step, layer, what)`, called once when experts of a layer die, or when a router collapses.
+      alarm_after: calls of `write` in a row after which such a state counts. Small batches miss experts by chance.
       dead_load: an expert is dead if its load over the layer's mean is at most this.
-      collapsed_entropy: a router has collapsed if its load entropy is at most this. If the same K of E experts receive
-        all tokens, the load entropy is log K / log E.
+      collapsed_entropy: a router has collapsed if its load entropy is at most this. It is log K / log E if the same K
+        of E experts receive all tokens.
       prefix: the first part of every name.
 
     Raises:
       ValueError: if an argument is malformed.
 
     Example:
-      >>> from excitation_optax import telemetry
       >>> log = telemetry.RoutingLog(alarm=print, alarm_after=2)  # add your writers
       >>> counts = {"experts": excitation_optax.RoutingCounts(jnp.array([6.0, 2.0, 0.0, 4.0]), jnp.array(8.0))}
       >>> log.write(100, counts)["routing/max_over_mean_load/worst"]
@@ -77,8 +74,7 @@ class RoutingLog:
         collapsed_entropy: float = 0.6,
         prefix: str = "routing",
     ):
-        if not isinstance(alarm_after, int) or alarm_after < 1:
-            raise ValueError(f"RoutingLog: alarm_after must be an integer, at least 1; got {alarm_after!r}.")
+        self._alarm_after = _arrays.static_int("RoutingLog: alarm_after", alarm_after)
         if not (alarm is None or callable(alarm)):
             raise ValueError(f"RoutingLog: alarm must be a function of (step, layer, what); got {alarm!r}.")
         self._writers = [writer for writer in writers if writer is not None]
@@ -89,24 +85,21 @@ class RoutingLog:
                     "RoutingLog: a writer must have add_scalar and add_histogram, such as tensorboardX.SummaryWriter("
                     f"folder), or log(row, step=...), such as wandb.init() or JSONLines(path); got {writer!r}."
                 )
-        self.names: list[str] = []
-        self.steps: list[int] = []
-        self.busiest, self.idlest = [], []
-        self._alarm, self._alarm_after = alarm or (lambda step, layer, what: None), alarm_after
-        self._dead_load, self._collapsed_entropy, self._prefix = dead_load, collapsed_entropy, prefix
+        self._alarm, self._prefix = alarm or (lambda step, layer, what: None), prefix
+        self._dead_load, self._collapsed_entropy = dead_load, collapsed_entropy
+        self.names, self.steps, self.busiest, self.idlest = [], [], [], []
         self._sizes: dict[str, int] = {}  # E of each layer
-        self._present = np.zeros((0, 0), bool)  # [L, E], False where a layer has fewer experts
+        self._present = np.zeros((0, 0), bool)  # [L, E], whether a layer has the expert; N of them are there
+        self._totals: list[np.ndarray] = []  # [N], the sum over the calls of an entry of the history
         self._calls, self._span = 0, 1  # all calls of write, and the calls in every entry but the last
-        self._totals: list[np.ndarray] = []  # [N], the sum over the calls of an entry
         self._dead_for: Any = 0  # [N], calls in a row
         self._collapsed_for: Any = 0  # [L], calls in a row
 
     @property
     def load(self) -> np.ma.MaskedArray:  # noqa: D102  (the class documents it)
         load = np.ma.masked_all((len(self.steps), *self._present.shape), np.float32)
-        calls = [self._span] * (len(self.steps) - 1) + [(self._calls - 1) % self._span + 1]
-        for entry, total in enumerate(self._totals):
-            load[entry, self._present] = total / calls[entry]
+        for entry, total in enumerate(self._totals):  # the last one may have fewer calls
+            load[entry, self._present] = total / min(self._span, self._calls - entry * self._span)
         return load
 
     def write(self, step: int, utilization: Any, excitation: Any = None) -> dict[str, float]:
@@ -120,15 +113,20 @@ class RoutingLog:
         Raises:
           ValueError: if the step does not rise, a leaf is malformed, layers differ, or processes split an array.
         """
-        step = self._check_step(step)
-        leaves, sizes, present = flatten(utilization)
+        number = np.asarray(step)
+        if number.ndim or number.dtype.kind not in "iu" or number <= max(self.steps, default=-np.inf):
+            above = f" above {self.steps[-1]}, the last step" if self.steps else ""
+            raise ValueError(
+                f"RoutingLog: step must be an integer{above}; got {step!r}. A resumed run needs a new log."
+            )
+        step, (leaves, sizes, present) = int(number), flatten(utilization)
         _check_layers(f"the layers at step {step} differ from the calls before", self._sizes or sizes, sizes)
         phi_leaves, phi_sizes, _ = ([], sizes, None) if excitation is None else flatten(excitation, "excitation")
         _check_layers("the excitation has other layers than the utilization", sizes, phi_sizes)
         values = jax.device_get(_pack(*jax.tree.map(_local, (leaves, phi_leaves))))
         self._sizes, self.names, self._present = sizes, list(sizes), present
-        total, load, entropy, dead = values[: 4 * len(self.names)].reshape(4, -1)
-        u, over_mean, *phi = values[4 * len(self.names) :].reshape(-1, present.sum())
+        total, load, entropy, dead = values[: 4 * len(sizes)].reshape(4, -1)
+        u, over_mean, *phi = values[4 * len(sizes) :].reshape(-1, present.sum())
         self._remember(step, u)
         self.busiest, self.idlest = self._first(over_mean, -1), self._first(over_mean, 1)
         found = _scalars(total, load, entropy, dead, present, *phi)
@@ -137,25 +135,16 @@ class RoutingLog:
         self._raise_alarms(step, over_mean, entropy)
         return scalars
 
-    def _check_step(self, step: Any) -> int:
-        number = np.asarray(step)
-        if number.ndim or number.dtype.kind not in "iu" or (self.steps and number <= self.steps[-1]):
-            larger = f" above {self.steps[-1]}, the last step" if self.steps else ""
-            raise ValueError(
-                f"RoutingLog: step must be an integer{larger}; got {step!r}. A resumed run needs a new log."
-            )
-        return int(number)
-
     def _remember(self, step: int, u: np.ndarray) -> None:
         """Adds a call to the history; a full one first merges neighbors."""
         if self._calls % self._span:  # the last entry takes more calls
-            self.steps[-1], self._totals[-1] = step, self._totals[-1] + u
-        else:
-            if len(self.steps) == _MAX_HISTORY:
-                self.steps, self._span = self.steps[1::2], 2 * self._span
-                self._totals = [a + b for a, b in zip(self._totals[::2], self._totals[1::2], strict=True)]
-            self.steps.append(step)
-            self._totals.append(u)
+            self.steps.pop()
+            u = self._totals.pop() + u
+        elif len(self.steps) == _MAX_HISTORY:
+            self.steps, self._span = self.steps[1::2], 2 * self._span
+            self._totals = [a + b for a, b in zip(self._totals[::2], self._totals[1::2], strict=True)]
+        self.steps.append(step)
+        self._totals.append(u)
         self._calls += 1
 
     def _first(self, over_mean: np.ndarray, sign: int) -> list[tuple[str, int, float]]:
@@ -198,13 +187,12 @@ class JSONLines:
         later lines and a last line that was cut off.
 
     Example:
-      >>> import json, pathlib, tempfile
-      >>> from excitation_optax import telemetry
+      >>> import pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "log.jsonl"
       >>> telemetry.JSONLines(path).log({"loss": float("nan")}, step=1)
       >>> telemetry.JSONLines(path, resume_at=1).log({"loss": 2.5}, step=2)
-      >>> list(map(json.loads, path.read_text().splitlines()))
-      [{'step': 1, 'loss': None}, {'step': 2, 'loss': 2.5}]
+      >>> path.read_text().splitlines()
+      ['{"step": 1, "loss": null}', '{"step": 2, "loss": 2.5}']
     """
 
     def __init__(self, path: str | pathlib.Path, resume_at: int | None = None):
@@ -247,9 +235,9 @@ def _pack(u: list[Any], phi: list[Any]) -> jax.Array:
     """All that `write` needs as one array, since every array costs a transfer: 4 values by layer, 2 or 3 by expert."""
     u = [leaf.utilization if _routing.is_counts(leaf) else leaf.astype(jnp.float32) for leaf in u]
     total = [jnp.sum(leaf, axis=-1, keepdims=True) for leaf in u]
-    over_mean = [leaf * leaf.shape[-1] / jnp.where(t == 0, 1, t) for leaf, t in zip(u, total, strict=True)]
+    over_mean = [leaf * leaf.shape[-1] / _arrays.one_if_zero(t) for leaf, t in zip(u, total, strict=True)]
     measures = (metrics.max_over_mean_load, metrics.load_entropy, metrics.dead_experts)
-    by_layer = [*total, *(measure(leaf) for measure in measures for leaf in u)]
+    by_layer = [*total, *(x for measure in measures for x in measure(u))]
     return jnp.concatenate([x.astype(jnp.float32).ravel() for x in (*by_layer, *u, *over_mean, *phi)])
 
 

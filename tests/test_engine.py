@@ -26,8 +26,14 @@ TINY |= {"augmentation": "crop_flip"}
 GROUPS = {
     "sgd": (STRATEGIES, {"depth": 2, "learning_rate": 0.5}),
     "momentum": (("vanilla", "exp_diff"), {"learning_rate": 0.2, "augmentation": "flip", "initialization": "torch"}),
-    "adam": (("vanilla", "positive_sum"), {"schedule": "constant", "augmentation": "none", "activation": "none"}),
-    "adamw": (("vanilla", "zero_sum"), {"normalization": "unit", "initialization": "he_normal"}),
+    "adam": (
+        ("vanilla", "positive_sum"),
+        {"schedule": "constant", "augmentation": "none", "activation": "none"},
+    ),
+    "adamw": (
+        ("vanilla", "zero_sum", "zero_sum:direction", "zero_sum:norm"),
+        {"normalization": "unit", "initialization": "he_normal", "epsilon": 1e-4},
+    ),
     "rmsprop": (("vanilla", "zero_sum"), {"schedule": "constant", "augmentation": "none"}),
     "adagrad": (("vanilla", "zero_sum"), {"augmentation": "none", "initialization": "he_normal"}),
 }
@@ -49,8 +55,9 @@ def digits():
 
 def make_runs(optimizer, strategies=None, seeds=SEEDS, **changes):
     fields = TINY | {"depth": 1, "optimizer": optimizer, "learning_rate": 0.01} | GROUPS[optimizer][1] | changes
-    strategies = strategies or GROUPS[optimizer][0]
-    return [configs.MLPRun(strategy=name, gamma=2.0, seed=seed, **fields) for seed in seeds for name in strategies]
+    names = [name.partition(":") for name in strategies or GROUPS[optimizer][0]]
+    variants = [{"strategy": strategy, "component": component or "both"} for strategy, _, component in names]
+    return [configs.MLPRun(gamma=2.0, seed=seed, **variant, **fields) for seed in seeds for variant in variants]
 
 
 def make_group(*args, **kwargs):
@@ -66,16 +73,7 @@ def train_group(group):
 
 def make_program(group):
     """The program of a group, as `train_group` makes it, with its members, seeds and data."""
-    runs, shared = group.runs[0], engine._shared(group.runs[0][0])
-    strategies = tuple(sorted({run.strategy for run in group}))
-    members = engine.Member(
-        jnp.array([strategies.index(run.strategy) for run in runs]),
-        jnp.array([run.gamma for run in runs]),
-        jnp.array([run.learning_rate for run in runs]),
-    )
-    steps = len(digits().train_labels[: shared.subset]) // shared.batch_size
-    program = engine.program_of(shared, strategies, 64, 10, steps)
-    return program, members, jnp.array([row[0].seed for row in group.runs]), engine.put(digits(), shared)
+    return engine.prepare(group, digits())
 
 
 def layers(params, s, m):
@@ -165,7 +163,7 @@ def excite(run, step, u):
     }[run.strategy]
 
 
-def update(optimizer, rate, step, param, grad, state):
+def update(optimizer, rate, step, param, grad, state, epsilon=1e-8):
     """The equations of PyTorch's documentation, at its defaults. `state` is a dict of the parameter's own."""
     if optimizer == "sgd":
         return -rate * grad
@@ -182,7 +180,16 @@ def update(optimizer, rate, step, param, grad, state):
     state["v"] = 0.999 * state.get("v", 0) + 0.001 * grad**2
     m, v = state["m"] / (1 - 0.9 ** (step + 1)), state["v"] / (1 - 0.999 ** (step + 1))
     decay = 0.01 * param if optimizer == "adamw" else 0
-    return -rate * (m / (np.sqrt(v) + 1e-8) + decay)
+    return -rate * (m / (np.sqrt(v) + epsilon) + decay)
+
+
+def component(run, phi, deltas):
+    """The factor of the component, from the lengths of the layer's step with and without Excitation."""
+    if run.component == "both":
+        return phi
+    length = lambda arrays: math.sqrt(sum(np.sum(a**2) for a in arrays))
+    r = length([phi * delta for delta in deltas]) / length(deltas)
+    return r if run.component == "norm" else phi / r
 
 
 def plain_loop(run, model):
@@ -196,11 +203,13 @@ def plain_loop(run, model):
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps)) if run.schedule == "cosine" else 1
         for i, layer in enumerate(model):
             phi = 1 if i == run.depth else excite(run, step, np.mean(hidden[i + 1] != 0, axis=0))
+            deltas = []
             for j in (0, 1):
                 state = states.setdefault((i, j), {})
-                layer[j] = layer[j] + phi * update(
-                    run.optimizer, cosine * run.learning_rate, step, layer[j], grads[i][j], state
-                )
+                rate = cosine * run.learning_rate
+                deltas.append(update(run.optimizer, rate, step, layer[j], grads[i][j], state, run.epsilon))
+            factor = component(run, phi, deltas)
+            layer[:] = [value + factor * delta for value, delta in zip(layer, deltas, strict=True)]
     return model, np.reshape(losses, (run.epochs, -1)).mean(1)
 
 
@@ -229,6 +238,9 @@ def test_measures_are_those_of_the_trained_model(optimizer):
         hidden, logits = forward(run, layers(after, s, m), images)
         right = np.mean(logits.argmax(-1) == digits().test_labels)
         assert result.measures["accuracy"] == pytest.approx(right, abs=1.5 / 360)
+        left_out = np.asarray(program.normalize(digits().train_images[100:], data), np.float64).reshape(1337, -1)
+        right = np.mean(forward(run, layers(after, s, m), left_out)[1].argmax(-1) == digits().train_labels[100:])
+        assert result.measures["validation"] == pytest.approx(right, abs=1.5 / 1337)
         for i, h in enumerate(hidden[1:]):
             kept = np.abs(h[h.any(-1)])
             p = kept / kept.sum(-1, keepdims=True)
@@ -453,6 +465,22 @@ def test_optimizers_are_pytorchs(optimizer, size):
         param, params = param + expected, params + updates
 
 
+# Keys.
+
+
+def test_fields_that_came_later_are_left_out_of_the_key_at_their_defaults():
+    run = configs.MLPRun(strategy="zero_sum")
+    assert run.key == "b0c1c5082bf18f67"  # as on file
+    assert configs.from_json(run.to_json()) == run
+    assert configs.MLPRun(strategy="vanilla", component="norm") == configs.MLPRun()
+    changes = ({"component": "norm"}, {"residual": True}, {"layer_norm": True}, {"epsilon": 1e-16})
+    others = [dataclasses.replace(run, **change) for change in changes]
+    assert len({run.key, *(other.key for other in others)}) == 5
+    for change, other in zip(changes, others, strict=True):
+        assert other.to_json() == run.to_json() | change
+        assert configs.from_json(other.to_json()) == other
+
+
 # Groups.
 
 
@@ -468,11 +496,13 @@ def test_every_run_is_planned_once_within_the_limits(limits):
     planned = [run for group in groups for run in group]
     assert len(planned) == len(set(planned))
     assert set(planned) == set(runs)
-    limits = {"max_runs": 18, "max_epochs": 600} | limits
+    limits = {"max_runs": 18, "max_epochs": 300} | limits
     for group in groups:
         assert len({engine._shared(run) for run in group}) == 1
         assert len(list(group)) <= limits["max_runs"]
-        assert group.epochs <= limits["max_epochs"] or len(list(group)) == 1
+        first = group.runs[0][0]
+        images = min(1_437 if first.dataset == "digits" else 50_000, first.subset or 50_000)
+        assert group.epochs * images <= limits["max_epochs"] * 50_000 or len(list(group)) == 1
         for row in group.runs:
             assert len({run.seed for run in row}) == 1
             assert [dataclasses.replace(run, seed=0) for run in row] == [
@@ -536,6 +566,33 @@ def test_evaluated_epochs_by_hand():
     assert list(engine.evaluated_epochs(300)) == list(range(20, 301, 20))
 
 
+# Variants of the network.
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_variants_of_the_network(residual, layer_norm):
+    """Against NumPy: residuals around all hidden layers but the first, LayerNorm before them and before the head."""
+    (run,) = make_runs("sgd", ("vanilla",), (0,), depth=3, residual=residual, layer_norm=layer_norm)
+    program = engine.program_of(run, ("vanilla",), 64, 10, 1)
+    model, x = program.make_model(0), np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+
+    def normalized(h):
+        centred = h - h.mean(-1, keepdims=True)
+        return centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + 1e-6) if layer_norm else h
+
+    h, stream = x, None
+    for number, layer in enumerate(model.layers):
+        h = (normalized(stream) if number else h) @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+        h = np.maximum(h, 0)
+        h = np.where(h < np.sort(h, axis=-1)[:, -4, None], 0, h)
+        stream = h + stream if residual and number else h
+    expected = normalized(stream) @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
+    model.eval()
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.hidden(x)[-1], h, rtol=1e-4, atol=1e-5)
+
+
 # `train`.
 
 
@@ -580,6 +637,18 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     engine.train(list(group), load, again, bar)
     assert bar.total == 16
     assert len((tmp_path / "mlp-digits.jsonl").read_text().splitlines()) == 4
+
+
+def test_seeds_and_members_that_are_on_file_are_left_out_of_a_group(tmp_path):
+    group, results = make_group("sgd", ("vanilla", "zero_sum", "inverted"), seeds=(0, 1, 2)), store.Results(tmp_path)
+    assert engine._missing(group, results) == group
+    row, column = group.runs[1], [row[2] for row in group.runs]
+    results.append([store.Result(run, {}, {}, 1.0, {}) for run in dict.fromkeys([*row, *column])])
+    assert engine._missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    results.append([store.Result(group.runs[0][0], {}, {}, 1.0, {})])
+    assert engine._missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    results.append([store.Result(run, {}, {}, 1.0, {}) for run in group if run not in results])
+    assert list(engine._missing(group, results)) == []
 
 
 @pytest.mark.parametrize("where", ["load", "train", "append"])

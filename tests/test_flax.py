@@ -608,7 +608,7 @@ def test_arguments_of_the_wrong_kind():
         "takes RoutingCounts, as from count_routing; got": lambda: excitation_flax.sow_routing(linear, jnp.ones(3)),
         "takes the module that holds the experts; got NoneType": lambda: excitation_flax.sow_routing(None, counts),
         "got List. For a list of experts, call": lambda: excitation_flax.sow_routing(nnx.List([linear]), counts),
-        "sow_routing: call it inside": lambda: excitation_flax.sow_routing(LinenLayer(), counts),
+        "Can't access variables on unbound modules": lambda: excitation_flax.sow_routing(LinenLayer(), counts),
         "function whose first argument is one; got NoneType": lambda: excitation_flax.capture_routing(None),
         "got LinenLayer. In Linen, use": lambda: excitation_flax.capture_routing(LinenLayer()),
         "got method. In Linen, use": lambda: excitation_flax.capture_routing(bound.__call__),

@@ -325,6 +325,7 @@ def test_load_takes_counts_lists_and_trees_of_them(metric):
 def test_the_threshold_holds_for_every_leaf():
     tree = {"a": COUNTS, "b": LOAD}
     assert jax.tree.map(float, metrics.dead_experts(tree, threshold=0.25)) == {"a": 0.75, "b": 0.75}
+    assert metrics.dead_experts(threshold=0.25, utilization=LOAD) == 0.75  # any argument can be named
 
 
 def test_the_other_metrics_take_trees_and_lists():
@@ -353,43 +354,40 @@ LABELS = np.zeros(3, np.int32)
     ("call", "message"),
     [
         *[
-            (functools.partial(metric, wrong), f"{metric.__name__}: utilization{message}")
+            (functools.partial(metric, wrong), metric.__name__ + message)
             for metric in PER_LAYER
             for wrong, message in [
-                (0.5, r" must be an array with an axis of experts, \[..., E\]; got float32\[\]"),
-                ("u", " must be an array of numbers; got 'u'"),
-                ({}, r" must be an array or a tree of arrays; got \{\}"),
-                ([], r" must be an array or a tree of arrays; got \[\]"),
-                (None, " must be an array or a tree of arrays; got None"),
-                ({"moe": [LOAD, LOAD[0]]}, r" at moe/1 must be .* axis of experts, .* got float32\[\]"),
-                ({"moe": jax.ShapeDtypeStruct((4,), "float32")}, " at moe must be an array of numbers"),
-                ([[0.5, 0.5], [1.0]], " must be an array of numbers"),
-                (jnp.array([0.5, -0.5]), r" must not be negative; got float32\[2\] with the value -0.5"),
-                (jax.random.key(0), " must be an array of real numbers"),
-                (RoutingCounts(jnp.ones((2, 4)), jnp.ones(4)), r" has counts of shape \[2, 4\] and"),
+                (0.5, ": Utilization must be an array with an axis of experts"),
+                ("u", ": Utilization must be an array of numbers; got 'u'"),
+                ({}, r" requires an array, or a tree with at least one; got \{\}"),
+                ([], r" requires an array, or a tree with at least one; got \[\]"),
+                (None, " requires an array, or a tree with at least one; got None"),
+                ({"moe": [LOAD, LOAD[0]]}, r" at moe/1: .* axis of experts, .* got float32\[\]"),
+                ({"moe": jax.ShapeDtypeStruct((4,), "float32")}, " at moe: Utilization must be an array of numbers"),
+                ([[0.5, 0.5], [1.0]], ": Utilization must be an array of numbers"),
+                (jnp.array([0.5, -0.5]), r": Utilization must not be negative; got float32\[2\] with the value -0.5"),
+                (jax.random.key(0), ": Utilization must be an array of real numbers"),
+                (RoutingCounts(jnp.ones((2, 4)), jnp.ones(4)), r": Utilization has counts of shape \[2, 4\] and"),
             ]
         ],
-        (lambda: metrics.specialization_score(LOAD), r"score: counts must be an array \[..., E, C\]; got float32\[4\]"),
-        (lambda: metrics.specialization_score({"a": np.zeros((2, 0))}), r"score: counts at a .* got float\d+\[2, 0\]"),
+        (lambda: metrics.specialization_score(LOAD), r"counts must be an array \[..., E, C\]; got float32\[4\]"),
+        (lambda: metrics.specialization_score({"a": np.zeros((2, 0))}), r"score at a: .* got float\d+\[2, 0\]"),
         (lambda: metrics.specialization_score(COUNTS), "counts must be an array of numbers; got RoutingCounts"),
-        (lambda: metrics.specialization_score({}), "specialization_score: counts must be an array or a tree"),
+        (lambda: metrics.specialization_score({}), "specialization_score requires an array"),
         (lambda: metrics.routing_entropy(1.0), r"weights must be an array \[T..., E\]; got"),
         (lambda: metrics.routing_entropy(np.ones((3, 0))), r"weights must be an array \[T..., E\]; got"),
         (lambda: metrics.routing_entropy(COUNTS), "weights must be an array of numbers; got RoutingCounts"),
         (lambda: metrics.routing_entropy(np.ones((3, 2)), np.ones(3)), r"where must be boolean; got float\d+\[3\]"),
-        (lambda: metrics.routing_entropy(np.ones((3, 2)), np.ones(4, bool)), r"where bool\[4\] does not fit .* \[3\]"),
-        (lambda: metrics.class_counts({"a": np.ones((3, 2))}, LABELS, 2), r"active at a must be boolean \[T, E\]; got"),
+        (lambda: metrics.routing_entropy({"a": np.ones((3, 2))}, np.ones(4, bool)), r"at a: where bool\[4\] does not"),
+        (lambda: metrics.class_counts(np.ones((3, 2)), LABELS, 2), r"active must be boolean \[T, E\]; got float"),
         (lambda: metrics.class_counts(np.ones(3, bool), LABELS, 2), r"active must be boolean \[T, E\]; got bool\[3\]"),
-        (
-            lambda: metrics.class_counts(np.ones((3, 2), bool), LABELS[:2], 2),
-            r"integers \[T\] = \[3\], .* got int32\[2\]",
-        ),
-        (lambda: metrics.class_counts(np.ones((3, 2), bool), np.zeros(3), 2), r"labels must be integers.* got float"),
+        (lambda: metrics.class_counts(np.ones((3, 2), bool), LABELS[:2], 2), r"integers \[T\] = \[3\], .* int32\[2\]"),
+        (lambda: metrics.class_counts(np.ones((3, 2), bool), np.zeros(3), 2), r"labels must be integers .* got float"),
         (
             lambda: metrics.class_counts(np.ones((3, 2), bool), LABELS, 2.0),
             "num_classes must be an integer, .* got 2.0",
         ),
-        (lambda: metrics.class_counts([], LABELS, 2), "class_counts: active must be an array or a tree of arrays"),
+        (lambda: metrics.class_counts([], LABELS, 2), "class_counts requires an array"),
     ],
 )
 def test_wrong_input_is_rejected(call, message):

@@ -249,7 +249,9 @@ def test_strategies_without_a_curve():
     with pytest.raises(ValueError, match="strategy must be a callable"):
         plotting.strategy_curves(["zero_sum"])
     for number in (1, 2.5, "4"):
-        with pytest.raises(ValueError, match=f"num_experts must be an integer, at least 2; got {number!r}"):
+        with pytest.raises(
+            ValueError, match=f"num_experts must be an integer, not traced, and at least 2; got {number!r}"
+        ):
             plotting.strategy_curves([excitation_optax.zero_sum], num_experts=number)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from examples import datasets, reproduce
-from examples.reproduction import engine, experiments, report, store, toy
+from examples.reproduction import engine, experiments, report, store, study, toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = experiments.Experiment(
@@ -27,7 +27,7 @@ TINY = experiments.Experiment(
     settings={"dataset": "digits", "width": 16, "depth": 1, "epochs": 2, "subset": 100, "batch_size": 32},
     rows=({"strategy": "vanilla"}, {"strategy": "zero_sum"}),
 )
-MLPS = [name for name, experiment in experiments.EXPERIMENTS.items() if experiment.kind == "mlp"]
+MLPS = [name for name, e in experiments.EXPERIMENTS.items() if e.kind == "mlp" and name not in study.STUDIES]
 
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")

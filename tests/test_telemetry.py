@@ -326,7 +326,7 @@ def test_what_is_no_writer_is_an_error(writer):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"alarm_after": 0}, "alarm_after must be an integer, at least 1; got 0"),
+        ({"alarm_after": 0}, "alarm_after must be an integer, not traced, and at least 1; got 0"),
         ({"alarm_after": 2.5}, "got 2.5"),
         ({"alarm": "slack"}, r"alarm must be a function of \(step, layer, what\); got 'slack'"),
     ],

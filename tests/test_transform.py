@@ -287,6 +287,19 @@ def test_several_axis_names_and_one_reduction_for_all_layers(sum_counts):
         assert compiled.as_text().count(" all-reduce(") == 1
 
 
+def test_counts_are_summed_in_float32():
+    """300 + 300 tokens of 8 devices do not fit into bfloat16's 8 bits, nor into int8."""
+    tx = excite(axis_name="data")
+
+    def update(device):
+        counts = jnp.stack([300 + device, 300 - device]).astype(jnp.bfloat16)  # 300 and 302 are bfloat16, 301 is not
+        counts = excitation_optax.RoutingCounts(counts, jnp.bfloat16(600))
+        return tx.update({"w": jnp.ones(2)}, optax.EmptyState(), utilization={"w": counts})[0]
+
+    scaled = jax.pmap(update, axis_name="data")(jnp.full(8, 2.0))
+    np.testing.assert_allclose(scaled["w"][0], [302 / 300, 298 / 300], rtol=1e-6)
+
+
 def test_fractions_cannot_be_summed_over_devices():
     tx = excite(axis_name="data")
     update = lambda u: tx.update({"experts": u}, tx.init(None), utilization={"experts": u})

@@ -1,27 +1,29 @@
-"""What a run is: a frozen config of everything its numbers depend on, and a key made of it.
+"""A run is a frozen config of everything that its numbers depend on, and has a key that is a hash of it.
 
-A table or a figure is a view of runs: two tables that ask for the same config share the run.
+Tables, figures and studies are views of runs: two views that ask for the same config share the run.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-# What is asked of the fields, of whatever kind of run.
+# The rules of fields, for every kind of run that has them.
 _RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (("epochs", "subset", "width", "depth", "batch_size"), lambda value: value >= 1),
     "at least 0": (("seed",), lambda value: value >= 0),
-    "finite and not negative": (("gamma",), lambda value: 0 <= value < math.inf),
-    "finite and positive": (("learning_rate",), lambda value: 0 < value < math.inf),
+    "finite and not negative": (("gamma", "load_balancing"), lambda value: 0 <= value < math.inf),
+    "finite and positive": (("learning_rate", "expert_rate", "epsilon"), lambda value: 0 < value < math.inf),
     "a share, in [0, 1]": (("sparsity", "warmup"), lambda value: 0 <= value <= 1),
 }
 
-DIGITS = ("svhn_cropped", "digits")  # data sets of what must not be mirrored
+DIGITS = ("svhn_cropped", "digits")  # data sets whose images must not be mirrored
 
 Strategy = Literal["vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
+Component = Literal["both", "direction", "norm"]  # see `excitation_optax.scale_by_excitation`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Run:
     """What runs of every kind have."""
 
     kind: ClassVar[str]
+    # Fields that came after the first results. At their defaults the JSON leaves them out, so that keys stay the same.
+    added: ClassVar[tuple[str, ...]] = ()
 
     dataset: str = "cifar10"
     strategy: Strategy = "vanilla"
@@ -41,8 +45,10 @@ class Run:
         for field in dataclasses.fields(self):
             if field.type is float:  # 1 and 1.0 are equal, but not the same JSON
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
-        if self.strategy == "vanilla":
-            object.__setattr__(self, "gamma", 1.0)  # it has none: this is one run, not several
+        if self.strategy == "vanilla":  # it has no gamma and no component: this is one run, not several
+            object.__setattr__(self, "gamma", 1.0)
+            if hasattr(self, "component"):
+                object.__setattr__(self, "component", "both")
         for rule, (names, holds) in _RULES.items():
             for name in names:
                 value = getattr(self, name, None)  # not every kind has every field
@@ -56,7 +62,10 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """The config with its kind, as it stands in the results."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in defaults}
+        late = [name for name in self.added if values[name] == defaults[name]]
+        return {"kind": self.kind, **{name: value for name, value in values.items() if name not in late}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +73,7 @@ class MLPRun(Run):
     """A Top-K MLP on images (sections 4.1 to 4.4 and 4.6)."""
 
     kind: ClassVar[str] = "mlp"
+    added: ClassVar[tuple[str, ...]] = ("component", "residual", "layer_norm", "epsilon")
 
     width: int = 128
     depth: int = 3  # hidden layers: the paper's "4-layer MLP", its output layer counted (see the report's search)
@@ -76,6 +86,10 @@ class MLPRun(Run):
     normalization: Literal["unit", "standard"] = "standard"  # pixels in [0, 1], or by channel's mean and deviation
     initialization: Literal["lecun_normal", "he_normal", "torch"] = "lecun_normal"
     activation: Literal["relu", "none"] = "relu"  # before Top-K
+    component: Component = "both"
+    residual: bool = False  # each hidden layer but the first is added to its input
+    layer_norm: bool = False  # the input of each layer but the first is normalized
+    epsilon: float = 1e-8  # of Adam and AdamW
 
     def __post_init__(self):
         if self.augmentation is None:
@@ -143,7 +157,32 @@ class GPTRun(Run):
     dtype: Literal["float32", "bfloat16"] = "float32"  # what the model computes in; its parameters stay float32
 
 
-KINDS: dict[str, type[Run]] = {config.kind: config for config in (MLPRun, ViTRun, GPTRun)}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiniGPTRun(Run):
+    """A GPT-MoE in miniature, on bytes, small enough that a CPU trains it in seconds.
+
+    An epoch is 100 batches of random windows. Warm-up over the first 5 % of the steps, then cosine decay to zero.
+    """
+
+    kind: ClassVar[str] = "mini_gpt"
+
+    dataset: str = "python-reference"  # or "tinyshakespeare"
+    num_experts: int = 16
+    experts_per_token: int = 2
+    d_ff: int = 128  # the hidden width of an expert
+    d_model: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+    context: int = 64
+    batch_size: int = 16
+    epochs: int = 4
+    learning_rate: float = 1e-3  # of AdamW with a weight decay of 0.01, at its peak
+    expert_rate: float = 1.0  # a static factor on the updates of the experts
+    load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
+    component: Component = "both"
+
+
+KINDS: dict[str, type[Run]] = {config.kind: config for config in (MLPRun, ViTRun, GPTRun, MiniGPTRun)}
 
 
 def from_json(config: dict[str, Any]) -> Run:
@@ -160,3 +199,31 @@ def from_json(config: dict[str, Any]) -> Run:
         return KINDS[kind](**config)
     except TypeError as error:
         raise ValueError(f"Not a config of kind {kind!r}: {error}.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The runs of a table, a figure or a study: what they have in common, what differs, and how many seeds each has.
+
+    Attributes:
+      claims: statements that the runs can decide, in the form of those in paper.json: `text`, `measure`, `contrast` (a
+        linear combination of rows) and `sign`.
+    """
+
+    name: str
+    title: str
+    kind: str = "mlp"
+    seeds: int = 3
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of every run, such as {"epochs": 30}
+    rows: tuple[dict[str, Any], ...] | None = None  # what differs between runs; by default the rows of paper.json
+    claims: tuple[dict[str, Any], ...] = ()
+
+    def make_run(self, where: dict[str, Any], seed: int) -> Run:
+        """The run of a row: the settings, what the row says, and a seed."""
+        fields: dict[str, Any] = {**self.settings, **where, "seed": seed}
+        return KINDS[self.kind](**fields)
+
+
+def grid(**choices: tuple) -> tuple[dict[str, Any], ...]:
+    """A row for each combination of choices; the last one varies fastest."""
+    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))

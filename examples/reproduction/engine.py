@@ -31,6 +31,7 @@ from excitation_optax import metrics
 from models import topk_mlp
 
 PAD = 4  # pixels on every side, black, for random crops
+HELD_OUT = 5000  # the most images that `validation` is measured on
 
 # Where Optax's defaults are not those of PyTorch, PyTorch's: the paper names no values, and these are the common ones.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -59,20 +60,23 @@ class Group:
         return sum(run.epochs for run in self)
 
 
-def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 600) -> list[Group]:
-    """Groups for the runs, in their order: each holds every run once, and stays small in memory and in time.
+def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 300) -> list[Group]:
+    """Groups for the runs, in their order: together they hold every run once, and each is small in memory and in time.
 
     Args:
       runs: what to train; repeated ones count once.
       max_runs: the most that are stacked.
-      max_epochs: the most epochs of a group, over all of its runs: what a group has done is lost if it is interrupted.
+      max_epochs: the most epochs of 50,000 images of a group, over all of its runs. An interruption loses the epochs of
+        the groups that are training.
     """
     stackable: dict[configs.MLPRun, dict[int, list[configs.MLPRun]]] = {}
     for run in dict.fromkeys(runs):
         stackable.setdefault(_shared(run), {}).setdefault(run.seed, []).append(run)
     groups = []
     for shared, by_seed in stackable.items():
-        limit = max(1, min(max_runs, max_epochs // shared.epochs))
+        images = 1_437 if shared.dataset == "digits" else 50_000
+        work = shared.epochs * min(images, shared.subset or images)
+        limit = max(1, min(max_runs, 50_000 * max_epochs // work))
         rows = [tuple(row[i : i + limit]) for row in by_seed.values() for i in range(0, len(row), limit)]
         alike: dict[tuple, list[tuple[configs.MLPRun, ...]]] = {}
         for row in rows:
@@ -85,7 +89,7 @@ def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 6
 
 def _shared(run: configs.MLPRun) -> configs.MLPRun:
     """What runs must have in common to be stacked: everything but what a `Member` and a seed are made of."""
-    return dataclasses.replace(run, seed=0, strategy="vanilla", learning_rate=1.0)
+    return dataclasses.replace(run, seed=0, strategy="vanilla", component="both", learning_rate=1.0)
 
 
 class Member(NamedTuple):
@@ -94,6 +98,7 @@ class Member(NamedTuple):
     strategy: jax.Array  # its number in the program's strategies
     gamma: jax.Array
     learning_rate: jax.Array
+    component: jax.Array | None = None  # its number in the program's components, unless there is only one
 
 
 class Data(NamedTuple):
@@ -105,12 +110,15 @@ class Data(NamedTuple):
     test_labels: jax.Array
     mean: jax.Array  # [1, 1, 1, channels] of the training pixels in [0, 1], or 0
     deviation: jax.Array  # or 1
+    held_out_images: jax.Array | None = None  # uint8, training images that a subset leaves out, at most `HELD_OUT`
+    held_out_labels: jax.Array | None = None
 
 
 class Measures(NamedTuple):
     """Of one model on the test images; in a group every array has leading axes `[S, M]`."""
 
     accuracy: jax.Array  # NaN for a model that diverged
+    validation: jax.Array | None  # the accuracy on the training images that the runs leave out, if they leave out any
     entropy: jax.Array  # [L], nats, of the shares of the kept neurons in what a hidden layer passes on
     specialization: jax.Array  # [L]
     max_load: jax.Array  # [L], of the busiest neuron, over the mean
@@ -134,10 +142,52 @@ def any_of(strategies: Sequence[str], number: jax.Array) -> Any:
     return chosen_with_key if "random_boost" in strategies else chosen
 
 
+def one_of(transforms: Sequence[optax.GradientTransformationExtraArgs], number: jax.Array | None) -> Any:
+    """The transform of this number, which may be traced, or the only one. All of them must have states alike."""
+    if len(transforms) == 1:
+        return transforms[0]
+
+    def update(updates, state, params=None, **extra_args):
+        outcomes = [transform.update(updates, state, params, **extra_args) for transform in transforms]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[number], *outcomes)
+
+    return optax.GradientTransformationExtraArgs(transforms[0].init, update)
+
+
 def _vanilla(utilization, gamma):
     """No Excitation: a factor of 1."""
     del gamma
     return jnp.ones_like(utilization)
+
+
+class VariantMLP(topk_mlp.TopKMLP):
+    """A Top-K MLP with a residual connection around each hidden layer but the first, LayerNorm before it, or both."""
+
+    def __init__(self, config: topk_mlp.TopKMLPConfig, residual: bool, layer_norm: bool, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.residual = residual
+        norms = config.depth if layer_norm else 0
+        self.norms = nnx.List([nnx.LayerNorm(config.width, rngs=rngs) for _ in range(norms)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits `[B, C]` of inputs `[B, ...]`."""
+        return self.logits(self.hidden(x))
+
+    def hidden(self, x: jax.Array) -> list[jax.Array]:
+        """The activations that every hidden layer keeps, `[B, E]` each, before a residual is added."""
+        kept = [self.layers[0](x.reshape(x.shape[0], -1))]
+        for number, layer in enumerate(self.layers[1:]):
+            kept.append(layer(self._input(kept, number)))
+        return kept
+
+    def logits(self, kept: list[jax.Array]) -> jax.Array:
+        """The output layer, applied to the activations that `hidden` returned."""
+        return self.head(self._input(kept, len(kept) - 1))
+
+    def _input(self, kept, number):
+        """The input `[B, E]` of the layer after hidden layer `number`."""
+        h = functools.reduce(jnp.add, kept) if self.residual else kept[-1]
+        return self.norms[number](h) if self.norms else h
 
 
 class Program:
@@ -145,10 +195,11 @@ class Program:
 
     Args:
       shared: the config of every run of the group, but for its `Member` and seed.
-      strategies: those that members choose from, by number.
+      strategies: the strategies that members choose from, by number.
       input_dim: values of an image.
       num_classes: C.
       steps_per_epoch: full batches in the training images.
+      components: the components that members choose from, by number.
     """
 
     def __init__(
@@ -158,9 +209,10 @@ class Program:
         input_dim: int,
         num_classes: int,
         steps_per_epoch: int,
+        components: tuple[configs.Component, ...] = ("both",),
     ):
         self.shared, self.num_classes, self.steps_per_epoch = shared, num_classes, steps_per_epoch
-        self.strategies = strategies
+        self.strategies, self.components = strategies, components
         self.model_config = topk_mlp.TopKMLPConfig(
             input_dim, shared.width, shared.depth, num_classes, shared.sparsity, ACTIVATIONS[shared.activation]
         )
@@ -171,9 +223,10 @@ class Program:
         self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
         self.evaluate = jax.jit(self._evaluate)
 
-    def make_model(self, seed) -> topk_mlp.TopKMLP:
+    def make_model(self, seed) -> VariantMLP:
         """The model that every run of a seed starts from."""
-        model = topk_mlp.TopKMLP(self.model_config, rngs=nnx.Rngs(jax.random.key(seed)))
+        rngs = nnx.Rngs(jax.random.key(seed))
+        model = VariantMLP(self.model_config, self.shared.residual, self.shared.layer_norm, rngs=rngs)
         if self.shared.initialization == "lecun_normal":  # Flax's default
             return model
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), 2 * (self.shared.depth + 1))
@@ -192,16 +245,19 @@ class Program:
         """The optimizer with its schedule, and Excitation after it."""
         steps = self.shared.epochs * self.steps_per_epoch
         cosine = self.shared.schedule == "cosine"
-        # Optax's own schedule wants a number that is not traced.
+        # Optax's own schedule requires a number that is not traced.
         decay = (lambda count: 0.5 * (1 + jnp.cos(jnp.pi * count / steps))) if cosine else (lambda count: 1.0)
-        return optax.chain(
-            OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count)),
+        strategy = any_of(self.strategies, member.strategy)
+        excitations = [
             excitation_optax.scale_by_excitation(
-                any_of(self.strategies, member.strategy),
-                member.gamma,
-                expert_axis=topk_mlp.TopKMLP.expert_axis,
-                seed=seed,
-            ),
+                strategy, member.gamma, component=component, expert_axis=topk_mlp.TopKMLP.expert_axis, seed=seed
+            )
+            for component in self.components
+        ]
+        epsilon = {"eps": self.shared.epsilon} if self.shared.optimizer in ("adam", "adamw") else {}
+        return optax.chain(
+            OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count), **epsilon),
+            one_of(excitations, member.component),
         )
 
     def _init(self, members: Member, seeds):
@@ -279,13 +335,16 @@ class Program:
         def evaluate(params):
             model = nnx.merge(self.graphdef, params)
             hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
-            logits = model.head(hidden[-1])
-            correct = jnp.argmax(logits, axis=-1) == data.test_labels
+            logits, validation = model.logits(hidden), None
+            if data.held_out_images is not None:
+                model.eval()
+                validation = _accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
             active = [h != 0 for h in hidden]
             loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
             classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
             return Measures(
-                accuracy=jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(correct), jnp.nan),
+                accuracy=_accuracy(logits, data.test_labels),
+                validation=validation,
                 entropy=jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
                 specialization=jax.vmap(metrics.specialization_score)(classes),
                 max_load=metrics.max_over_mean_load(loads),
@@ -295,12 +354,20 @@ class Program:
         return jax.lax.map(jax.vmap(evaluate), params)
 
 
+def _accuracy(logits, labels):
+    """NaN if a logit is not finite."""
+    return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(jnp.argmax(logits, axis=-1) == labels), jnp.nan)
+
+
 program_of = functools.cache(Program)  # groups that differ in members and seeds alone share one
 
 
 def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
-    """The data set on JAX's default device, as the runs of a group want it."""
+    """The data set on JAX's default device, prepared for the runs of a group."""
     train_images, train_labels = data.train_images[: shared.subset], data.train_labels[: shared.subset]
+    held_out = slice(len(train_labels), len(train_labels) + HELD_OUT)
+    left_out = (data.train_images[held_out], data.train_labels[held_out])
+    left_out = left_out if len(left_out[1]) else ()
     mean, deviation = np.float32(0), np.float32(1)
     if shared.normalization == "standard":
         values = np.arange(256) / 255
@@ -312,7 +379,31 @@ def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
     if shared.augmentation == "crop_flip":
         train_images = np.pad(train_images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
     channels = mean.reshape(1, 1, 1, -1), deviation.reshape(1, 1, 1, -1)
-    return Data(*map(jnp.asarray, (train_images, train_labels, data.test_images, data.test_labels, *channels)))
+    test = data.test_images, data.test_labels
+    return Data(*map(jnp.asarray, (train_images, train_labels, *test, *channels, *left_out)))
+
+
+def prepare(group: Group, data: datasets.ImageData) -> tuple[Program, Member, jax.Array, Data]:
+    """The program of a group, its members, its seeds, and its data on JAX's default device.
+
+    Raises:
+      ValueError: if there is not a single full batch.
+    """
+    runs, shared = group.runs[0], _shared(group.runs[0][0])
+    examples = len(data.train_labels[: shared.subset])
+    if shared.batch_size > examples:
+        raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
+    strategies = tuple(sorted({run.strategy for run in group}))
+    components = tuple(sorted({run.component for run in group}))
+    members = Member(
+        jnp.array([strategies.index(run.strategy) for run in runs]),
+        jnp.array([run.gamma for run in runs], jnp.float32),
+        jnp.array([run.learning_rate for run in runs], jnp.float32),
+        jnp.array([components.index(run.component) for run in runs]) if len(components) > 1 else None,
+    )
+    sizes = data.input_dim, data.num_classes, examples // shared.batch_size
+    program = program_of(shared, strategies, *sizes, components)
+    return program, members, jnp.array([row[0].seed for row in group.runs]), put(data, shared)
 
 
 def train_group(
@@ -334,18 +425,7 @@ def train_group(
     """
     start = time.perf_counter()
     shared = _shared(group.runs[0][0])
-    examples = len(data.train_labels[: shared.subset])
-    if shared.batch_size > examples:
-        raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
-    strategies = tuple(sorted({run.strategy for run in group}))
-    members = Member(
-        jnp.array([strategies.index(run.strategy) for run in group.runs[0]]),
-        jnp.array([run.gamma for run in group.runs[0]], jnp.float32),
-        jnp.array([run.learning_rate for run in group.runs[0]], jnp.float32),
-    )
-    seeds = jnp.array([row[0].seed for row in group.runs])
-    program = program_of(shared, strategies, data.input_dim, data.num_classes, examples // shared.batch_size)
-    on_device = put(data, shared)
+    program, members, seeds, on_device = prepare(group, data)
     states = program.init(members, seeds)
     curve = []
     for epoch in range(1, shared.epochs + 1):
@@ -370,6 +450,13 @@ def train_group(
     ]
 
 
+def _missing(group: Group, results: store.Results) -> Group:
+    """The group without the seeds and the members of which all runs are on file."""
+    rows = [row for row in group.runs if any(run not in results for run in row)]
+    columns = [column for column in zip(*rows, strict=True) if any(run not in results for run in column)]
+    return Group(tuple(zip(*columns, strict=True)))
+
+
 def evaluated_epochs(epochs: int) -> range:
     """About fifteen epochs, evenly spaced, after which runs are evaluated; the last is one of them."""
     every = max(1, epochs // 15)
@@ -377,16 +464,16 @@ def evaluated_epochs(epochs: int) -> range:
 
 
 def _at(measures: Measures, s: int, m: int) -> Measures:
-    return Measures(*(value[s, m] for value in measures))
+    return jax.tree.map(lambda value: value[s, m], measures)
 
 
 def _result(run: configs.MLPRun, curve: list, seconds: float, about: dict[str, Any]) -> store.Result:
     """Four digits of what is measured along the way, all of what is measured at the end."""
     short = lambda value: float(f"{float(value):.4g}")
-    last = curve[-1][2]
+    last = {name: value for name, value in curve[-1][2]._asdict().items() if value is not None}
     return store.Result(
         run,
-        {name: np.asarray(value, np.float64).tolist() for name, value in last._asdict().items()},
+        {name: np.asarray(value, np.float64).tolist() for name, value in last.items()},
         {
             "epoch": [epoch for epoch, _, _ in curve],
             "train_loss": [short(loss) for _, loss, _ in curve],
@@ -419,15 +506,15 @@ def train(
       OSError: if a result could not be written.
     """
     pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    # Groups are made of all the runs, finished or not: a command that is repeated gives a run the same company, and so
-    # the same digits.
+    # Groups are planned from all runs, finished or not: a repeated command trains a run beside the same others, and so
+    # gives it the same digits.
     needed = {}  # data sets
     for group in plan(runs, **limits):
-        if any(run not in results for run in group):
-            pending.put(group)
+        missing = _missing(group, results)
+        progress.update(group.epochs - missing.epochs)
+        if missing.runs:
+            pending.put(missing)
             needed |= {group.runs[0][0].dataset: None}
-        else:
-            progress.update(group.epochs)
     sets = {name: load(name) for name in needed}
     stop, lock, errors = threading.Event(), threading.Lock(), []
 

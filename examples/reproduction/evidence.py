@@ -1,4 +1,4 @@
-"""What the results say of the paper's claims: differences between runs, paired by seed, and their intervals.
+"""What the results say about claims, the paper's and ours: differences between runs, paired by seed, with intervals.
 
 The runs of a seed share their initialization and batches.
 """
@@ -12,6 +12,7 @@ from scipy import special
 from examples.reproduction import configs, experiments, store
 
 VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
+MIN_SEEDS = 3  # fewer give no verdict: they only show that the program runs
 
 
 class Contrast(NamedTuple):
@@ -21,7 +22,16 @@ class Contrast(NamedTuple):
     low: float
     high: float
     n: int  # seeds that it was computed from
-    diverged: int = 0  # seeds left out, as a run of theirs is not finite
+    diverged: int = 0  # seeds left out because one of their runs is not finite
+
+    @property
+    def p_value(self) -> float:
+        """The two-sided p-value of a paired t-test; NaN if there are fewer than two seeds."""
+        half = (self.high - self.low) / 2
+        if self.n < 2 or half == 0:
+            return math.nan if self.n < 2 else float(self.mean == 0)
+        t = self.mean / half * special.stdtrit(self.n - 1, 0.975)
+        return float(2 * special.stdtr(self.n - 1, -abs(t)))
 
 
 def found(results: store.Results, experiment: experiments.Experiment) -> list[configs.Run]:
@@ -48,13 +58,44 @@ def measured(result: store.Result, spec: dict[str, Any]) -> float:
 
 
 def by_seed(results: store.Results, experiment: experiments.Experiment, spec: dict[str, Any]) -> list[float]:
-    """The linear combination that a claim is about, for each seed of which all runs are there; NaN if one diverged."""
+    """The linear combination of a claim, for each seed that has all runs; NaN if one of them diverged."""
+    wheres = [(factor, resolve(results, experiment, where, spec["measure"])) for factor, where in spec["contrast"]]
+    if any(where is None for _, where in wheres):
+        return []
     combinations = []
     for seed in range(experiment.seeds):
-        terms = [(factor, experiments.make_run(experiment, where, seed)) for factor, where in spec["contrast"]]
+        terms = [(factor, experiment.make_run(where, seed)) for factor, where in wheres if where is not None]
         if all(run in results for _, run in terms):
             combinations.append(sum(factor * measured(results[run], spec) for factor, run in terms))
     return combinations
+
+
+def resolve(
+    results: store.Results, experiment: experiments.Experiment, where: dict[str, Any], measure: str
+) -> dict[str, Any] | None:
+    """The row with a number for its learning rate, if the claim says "best" or "baseline's best".
+
+    The best rate has the best mean on held-out data, over the seeds that have runs of all rates. A rate at which a seed
+    diverged is not chosen.
+
+    Returns:
+      The row, or None if no seed has runs of all rates.
+    """
+    if not isinstance(where.get("learning_rate"), str):
+        return where
+    like = where | ({"strategy": "vanilla"} if where["learning_rate"] == "baseline's best" else {})
+    planned = {experiment.make_run(row, 0) for row in experiment.rows or ()}
+    rates = sorted({run.learning_rate for run in planned if isinstance(run, configs.MLPRun | configs.MiniGPTRun)})
+    rates = [rate for rate in rates if experiment.make_run(like | {"learning_rate": rate}, 0) in planned]
+    rows = [[experiment.make_run(like | {"learning_rate": rate}, s) for rate in rates] for s in range(experiment.seeds)]
+    complete = [row for row in rows if row and all(run in results for run in row)]
+    if not complete:
+        return None
+    scores = np.mean([[results[run].measures["validation"] for run in row] for row in complete], axis=0)
+    scores = -scores if measure == "loss" else scores
+    if np.isnan(scores).all():
+        return None
+    return where | {"learning_rate": rates[int(np.nanargmax(scores))]}
 
 
 def contrast(results: store.Results, experiment: experiments.Experiment, claim: dict[str, Any]) -> Contrast:
@@ -70,14 +111,25 @@ def contrast(results: store.Results, experiment: experiments.Experiment, claim: 
 
 
 def verdict(contrast: Contrast, sign: int) -> str:
-    """Whether what was measured bears out a claim that the contrast has this sign."""
+    """Whether the results agree with a claim that the contrast has this sign."""
     if contrast.n + contrast.diverged == 0:
         return "not tested"
-    if contrast.n < 2:
-        return "inconclusive (one seed)" if contrast.n else "inconclusive (diverged)"
+    if contrast.n + contrast.diverged < MIN_SEEDS:
+        return "not tested (smoke test)"
+    if contrast.n < MIN_SEEDS:
+        return "inconclusive (diverged)"
     if min(sign * contrast.low, sign * contrast.high) > 0:
         return "confirmed"
     return "contradicted" if max(sign * contrast.low, sign * contrast.high) < 0 else "inconclusive"
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's corrected p-values. NaN, for a claim that was not tested, stays and does not count."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]
+    corrected = np.full(len(p), math.nan)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return corrected.tolist()
 
 
 def verdicts(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any]) -> list[str]:

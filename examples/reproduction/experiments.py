@@ -1,28 +1,18 @@
 """The paper's tables and figures as runs: one row for each, with our choices where the paper leaves them open."""
 
-import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import tomllib
 from typing import Any
 
-from examples.reproduction import configs
+from examples.reproduction import configs, study
 
 PAPER = pathlib.Path(__file__).with_name("paper.json")
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A table or a figure: which rows of the paper, with which seeds, and what we set ourselves."""
-
-    name: str
-    title: str
-    kind: str = "mlp"
-    seeds: int = 3
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of every run, such as {"epochs": 30}
-    rows: tuple[dict[str, Any], ...] | None = None  # what differs between runs; by default those of paper.json
+Experiment = configs.Experiment
+_grid = configs.grid
 
 
 @functools.cache
@@ -55,12 +45,6 @@ def targets() -> list[dict[str, Any]]:
     ]
 
 
-def make_run(experiment: Experiment, where: dict[str, Any], seed: int) -> configs.Run:
-    """The run of a row: our settings, what the row says, and a seed."""
-    fields: dict[str, Any] = {**experiment.settings, **where, "seed": seed}
-    return configs.KINDS[experiment.kind](**fields)
-
-
 def runs(experiment: Experiment, **changes: Any) -> list[configs.Run]:
     """All runs of a table or figure, of its rows and of the claims about it, each once, with changes if any."""
     if experiment.rows is None:
@@ -70,9 +54,7 @@ def runs(experiment: Experiment, **changes: Any) -> list[configs.Run]:
     else:
         rows = experiment.rows
     wheres = [{**row, **changes} for row in rows]
-    return list(
-        dict.fromkeys(make_run(experiment, where, seed) for where in wheres for seed in range(experiment.seeds))
-    )
+    return list(dict.fromkeys(experiment.make_run(where, seed) for where in wheres for seed in range(experiment.seeds)))
 
 
 def row_spec(view: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -82,10 +64,6 @@ def row_spec(view: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     signs = {"vanilla": 1.0, "positive_sum": -1.0}
     contrast = [[sign, row["where"] | {"strategy": strategy}] for strategy, sign in signs.items()]
     return {"measure": "perplexity", "contrast": contrast}
-
-
-def _grid(**choices: tuple) -> tuple[dict[str, Any], ...]:
-    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
 
 
 ADAM = {"optimizer": "adam", "learning_rate": 1e-4}
@@ -167,6 +145,6 @@ EXPERIMENTS = {
             rows=tuple({**row["where"], **choice} for choice in _CANDIDATES for row in targets()),
         ),
     ]
-}
+} | study.STUDIES
 # What a reader of the report should know, by section.
 REMARKS: dict[str, str] = tomllib.loads(PAPER.with_name("remarks.toml").read_text(encoding="utf-8"))

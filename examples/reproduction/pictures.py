@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import evidence, experiments, store, toy
+from examples.reproduction import evidence, experiments, inside, store, study, toy
 
 # Factor and digits that a measure is shown with; accuracies are fractions in the results and percent in the paper.
 SHOWN = {"accuracy": (100, 2), "perplexity": (1, 2), "perplexity_reduction": (1, 2)}
 UNIT = {
     "accuracy": "test accuracy (%)",
+    "loss": "test loss (nats per byte)",
     "entropy": "routing entropy (nats)",
     "perplexity_reduction": "perplexity saved",
 }
@@ -151,15 +152,119 @@ DRAW = {  # by view: how it is drawn
 }
 
 
+def _over_rates(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any], figure: Any) -> None:
+    """What a study's rows reached, over the learning rate: means and standard deviations, a panel for each setting."""
+    measure = view["measure"]
+    apart = ("learning_rate", *VARIANT)
+    panels = _grouped(view["rows"], lambda row: study.label({k: v for k, v in row.items() if k not in apart}))
+    for axes, (title, rows) in _panels(figure, panels):
+        axes.set(title=title, xscale="log", xlabel="learning rate", ylabel=UNIT[measure])
+        for name, line in _grouped(rows, lambda row: study.label({k: row[k] for k in VARIANT if k in row})).items():
+            values = [_finite(evidence.by_seed(results, experiment, _measure_of(measure, row))) for row in line]
+            style = STYLES.get(name, {"color": f"C{len(axes.containers) % 10}", "linestyle": ":"})
+            _points(axes, [row["learning_rate"] for row in line], measure, values, name, **style)
+        if axes.containers:
+            axes.legend(fontsize="x-small")
+
+
+def _over_depth(results: store.Results, experiment: experiments.Experiment, view: dict[str, Any], figure: Any) -> None:
+    """Accuracy over depth, each at its best learning rate on held-out data."""
+    ((axes, _),) = _panels(figure, {"": None})
+    axes.set(xlabel="hidden layers", ylabel=f"{UNIT['accuracy']} at the best learning rate")
+    depths = sorted({row["depth"] for row in view["rows"]})
+    for strategy in ("vanilla", "zero_sum", "positive_sum"):
+        where = [{"strategy": strategy, "depth": depth, "learning_rate": "best"} for depth in depths]
+        values = [_finite(evidence.by_seed(results, experiment, _measure_of("accuracy", row))) for row in where]
+        _points(axes, depths, "accuracy", values, study.label({"strategy": strategy}), color=COLORS[strategy])
+    axes.legend(fontsize="x-small")
+
+
+def _answer(results: store.Results, figure: Any) -> None:
+    """The picture of does-it-help.md: zero_sum and its components against the baseline, over the learning rate."""
+    variants = [study.BASELINE, *({**study.ZERO_SUM, "component": c} for c in study.COMPONENTS)]
+    for axes, (title, (name, common, limits)) in _panels(figure, study.ANSWER):
+        experiment = experiments.EXPERIMENTS[name]
+        measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+        rows = [row for row in experiment.rows or () if common.items() <= row.items()]
+        rates = sorted({row["learning_rate"] for row in rows})
+        axes.set(title=title.partition(" (")[0], xscale="log", xlabel="learning rate", ylabel=UNIT[measure])
+        for variant in variants:
+            specs = [_measure_of(measure, {**common, **variant, "learning_rate": rate}) for rate in rates]
+            values = [_finite(evidence.by_seed(results, experiment, spec)) for spec in specs]
+            style = {"color": {"both": "C0", "direction": "C2", "norm": "C3"}.get(variant.get("component", ""), "0.4")}
+            _points(axes, rates, measure, values, study.label(variant), **style)
+        axes.set_ylim(*(limits or (None, None)))
+        if axes.containers:
+            axes.legend(fontsize="x-small", loc="lower center")
+
+
+def _measure_of(measure: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {"measure": measure, "contrast": [[1.0, row]]}
+
+
+def _points(axes: Any, places: Any, measure: str, values: list[np.ndarray], label: str, **style: Any) -> None:
+    """A line through the means, with standard deviations, where there are any."""
+    factor, _ = SHOWN.get(measure, (1, 3))
+    there = [(place, factor * v) for place, v in zip(places, values, strict=True) if len(v)]
+    if there:
+        means, spreads = [v.mean() for _, v in there], [v.std(ddof=1) if len(v) > 1 else 0.0 for _, v in there]
+        style = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2} | style
+        axes.errorbar([place for place, _ in there], means, spreads, label=label, **style)
+
+
+VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing")  # lines of a picture, not panels
+STYLES: dict[str, dict[str, Any]] = {
+    "baseline": {"color": COLORS["vanilla"]},
+    **{s: {"color": COLORS[s]} for s in ("zero_sum", "positive_sum")},
+    **{
+        f"{s}, {c}": {"color": COLORS[s], "linestyle": line}
+        for s in ("zero_sum", "positive_sum")
+        for c, line in (("both", "-"), ("direction", "--"), ("norm", ":"))
+    },
+}
+STUDIES = {
+    "mechanism": _over_rates,
+    "mechanism_digits": _over_rates,
+    "deep_digits": _over_rates,
+    "deep_ways_out": _over_rates,
+    "depth_digits": _over_depth,
+    "rescue": _over_rates,
+    "rescue_sgd": _over_rates,
+    "mini_tuned": _over_rates,
+}
+
+
+def is_drawn(experiment: experiments.Experiment) -> bool:
+    """Whether there are enough seeds for a picture: a smoke test has none."""
+    return experiment.seeds >= evidence.MIN_SEEDS
+
+
 def draw_all(results: store.Results, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Draws the pictures of all views with runs."""
+    """Draws the pictures of all views and studies with runs.
+
+    Raises:
+      ValueError: if a picture shows no data.
+    """
     paths = []
+    for name, draw in STUDIES.items():
+        experiment = experiments.EXPERIMENTS.get(name)
+        if experiment and evidence.found(results, experiment):
+            paths.append(folder / file_name(name))
+            measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+            _save(paths[-1], draw, results, experiment, {"rows": experiment.rows, "measure": measure})
     for name, draw in DRAW.items():
         name_of_rows = experiments.paper()[name].get("same_as", name)
         view, experiment = experiments.paper()[name_of_rows], experiments.EXPERIMENTS.get(name_of_rows)
-        if experiment and evidence.found(results, experiment):
+        if experiment and is_drawn(experiment) and evidence.found(results, experiment):
             paths.append(folder / file_name(name))
             _save(paths[-1], draw, results, experiment, view)
+    answered = [experiments.EXPERIMENTS.get(name) for name, *_ in study.ANSWER.values()]
+    if all(answered) and any(evidence.found(results, experiment) for experiment in answered if experiment):
+        paths.append(folder / file_name("answer"))
+        _save(paths[-1], _answer, results)
+    if outcome := inside.load(results.folder):
+        paths.append(folder / file_name("inside"))
+        _save(paths[-1], inside.draw, outcome)
     if outcome := toy.load(results.folder / "fig1"):
         paths.append(folder / file_name("fig1"))
         _save(paths[-1], toy.draw, outcome)
@@ -181,8 +286,24 @@ def _save(path: pathlib.Path, draw: Any, *arguments: Any) -> None:
     with plt.style.context(["default", {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}]):
         figure = plt.figure(layout="constrained")
         draw(*arguments, figure)
+        empty = [axes for axes in figure.axes if not any(map(_shows_data, axes.lines))]
+        if len(empty) == len(figure.axes):
+            raise ValueError(f"The picture {path.name} shows no data.")
+        for axes in empty:
+            axes.set_axis_off()
+            axes.set_title(f"{axes.get_title()}: not run" if axes.get_title() else "")
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(figure)
+
+
+def _shows_data(line: Any) -> bool:
+    """Whether a line has a point to be seen: one with a marker, or two that are joined."""
+    finite: np.ndarray = np.all(np.isfinite(np.asarray(line.get_xydata(), float)), axis=-1)
+    marked = line.get_marker() not in (None, "None", "", " ")
+    joined = line.get_linestyle() != "None" and bool((finite[1:] & finite[:-1]).any())
+    return bool(line.get_label() and (joined or (marked and finite.any()))) and not line.get_label().startswith(
+        "_child"
+    )
 
 
 def _panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, Any]]]:
@@ -231,7 +352,7 @@ def _grouped(items: Iterable[Any], key: Any) -> dict[Any, list[Any]]:
 
 def _of_row(results: store.Results, experiment: experiments.Experiment, row: dict[str, Any]) -> list[store.Result]:
     """The results of a row, for the seeds that are there."""
-    runs = [experiments.make_run(experiment, row["where"], seed) for seed in range(experiment.seeds)]
+    runs = [experiment.make_run(row["where"], seed) for seed in range(experiment.seeds)]
     return [results[run] for run in runs if run in results]
 
 

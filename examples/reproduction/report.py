@@ -11,10 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import configs, evidence, experiments, overhead, pictures, store, toy, transformers
+from examples.reproduction import (
+    configs,
+    evidence,
+    experiments,
+    inside,
+    overhead,
+    pictures,
+    store,
+    study,
+    toy,
+    transformers,
+)
 
 IMAGES = pathlib.PurePosixPath("images/reproduction")  # in the folder of the page
 MARKERS = "<!-- reproduction -->", "<!-- /reproduction -->"
+ANSWER = "<!-- answer -->", "<!-- /answer -->"
 
 INTRODUCTION = """\
 # The paper's tables and figures
@@ -26,11 +38,13 @@ are written by `python -m examples.reproduce report` from the results on file: e
 * A Δ is a mean over seeds of differences between runs with the same seed, and so the same initialization and batches;
   in brackets its 95 % interval, of Student's t. Accuracy in points.
 * A claim of the paper is a statement of its text, or the sign of a Δ that it prints, however small. It is *confirmed*
-  if our interval excludes zero on the paper's side, *contradicted* if it does on the other, *inconclusive* if it holds
-  zero or there is one seed only, and *not tested* if the runs are missing. This is about the sign; *larger* or
-  *smaller* follows if the paper's Δ lies outside our interval.
-* With this many claims, a few verdicts of chance are to be expected. Tables share runs, and so verdicts: SGD's gain at
-  its common settings, for one, stands in seven of them.
+  if our interval excludes zero on the paper's side, *contradicted* if it excludes zero on the other side,
+  *inconclusive* if it holds zero, and *not tested* if the runs are missing or there are fewer than three seeds (*smoke
+  test*). This is about the sign; *larger* or *smaller* follows if the paper's Δ lies outside our interval.
+* With this many claims, expect a few verdicts by chance. Tables share runs, and so verdicts: the gain of SGD at its
+  common settings, for example, stands in seven of them.
+* Our own studies come after the paper's tables and figures. Their claims and rules were written down before the runs
+  (`results/PLAN.md`). The corrected p is of a paired t-test, after Holm's correction for all claims of the study.
 * The paper does not print how long it trained: a verdict is about runs of the length that its section states.
 * A paper's Δ in parentheses is not printed there, but is the difference of printed values; > 0 or < 0 stands for a
   claim without a number.
@@ -49,6 +63,9 @@ def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Pat
     (docs_folder / IMAGES).mkdir(parents=True, exist_ok=True)
     page = docs_folder / "reproduction.md"
     page.write_text(markdown(results), encoding="utf-8")
+    answer = docs_folder / "does-it-help.md"
+    if answer.is_file():
+        update(answer, ANSWER, answer_markdown(results))
     return [page, *pictures.draw_all(results, docs_folder / IMAGES)]
 
 
@@ -69,10 +86,11 @@ def markdown(results: store.Results) -> str:
         lines.append(line)
     for name, experiment in experiments.EXPERIMENTS.items():
         if name not in experiments.paper():
-            sections.append(_other(results, experiment))
+            sections.append((_study if name in study.STUDIES else _other)(results, experiment))
     found = list(dict.fromkeys(found, None))
     head = ("", "", "runs", *evidence.VERDICTS)
     lines.append(("all of the paper's", "", "", *totals(results)))
+    lines += [_study_line(results, e) for name, e in experiments.EXPERIMENTS.items() if name in study.STUDIES]
     summary = ["## Summary", _table(head, lines, numbers=5)]
     if found:
         summary.append(f"{_plural(len(found), 'run')}, {_total_time(found, results)}.")
@@ -121,7 +139,7 @@ def _view(results: store.Results, name: str, view: dict[str, Any]) -> tuple[str,
     ]
     parts = [_title(name, view), f"{view['where_in_paper']}. Here: {_settings(experiment)}."]
     parts += [view["note"]] if "note" in view else []
-    parts += [_picture(name, view)] if name in pictures.DRAW else []
+    parts += [_picture(name, view)] if name in pictures.DRAW and pictures.is_drawn(experiment) else []
     rows = [_row(results, experiment, view, row) for row in view["rows"]]
     parts.append(_table(("", "", "paper", "ours", "residual"), rows, numbers=3))
     if judged:
@@ -150,7 +168,8 @@ def _same_as(results: store.Results, name: str, view: dict[str, Any]) -> tuple[s
     link, _ = _linked(view["same_as"], other)
     found = _found(results, view["same_as"])
     parts = [_title(name, view), f"{view['where_in_paper']}. A picture of {link}.{'' if found else ' Not run.'}"]
-    parts += [_picture(name, view)] if found and name in pictures.DRAW else []
+    drawn = name in pictures.DRAW and pictures.is_drawn(experiments.EXPERIMENTS[view["same_as"]])
+    parts += [_picture(name, view)] if found and drawn else []
     line = (*_linked(name, view), f"see {_name(view['same_as'])}", *[""] * len(evidence.VERDICTS))
     return "\n\n".join(parts), line
 
@@ -187,6 +206,78 @@ def _other(results: store.Results, experiment: experiments.Experiment) -> str:
     parts = [title, f"Not in the paper. Here: {_settings(experiment)}{note}.", table]
     parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
     return _with_remark(experiment.name, parts)
+
+
+def _study_line(results: store.Results, experiment: experiments.Experiment) -> tuple:
+    """The line of a study in the summary."""
+    found, total = evidence.found(results, experiment), len(experiments.runs(experiment))
+    counts = evidence.count(evidence.verdicts(results, experiment, {"claims": experiment.claims}))
+    link = f"[{experiment.name}](#{_anchor_of(experiment.title)})"
+    return link, experiment.title, f"{len(found)} of {total}" if found else "not run", *counts
+
+
+def _study(results: store.Results, experiment: experiments.Experiment) -> str:
+    """The section of a study: a picture, what every row reached at every learning rate, and the claims."""
+    found, title = evidence.found(results, experiment), f"## {experiment.title}"
+    if not found:
+        return f"{title}\n\nNot run: {_command(experiment.name)}"
+    parts = [title, f"Not in the paper. Here: {_settings(experiment)}."]
+    if experiment.name in pictures.STUDIES:
+        parts.append(f"![{experiment.title}]({IMAGES / pictures.file_name(experiment.name)})")
+    parts.append(_by_rate(results, experiment))
+    if experiment.name == "deep_digits" and inside.load(results.folder):
+        parts.append(f"![Inside the networks]({IMAGES / pictures.file_name('inside')})")
+    judged = evidence.judge(results, experiment, {"claims": experiment.claims})
+    if judged:
+        corrected = evidence.holm([ours.p_value if ours.n >= evidence.MIN_SEEDS else np.nan for _, ours in judged])
+        rows = [
+            (
+                _with_rates(results, experiment, claim),
+                _deltas({}, claim | {"printed": 0.0}, ours)[1],
+                evidence.verdict(ours, claim["sign"]),
+                "" if np.isnan(p) else f"{p:.2g}",
+            )
+            for (claim, ours), p in zip(judged, corrected, strict=True)
+        ]
+        parts.append(_table(("claim", "our Δ", "verdict", "corrected p"), rows, text=1))
+        verdicts = [row[2] for row in rows]
+        holds = lambda name: sum(v == name and p < 0.05 for v, p in zip(verdicts, corrected, strict=True))
+        tested = int(np.isfinite(corrected).sum())
+        parts.append(
+            f"Of {_plural(len(judged), 'claim')}, {tested} were tested: {verdicts.count('confirmed')} confirmed and "
+            f"{verdicts.count('contradicted')} contradicted; after the correction for {tested} claims, "
+            f"{holds('confirmed')} and {holds('contradicted')}."
+        )
+    parts.append(_provenance(results, experiment.name, found, len(experiments.runs(experiment))))
+    return _with_remark(experiment.name, parts)
+
+
+def _by_rate(results: store.Results, experiment: experiments.Experiment) -> str:
+    """What every row reached, with a column for every learning rate: a table for each optimizer."""
+    measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+    tables = []
+    rows_of = experiment.rows or ()
+    for optimizer in dict.fromkeys(row.get("optimizer", "") for row in rows_of):
+        lines: dict[str, dict[float, str]] = {}
+        for row in (row for row in rows_of if row.get("optimizer", "") == optimizer):
+            spec = {"label": "", "column": "", "where": row, "value": None}
+            cells = lines.setdefault(study.label({k: v for k, v in row.items() if k != "optimizer"}), {})
+            cells[row["learning_rate"]] = _row(results, experiment, {"measure": measure}, spec)[3]
+        rates = sorted({rate for cells in lines.values() for rate in cells})
+        head = (pictures.UNIT[measure] + (f", {optimizer}" if optimizer else ""), *(f"{rate:g}" for rate in rates))
+        rows = [(label, *(cells.get(rate, "") for rate in rates)) for label, cells in lines.items()]
+        tables.append(_table(head, rows, text=1, numbers=len(rates)))
+    return "\n\n".join(tables)
+
+
+def _with_rates(results: store.Results, experiment: experiments.Experiment, claim: dict[str, Any]) -> str:
+    """The text of a claim, with the learning rates that were chosen."""
+    wheres = [where for _, where in claim["contrast"]]
+    if not any(isinstance(where.get("learning_rate"), str) for where in wheres):
+        return claim["text"]
+    chosen = [evidence.resolve(results, experiment, where, claim["measure"]) for where in wheres]
+    rates = [f"{row['learning_rate']:g}" if row else "?" for row in chosen]
+    return f"{claim['text']} ({' and '.join(rates)})"
 
 
 def _measures(results: store.Results, experiment: experiments.Experiment) -> tuple[str, str]:
@@ -242,7 +333,7 @@ def _residuals(results: store.Results, experiment: experiments.Experiment) -> tu
         where = target["where"].items()
         for row in (row for row in experiment.rows or () if where <= row.items()):
             choice = ", ".join(f"{k} {v}" for k, v in row.items() if (k, v) not in where) or "none"
-            run = experiments.make_run(experiment, row, seed=0)
+            run = experiment.make_run(row, seed=0)
             accuracy = 100 * results[run].measures["accuracy"] if run in results else np.nan
             reached.setdefault(choice, []).append(accuracy)
     printed = np.array([target["value"] for target in targets])
@@ -300,7 +391,7 @@ def _size(view: dict[str, Any], claim: dict[str, Any], ours: evidence.Contrast) 
     """How our Δ compares with the paper's, in the direction of the claim, if the paper's is outside our interval."""
     factor, _ = pictures.SHOWN.get(claim["measure"], (1, 3))
     value, _ = evidence.printed(view, claim)
-    if value is None or ours.n < 2 or factor * ours.low <= value <= factor * ours.high:
+    if value is None or ours.n < evidence.MIN_SEEDS or factor * ours.low <= value <= factor * ours.high:
         return ""
     return ", larger" if claim["sign"] * (factor * ours.mean - value) > 0 else ", smaller"
 
@@ -344,9 +435,12 @@ def _title(name: str, view: dict[str, Any]) -> str:
 
 
 def _anchor(name: str, view: dict[str, Any]) -> str:
-    """Of the title, as GitHub makes it."""
-    title = f"{_name(name)}: {view['title']}".lower()
-    return "".join(c for c in title if c.isalnum() or c in " -_").replace(" ", "-")
+    return _anchor_of(f"{_name(name)}: {view['title']}")
+
+
+def _anchor_of(title: str) -> str:
+    """The anchor of a title, as GitHub makes it."""
+    return "".join(c for c in title.lower() if c.isalnum() or c in " -_").replace(" ", "-")
 
 
 def _linked(name: str, view: dict[str, Any]) -> tuple[str, str]:
@@ -417,14 +511,39 @@ def _differences(results: store.Results, experiment: experiments.Experiment, vie
     return [(f"{label}, {length}", *(by["zero_sum"]), *(by["positive_sum"])) for label, by in cells.items()]
 
 
-def update_readme(path: pathlib.Path, results: store.Results) -> None:
-    """Puts the README's part between the markers of a text.
+def answer_markdown(results: store.Results) -> str:
+    """The table of does-it-help.md: gains over the baseline, each at its best learning rate on held-out data."""
+    rows = []
+    for text, (name, common, _) in study.ANSWER.items():
+        experiment = experiments.EXPERIMENTS[name]
+        measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+        for strategy in ("zero_sum", "positive_sum"):
+            cells = []
+            for component in study.COMPONENTS:
+                better = {"strategy": strategy, "component": component}
+                claim = study.beats("", better, study.BASELINE, measure, learning_rate="best", **common)
+                ours = evidence.contrast(results, experiment, claim | {"printed": 0.0})
+                verdict = evidence.verdict(ours, claim["sign"])
+                bold = "**" if verdict in ("confirmed", "contradicted") else ""
+                delta = _deltas({}, claim | {"printed": 0.0}, ours)[1]
+                cells.append(f"{bold}{delta}{bold}" if not verdict.startswith("not tested") else "not tested")
+            rows.append((text, f"`{strategy}`", *cells))
+    return _table(("", "", *study.COMPONENTS), rows, numbers=3)
+
+
+def update(path: pathlib.Path, markers: tuple[str, str], part: str) -> None:
+    """Puts a part between the markers of a text.
 
     Raises:
-      ValueError: if the text has not each marker once, in order.
+      ValueError: if the text does not have each marker once, in order.
     """
-    text, (begin, end) = path.read_text(encoding="utf-8"), MARKERS
+    text, (begin, end) = path.read_text(encoding="utf-8"), markers
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path.name} must have the markers {begin} and {end} once each, in this order.")
     before, after = text[: text.index(begin)], text[text.index(end) :]
-    path.write_text(f"{before}{begin}\n{summary_markdown(results)}\n{after}", encoding="utf-8")
+    path.write_text(f"{before}{begin}\n{part}\n{after}", encoding="utf-8")
+
+
+def update_readme(path: pathlib.Path, results: store.Results) -> None:
+    """Puts the README's part between the markers of a text."""
+    update(path, MARKERS, summary_markdown(results))

@@ -1,0 +1,133 @@
+"""Looks inside deep Top-K MLPs on digits while they train: why the baseline stays behind, and what Excitation changes.
+
+    python -m examples.reproduction.inside       # minutes; writes results/inside/deep_digits.json
+
+Axis letters: S seeds, M members, L hidden layers, E neurons, B images.
+"""
+
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import excitation_optax
+from examples import datasets
+from examples.reproduction import configs, engine, store, study
+from excitation_optax import flax as excitation_flax
+from excitation_optax import metrics
+
+FILE = pathlib.Path("inside/deep_digits.json")  # in the folder of results
+SEEDS = 3
+EVERY = 10  # epochs
+ROWS: tuple[study.Row, ...] = (
+    *({"strategy": "vanilla", "learning_rate": rate} for rate in (1e-3, 3e-3)),
+    *({"strategy": "zero_sum", "component": c, "learning_rate": 1e-3} for c in study.COMPONENTS),
+    {"strategy": "zero_sum", "component": "direction", "learning_rate": 3e-3},
+)
+
+
+class Inside(NamedTuple):
+    """Measures of one model on the training images, by layer; in a group every array has leading axes `[S, M]`."""
+
+    dead: jax.Array  # [L], the share of neurons that no image activates
+    shared: jax.Array  # [L], the share of an image's active neurons that are active for another image too, on average
+    signal: jax.Array  # [L], the share of the mean square of what a layer passes on that differs between images
+    gradient: jax.Array  # [L], the norm of the loss's gradient in the layer's kernel
+
+
+def look(program: engine.Program, params: Any, data: engine.Data) -> Inside:
+    """Measures of one model."""
+    images = program.normalize(data.train_images, data)
+
+    def loss_fn(params):
+        model = nnx.merge(program.graphdef, params)
+        hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), data.train_labels)
+        return jnp.mean(losses), hidden
+
+    grads, hidden = jax.grad(loss_fn, has_aux=True)(params)
+    loads = jnp.stack([excitation_optax.count_active(h != 0).utilization for h in hidden])
+    signal = [jnp.mean(jnp.var(h, axis=0)) / jnp.maximum(jnp.mean(h**2), 1e-30) for h in hidden]
+    return Inside(
+        dead=metrics.dead_experts(loads),
+        shared=jnp.sum(loads**2, axis=-1) / jnp.maximum(jnp.sum(loads, axis=-1), 1e-30),
+        signal=jnp.stack(signal),
+        gradient=jnp.stack([jnp.linalg.norm(grads["layers"][i]["kernel"][...]) for i in range(len(hidden))]),
+    )
+
+
+def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str, Any]:
+    """Trains the rows and looks at them at the start and every ten epochs.
+
+    Returns:
+      `epoch`, and for each row, by its label and learning rate: `accuracy` by epoch and seed; the measures of `Inside`
+      by epoch, seed and layer; and `step`, the length of the change of each layer's kernel in the epoch before.
+    """
+    settings: dict[str, Any] = study.STUDIES["deep_digits"].settings | {"epochs": epochs} | changes
+    make = lambda row, seed: configs.MLPRun(**{**settings, **row, "seed": seed})
+    group = engine.Group(tuple(tuple(make(row, seed) for row in ROWS) for seed in range(SEEDS)))
+    program, members, seeds, on_device = engine.prepare(group, data)
+    measure = jax.jit(lambda params: jax.vmap(jax.vmap(functools.partial(look, program, data=on_device)))(params))
+    kernels = lambda params: [np.asarray(params["layers"][i]["kernel"][...]) for i in range(settings["depth"])]
+    states = program.init(members, seeds)
+    seen: list[dict[str, np.ndarray]] = []
+    for epoch in range(epochs + 1):
+        before = kernels(states[0])
+        if epoch:
+            states, _ = program.train_epoch(states, members, seeds, epoch, on_device)
+        if epoch % EVERY == 0:
+            after = kernels(states[0])
+            step = [np.sqrt(np.sum((a - b) ** 2, axis=(-1, -2))) for a, b in zip(after, before, strict=True)]
+            accuracy = program.evaluate(states[0], on_device).accuracy
+            seen.append({"accuracy": accuracy, "step": np.stack(step, axis=-1), **measure(states[0])._asdict()})
+    label = lambda row: f"{study.label(row)}, {row['learning_rate']:g}"
+    rounded = lambda x: np.vectorize(lambda v: float(f"{v:.3g}"))(np.asarray(x, float)).tolist()
+    rows = {
+        label(row): {name: [rounded(at[name][:, m]) for at in seen] for name in seen[0]} for m, row in enumerate(ROWS)
+    }
+    return {"epoch": list(range(0, epochs + 1, EVERY)), "rows": rows}
+
+
+def load(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What is on file in the folder of results, if anything."""
+    path = folder / FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def draw(outcome: dict[str, Any], figure: Any) -> None:
+    """Accuracy along training; by layer, the signal after ten epochs, and shared and dead neurons at the end."""
+    figure.set_size_inches(12, 3.4)
+    panels = figure.subplots(1, 4)
+    for (label, row), color in zip(outcome["rows"].items(), ("0.4", "0.7", "C0", "C1", "C3", "C2"), strict=True):
+        style = {"label": label, "color": color, "marker": ".", "linewidth": 1.2}
+        panels[0].plot(outcome["epoch"], 100 * np.mean(row["accuracy"], axis=-1), **style)
+        for axes, name, at in zip(panels[1:], ("signal", "shared", "dead"), (1, -1, -1), strict=True):
+            values = np.mean(row[name][at], axis=0)
+            axes.plot(np.arange(1, len(values) + 1), values, **style)
+    panels[0].set(xlabel="epoch", ylabel="test accuracy (%)")
+    panels[1].set(xlabel="hidden layer", title="share of the signal that\ndiffers by image, epoch 10", yscale="log")
+    panels[2].set(
+        xlabel="hidden layer", title="share of an image's active neurons\nthat another image activates too, at the end"
+    )
+    panels[3].set(xlabel="hidden layer", title="share of dead neurons,\nat the end")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize="x-small")
+
+
+def main() -> None:
+    """Trains, looks, and writes the file."""
+    path = store.FOLDER / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run(datasets.load_digits()) | {"about": store.environment() | {"date": store.now()}}))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Our studies: their claims are about their runs, learning rates are chosen on held-out data, each runs when tiny."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from examples import datasets
+from examples.reproduction import configs, engine, evidence, experiments, inside, minis, pictures, report, store, study
+
+pytestmark = pytest.mark.usefixtures("as_users_have_it")
+
+ROWS = study.product(study.rates(0.1, 0.2, 0.3), (study.BASELINE, study.ZERO_SUM))
+CLAIM = study.beats("zero_sum is better", study.ZERO_SUM, study.BASELINE, learning_rate="best")
+STUDY = configs.Experiment("look", "A look", seeds=4, settings={"subset": 100}, rows=ROWS, claims=(CLAIM,))
+
+
+def fill(folder, values, rows=ROWS, experiment=STUDY):
+    """Results of a study; values are of (row, seed): accuracy and validation, or None if the run is missing."""
+    results = store.Results(folder)
+    for row in rows:
+        for seed in range(experiment.seeds):
+            if (value := values(row, seed)) is not None:
+                measures = dict(zip(("accuracy", "validation"), value, strict=True))
+                results.append([store.Result(experiment.make_run(row, seed), measures, {}, 1.0, {})])
+    return results
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_claims_are_about_runs_of_the_study(name):
+    experiment = study.STUDIES[name]
+    planned = {experiment.make_run(row, 0) for row in experiment.rows}
+    assert len(planned) == len(experiment.rows)
+    assert experiment.seeds >= evidence.MIN_SEEDS
+    assert len({claim["text"] for claim in experiment.claims}) == len(experiment.claims)
+    assert len({(study.label(row), row["learning_rate"]) for row in experiment.rows}) == len(experiment.rows)
+    for claim in experiment.claims:
+        assert abs(sum(factor for factor, _ in claim["contrast"])) < 1e-9
+        for _, where in claim["contrast"]:
+            rates = {row["learning_rate"] for row in experiment.rows}
+            rates = rates if isinstance(where["learning_rate"], str) else {where["learning_rate"]}
+            assert planned & {experiment.make_run({**where, "learning_rate": rate}, 0) for rate in rates}, claim["text"]
+
+
+def test_the_best_rate_is_chosen_on_held_out_data(tmp_path):
+    """The test accuracy of the chosen rate counts, though another rate has a better one."""
+    best = {"vanilla": 0.2, "zero_sum": 0.1}
+
+    def values(row, seed):
+        chosen = row["learning_rate"] == best[row["strategy"]]
+        test = 0.5 + 0.01 * seed + (0.1 if row["strategy"] == "zero_sum" else 0) + (0 if chosen else 0.2)
+        return test, 0.9 if chosen else 0.8
+
+    results = fill(tmp_path, values)
+    rate = lambda where: evidence.resolve(results, STUDY, where, "accuracy")["learning_rate"]
+    assert rate({**study.ZERO_SUM, "learning_rate": "best"}) == 0.1
+    assert rate({**study.BASELINE, "learning_rate": "best"}) == 0.2
+    assert rate({**study.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
+    assert rate({**study.ZERO_SUM, "learning_rate": 0.3}) == 0.3
+    assert evidence.contrast(results, STUDY, CLAIM).mean == pytest.approx(0.1)
+    smallest = evidence.resolve(results, STUDY, {**study.BASELINE, "learning_rate": "best"}, "loss")
+    assert smallest["learning_rate"] in (0.1, 0.3)  # of a loss, the smallest is best
+
+
+def test_a_rate_that_diverged_is_not_chosen_and_seeds_without_all_rates_do_not_count(tmp_path):
+    def values(row, seed):
+        if row["learning_rate"] == 0.3:
+            return (0.9, math.nan) if seed == 1 else (0.9, 0.95)
+        if seed == 3:  # other rates are missing: 0.2 looks better here
+            return (0.5, 0.99) if row["learning_rate"] == 0.2 else None
+        return 0.5, 0.8 - row["learning_rate"]
+
+    results = fill(tmp_path, values)
+    where = {**study.BASELINE, "learning_rate": "best"}
+    assert evidence.resolve(results, STUDY, where, "accuracy")["learning_rate"] == 0.1
+    assert evidence.resolve(store.Results(tmp_path / "none"), STUDY, where, "accuracy") is None
+    assert evidence.contrast(store.Results(tmp_path / "none"), STUDY, CLAIM).n == 0
+
+
+def test_holms_correction():
+    """By hand: 4 times the smallest, 3 times the next, and so on, never falling; NaN is no test."""
+    corrected = evidence.holm([0.04, math.nan, 0.01, 0.012, 0.5])
+    np.testing.assert_allclose(corrected, [0.08, math.nan, 0.04, 0.04, 0.5])
+    assert evidence.holm([]) == []
+
+
+def test_the_p_value_goes_with_the_interval():
+    """At an interval that ends at zero it is 0.05."""
+    assert evidence.Contrast(0.1, 0.0, 0.2, 5).p_value == pytest.approx(0.05)
+    assert evidence.Contrast(-0.1, -0.15, -0.05, 5).p_value < 0.05 < evidence.Contrast(0.1, -0.1, 0.3, 5).p_value
+    assert math.isnan(evidence.Contrast(0.1, math.nan, math.nan, 1).p_value)
+    assert evidence.Contrast(0.1, 0.1, 0.1, 3).p_value == 0
+
+
+def test_the_section_of_a_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"look": STUDY})
+    monkeypatch.setattr(study, "STUDIES", {"look": STUDY})
+    monkeypatch.setitem(pictures.STUDIES, "look", pictures._over_rates)
+    gain = lambda row, seed: (0.5 + (0.1 + 0.01 * seed) * (row["strategy"] == "zero_sum"), row["learning_rate"])
+    results = fill(tmp_path, gain)
+    page = report._study(results, STUDY)
+    assert "| baseline | 50.00 ± 0.00 (4 seeds) | 50.00 ± 0.00 (4 seeds) | 50.00 ± 0.00 (4 seeds) |" in page
+    assert "| zero_sum is better (0.3 and 0.3) | +11.50 [+9.45, +13.55] | confirmed | 0.00039 |" in page
+    assert (
+        "Of 1 claim, 1 were tested: 1 confirmed and 0 contradicted; after the correction for 1 claims, 1 and 0." in page
+    )
+    assert report._study_line(results, STUDY)[2:] == ("24 of 24", 1, 0, 0, 0)
+    (path,) = pictures.draw_all(results, tmp_path)
+    assert path.name == "look.svg"
+
+
+def test_a_picture_without_data_is_an_error(tmp_path):
+    def draw(figure):
+        figure.subplots().plot([1.0], [0.5], label="one point, and nothing that marks it")
+
+    with pytest.raises(ValueError, match=r"The picture empty.svg shows no data"):
+        pictures._save(tmp_path / "empty.svg", draw)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_tiny_version(name, monkeypatch):
+    """Two steps of one seed of every row, on digits or on the text that comes with Python; at most 3 hidden layers."""
+    experiment = study.STUDIES[name]
+    runs = [experiment.make_run(row, 0) for row in experiment.rows]
+    if experiment.kind == "mini_gpt":
+        monkeypatch.setattr(minis, "STEPS", 2)
+        monkeypatch.setattr(minis, "WINDOWS", 64)
+        minis.program_of.cache_clear()
+        small = {"dataset": "python-reference", "d_model": 8, "num_heads": 2, "d_ff": 8, "context": 8, "epochs": 1}
+        text = minis.load_text("python-reference", None)
+        groups = minis.plan(dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs)
+        results = [result for group in groups for result in minis.train_group(group, text, lambda runs: None)]
+        minis.program_of.cache_clear()
+    else:
+        small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
+        groups = engine.plan(dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs)
+        train = lambda group: engine.train_group(group, datasets.load_digits(), lambda runs: None, lambda: False)
+        results = [result for group in groups for result in train(group)]
+    measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
+    assert results
+    for result in results:
+        assert set(result.measures) >= {measure, "validation", "max_load", "dead"}
+        assert np.isfinite([*result.curve["train_loss"], result.measures[measure], result.measures["validation"]]).all()
+
+
+def test_the_table_of_the_answer(tmp_path, monkeypatch):
+    """It stands between its markers in docs/does-it-help.md, and says so where there is nothing to say."""
+    monkeypatch.setitem(experiments.EXPERIMENTS, "look", STUDY)
+    monkeypatch.setattr(study, "ANSWER", {"Looks": ("look", {}, (0, 100))})
+    gain = lambda row, seed: (0.5 + (0.1 + 0.01 * seed) * (row["strategy"] == "zero_sum"), row["learning_rate"])
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "does-it-help.md").write_text("Before.\n<!-- answer -->\nold\n<!-- /answer -->\nAfter.\n")
+    results = fill(tmp_path, gain)
+    written = report.write(results, docs)
+    assert [path.name for path in written] == ["reproduction.md", "answer.svg"]
+    text = (docs / "does-it-help.md").read_text()
+    assert "| Looks | `zero_sum` | **+11.50 [+9.45, +13.55]** | not tested | not tested |" in text
+    assert "| Looks | `positive_sum` | not tested | not tested | not tested |" in text
+    assert text.startswith("Before.\n<!-- answer -->\n|")
+    assert text.endswith("|\n<!-- /answer -->\nAfter.\n")
+
+
+def test_inside_is_that_of_the_models(tmp_path):
+    """Against NumPy, at the start and after ten epochs."""
+    data = datasets.load_digits()
+    small = {"width": 16, "depth": 2, "subset": 64, "batch_size": 32}
+    outcome = inside.run(data, epochs=10, **small)
+    assert outcome["epoch"] == [0, 10]
+    assert len(outcome["rows"]) == len(inside.ROWS)
+    row = outcome["rows"]["baseline, 0.001"]
+    run = study.STUDIES["deep_digits"].make_run({**inside.ROWS[0], **small}, seed=1)
+    program, _, seeds, on_device = engine.prepare(engine.Group(((run,),)), data)
+    model = program.make_model(seeds[0])
+    model.eval()
+    h = np.asarray(program.normalize(on_device.train_images, on_device)).reshape(64, -1)
+    for number, hidden in enumerate(map(np.asarray, model.hidden(h))):
+        active = hidden != 0
+        pairs = [[np.sum(a & b) for b in active] for a in active]
+        assert row["shared"][0][1][number] == pytest.approx(np.sum(pairs) / 64 / np.sum(active), rel=1e-2)
+        assert row["dead"][0][1][number] == pytest.approx(np.mean(~active.any(0)), abs=1e-3)
+        signal = np.mean(np.var(hidden, axis=0)) / np.mean(np.square(hidden))
+        assert row["signal"][0][1][number] == pytest.approx(signal, rel=1e-2)
+    assert np.shape(row["accuracy"]) == (2, 3)
+    assert np.shape(row["step"]) == np.shape(row["gradient"]) == (2, 3, 2)
+    assert not np.any(row["step"][0])
+    assert np.all(np.array(row["step"][1]) > 0)

@@ -45,7 +45,8 @@ def table(runs: Runs, measures: dict[str, tuple[str, int, int]]) -> str:
         "max / mean load": (LOAD, 1, 2),
         "dead experts, %": ("dead_experts", 100, 1),
     }
-    lines = [f"at the end, {over_seeds(seeds)}", row("", list(runs))]
+    few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
+    lines = [f"at the end, {over_seeds(seeds)}{few}", row("", list(runs))]
     for label, (name, factor, digits) in measures.items():
         found = {strategy: [factor * last(lines, name) for lines in logs] for strategy, logs in runs.items()}
         lines.append(row(label, [spread(values, digits) for values in found.values()]))

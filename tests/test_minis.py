@@ -83,6 +83,7 @@ def plain_loop(run, text):
     return float(loss_fn(params, text.test)[1][0]), np.reshape(losses, (run.epochs, -1)).mean(1)
 
 
+@pytest.mark.slow
 def test_every_run_is_that_of_a_plain_loop(short):
     text = minis.load_text("python-reference", None)
     done = []

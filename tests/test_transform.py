@@ -283,7 +283,7 @@ def test_several_axis_names_and_one_reduction_for_all_layers(sum_counts):
     compiled = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=P())).lower(active).compile()
     for update in compiled(active).values():
         np.testing.assert_allclose(update[:, 0], [4 / 3, 2 / 3], rtol=1e-6)
-    if not sum_counts:
+    if not sum_counts and jax_versions.IS_RECENT:  # XLA's older compilers split it
         assert compiled.as_text().count(" all-reduce(") == 1
 
 

@@ -253,6 +253,10 @@ def _cached(name: str, folder: pathlib.Path, paths: list[pathlib.Path], read: Ca
     return data
 
 
+# What reading a damaged .npz file raises, wherever the damage is.
+DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
 def _read_cache(path: pathlib.Path, source: str) -> ImageData | None:
     """None if there is none, or one of other files, or a damaged one."""
     try:
@@ -266,7 +270,7 @@ def _read_cache(path: pathlib.Path, source: str) -> ImageData | None:
             problem = "its numbers are not those that were written"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except DAMAGED_NPZ as error:
         problem = repr(error)
     print(f"{path} is damaged ({problem:.200}); the data is decoded again", file=sys.stderr)
     return None

@@ -81,14 +81,14 @@ def sum_over(axis_name: Hashable, counts: dict[str, RoutingCounts]) -> dict[str,
     return jax.lax.psum({path: RoutingCounts(*_arrays.widened(*leaf)) for path, leaf in counts.items()}, axis_name)
 
 
-def fractions(utilization: ArrayLike | RoutingCounts, what: str = "Utilization") -> jax.Array:
-    """Converts fractions or `RoutingCounts` to an array `[..., E]` in float32 or wider; `what` is for errors."""
+def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
+    """Converts fractions or `RoutingCounts` to an array `[..., E]` in float32 or wider."""
     if isinstance(utilization, RoutingCounts):
-        _check_shapes(what, utilization)
+        _check_shapes("Utilization", utilization)
         utilization = utilization.utilization
-    u = _arrays.as_array(what, utilization)
-    _check_experts(what, u)
-    _arrays.check_not_negative(what, u)
+    u = _arrays.as_array("Utilization", utilization)
+    _check_experts("Utilization", u)
+    _arrays.check_not_negative("Utilization", u)
     return _arrays.float32_or_wider(u)
 
 

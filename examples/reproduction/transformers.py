@@ -14,7 +14,6 @@ import os
 import pathlib
 import time
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -329,7 +328,7 @@ def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
             raise ValueError("its arrays are not those of this model and optimizer")
     except PermissionError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except datasets.DAMAGED_NPZ as error:
         warnings.warn(
             f"The checkpoint {path} is damaged ({error!r:.200}). It is kept as {logs.set_aside(path).name}, and the "
             "run starts anew.",

@@ -7,7 +7,7 @@ LATEST = $(shell { ls -d $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9].*/bin/p
 # Tests that import jax, numpy and optax only, for test-oldest: test_NAME.py.
 CORE_TESTS = $(patsubst %,tests/test_%.py,describe errors metrics paths routing scaling strategies transform)
 
-.PHONY: help demo site test test-latest test-oldest test-slow study-check test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench clean
+.PHONY: help demo site test test-latest test-oldest test-slow study-check test-pod test-torch test-tpu test-tunix test-levanter test-easydel test-maxtext lint format types docs docs-test notebooks notebooks-test wheel-test bench gpu gpu-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ notebooks-test: $(UV)  ## run the notebooks, here and as Colab does, from an emp
 
 wheel-test: $(UV)  ## build the wheel and try it in an empty environment, outside of this folder
 	UV=$(UV) sh tests/wheel.sh
+
+gpu-wheels:  ## pack what make gpu needs on a machine without a network: packages, and CIFAR-10 from the folder DATA
+	sh benchmarks/gpu.sh pack $(DATA)
+
+gpu:  ## everything that needs a GPU, in at most eight minutes; it needs Python 3.12 with jax, flax, optax and torch
+	sh benchmarks/gpu.sh run
 
 bench: $(UV)  ## speed, as ratios measured side by side
 	$(RUN) python -m benchmarks.quickstart_epoch

@@ -58,12 +58,12 @@ class Config:
     rounds: int = 15
     """Calls of every variant."""
     tiny: bool = False
-    """Divide tokens and widths by 16."""
+    """Divide tokens, widths and numbers of experts by 16."""
 
     def sizes(self, tokens: int, width: int = 128, hidden: int = 256, experts: int = 64) -> Sizes:
         """Sizes in full, or tiny."""
         shrink = 16 if self.tiny else 1
-        return Sizes(tokens // shrink, width // shrink, hidden // shrink, experts)
+        return Sizes(tokens // shrink, width // shrink, hidden // shrink, max(4, experts // shrink))
 
     def small_and_large(self) -> tuple[Sizes, Sizes]:
         """The two of A and E."""
@@ -107,16 +107,14 @@ def bare_einsums(sizes: Sizes) -> functools.partial:
     return gradients(expert, make_layer(sizes).experts.params(), x)
 
 
-def bare_tokamax(sizes: Sizes, dtype) -> functools.partial | None:
-    """Tokamax's products on rows that are in place, as many for each expert, without biases."""
-    if not importlib.util.find_spec("tokamax"):
-        return None
-    import tokamax  # pyrefly: ignore
-
+def bare_products(sizes: Sizes, dtype, module: str) -> functools.partial:
+    """The module's `ragged_dot` on rows that are in place, as many for each expert, without biases."""
+    ragged_dot = importlib.import_module(module).ragged_dot
     rows = sizes.choices * sizes.tokens
     group_sizes = jnp.full(sizes.experts, rows // sizes.experts, jnp.int32)
-    linear = lambda rows, kernel, bias: tokamax.ragged_dot(rows, kernel, group_sizes)
+    linear = lambda rows, kernel, bias: ragged_dot(rows, kernel, group_sizes)
     params = make_layer(sizes, dtype=dtype, use_bias=False).experts.params()
+    params = jax.tree.map(lambda kernel: kernel.astype(dtype), params)
     return gradients(functools.partial(mlp.gelu_mlp, linear), params, normal(1, rows, sizes.width, dtype=dtype))
 
 
@@ -265,11 +263,18 @@ def accelerator(config: Config) -> None:
     dtype, side = jnp.bfloat16, 512 if config.tiny else 8192
     product = functools.partial(jax.jit(jnp.matmul), *normal(0, 2, side, side, dtype=dtype))
     peak = f"product of {side} x {side}"
-    for sizes in (config.sizes(16384, 512, 512, 16), config.sizes(16384, 2048, 2048, 64)):
+    has_tokamax = importlib.util.find_spec("tokamax") is not None
+    for experts in (32, 128):
+        sizes = config.sizes(16384, 1024, 2048, experts)
         variants: dict[str, Any] = {"padded": ours(sizes, dtype, backend="padded")}
-        variants["tokamax"] = ours(sizes, dtype, backend="tokamax") if importlib.util.find_spec("tokamax") else None
+        with mock.patch.multiple(grouped, HEADROOM=1.5, BLOCK_ROWS=256):
+            variants["padded, headroom 1.5, blocks of 256"] = ours(sizes, dtype, backend="padded")
         variants["capacity 1.25"] = ours(sizes, dtype, capacity_factor=1.25)
-        variants |= {"bare tokamax": bare_tokamax(sizes, dtype), "PyTorch _grouped_mm": pytorch(sizes, "bfloat16")}
+        variants["tokamax"] = ours(sizes, dtype, backend="tokamax") if has_tokamax else None
+        variants["dense"] = ours(sizes, dtype, backend="dense") if experts <= 32 else None
+        variants["bare tokamax"] = bare_products(sizes, dtype, "tokamax") if has_tokamax else None
+        variants["bare jax.lax.ragged_dot"] = bare_products(sizes, dtype, "jax.lax")
+        variants["PyTorch _grouped_mm"] = pytorch(sizes, "bfloat16")
         # Two products per row; a forward and two backward products; two operations for each term.
         operations = 12 * sizes.choices * sizes.tokens * sizes.width * sizes.hidden
         flops = dict.fromkeys(variants, operations) | {peak: 2 * side**3}
@@ -280,8 +285,15 @@ def accelerator(config: Config) -> None:
             ),
             "TFLOP / s": lambda name, fastest, rate=rate: f"{rate(name, fastest) / 1e12:.2f}",
             "of the product's": lambda name, fastest, rate=rate: f"{rate(name, fastest) / rate(peak, fastest):.0%}",
+            "temporary MiB": lambda name, fastest, variants=variants: temporary_mib(variants.get(name)),
         }
         table(f"F  {sizes}, bfloat16", variants | {peak: product}, config.rounds, "padded", columns)
+
+
+def temporary_mib(call: Any) -> str:
+    """XLA's figure for a compiled call; PyTorch's calls have none."""
+    program = getattr(call, "func", None)
+    return f"{program.memory_analysis().temp_size_in_bytes / 2**20:.0f}" if program else ""
 
 
 SECTIONS = {"A": speed, "B": scaling, "C": imbalance, "D": memory, "E": constants, "F": accelerator}

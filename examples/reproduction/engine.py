@@ -60,15 +60,18 @@ class Group:
         return sum(run.epochs for run in self)
 
 
-def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 300) -> list[Group]:
+def plan(runs: Iterable[configs.MLPRun], max_runs: int | None = None, max_epochs: int | None = None) -> list[Group]:
     """Groups for the runs, in their order: together they hold every run once, and each is small in memory and in time.
 
     Args:
       runs: what to train; repeated ones count once.
-      max_runs: the most that are stacked.
-      max_epochs: the most epochs of 50,000 images of a group, over all of its runs. An interruption loses the epochs of
-        the groups that are training.
+      max_runs: the most that are stacked, by default 18, and 64 on an accelerator, which fewer do not fill.
+      max_epochs: the most epochs of 50,000 images of a group, over all of its runs, by default 300, and no limit on an
+        accelerator. An interruption loses the epochs of the groups that are training.
     """
+    on_cpu = jax.default_backend() == "cpu"
+    max_runs = max_runs or (18 if on_cpu else 64)
+    max_epochs = max_epochs or (300 if on_cpu else 10**6)
     stackable: dict[configs.MLPRun, dict[int, list[configs.MLPRun]]] = {}
     for run in dict.fromkeys(runs):
         stackable.setdefault(_shared(run), {}).setdefault(run.seed, []).append(run)

@@ -73,8 +73,12 @@ def shared_of(run: configs.MiniGPTRun) -> configs.MiniGPTRun:
     return dataclasses.replace(run, **{name: getattr(default, name) for name in names})
 
 
-def plan(runs: Iterable[configs.MiniGPTRun], max_runs: int = 16) -> list[list[configs.MiniGPTRun]]:
-    """Groups of runs that have a seed and a model in common, in the order of the runs."""
+def plan(runs: Iterable[configs.MiniGPTRun], max_runs: int | None = None) -> list[list[configs.MiniGPTRun]]:
+    """Groups of runs that have a seed and a model in common, in the order of the runs.
+
+    By default a group has at most 16 runs, and 64 on an accelerator.
+    """
+    max_runs = max_runs or (16 if jax.default_backend() == "cpu" else 64)
     groups: dict[tuple, list[configs.MiniGPTRun]] = {}
     for run in dict.fromkeys(runs):
         groups.setdefault((shared_of(run), run.seed), []).append(run)

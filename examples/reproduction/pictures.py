@@ -141,6 +141,7 @@ DRAW = {  # by view: how it is drawn
     "fig4": _by_layer,
     "fig5": _curves,
     "fig6": _curves,
+    "fig6_long": _curves,
     "fig7": _by_experts,
     "table3": _learning_rates,
     "table4": _gains("sparsity", "sparsity", "linear"),

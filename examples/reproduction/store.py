@@ -191,7 +191,9 @@ def cores() -> int:
 
 
 def _revision() -> str:
-    """The revision of git, with a + if tracked files differ from it."""
+    """The revision of git, with a + if tracked files differ from it; $GIT_REVISION where git's folder is not at hand."""
+    if revision := os.environ.get("GIT_REVISION"):
+        return revision
     git = lambda *args: subprocess.run(
         ["git", *args], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True
     ).stdout.strip()

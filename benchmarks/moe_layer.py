@@ -20,6 +20,7 @@ calls of a table are interleaved. Ratios are taken within a round, and of the fa
 import dataclasses
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -263,6 +264,7 @@ def accelerator(config: Config) -> None:
     dtype, side = jnp.bfloat16, 512 if config.tiny else 8192
     product = functools.partial(jax.jit(jnp.matmul), *normal(0, 2, side, side, dtype=dtype))
     peak = f"product of {side} x {side}"
+    logging.getLogger("absl").setLevel("ERROR")  # tokamax warns that it was not tuned for these sizes
     has_tokamax = importlib.util.find_spec("tokamax") is not None
     for experts in (32, 128):
         sizes = config.sizes(16384, 1024, 2048, experts)

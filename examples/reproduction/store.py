@@ -191,7 +191,7 @@ def cores() -> int:
 
 
 def _revision() -> str:
-    """The revision of git, with a + if tracked files differ from it; $GIT_REVISION where git's folder is not at hand."""
+    """$GIT_REVISION, or the revision of git, with a + if tracked files differ from it."""
     if revision := os.environ.get("GIT_REVISION"):
         return revision
     git = lambda *args: subprocess.run(

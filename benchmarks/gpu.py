@@ -52,7 +52,7 @@ PARTS = {
     "table8_large": Part(
         True,
         80,
-        "benchmarks.overhead --rounds 15 --results {results} --rows vit-1024-12-32 --memory-gib 130",
+        "benchmarks.overhead --rounds 15 --results {results} --rows vit-1024-12-32 --batch-size 128",
         "benchmarks.overhead --tiny --rounds 2 --rows vit-1024-12-32",
     ),
     "layer": Part(
@@ -60,7 +60,7 @@ PARTS = {
     ),
     "gpt": Part(
         True,
-        60,
+        80,
         "benchmarks.gpt_step --d-ff 256 --batch-size 64 --dtype bfloat16 --steps 30",
         "benchmarks.gpt_step --num-experts 4 --d-ff 16 --d-model 16 --num-layers 2 --num-heads 2 --vocab-size 50 "
         "--batch-size 2 --context 8 --steps 1",
@@ -69,7 +69,7 @@ PARTS = {
     "tests": Part(
         False,
         150,
-        "pytest -n 6 -p no:benchmark -k 'not mesh and not sharded' tests/test_contract.py tests/test_strategies.py "
+        "pytest -v -n 6 -p no:benchmark -k 'not mesh and not sharded' tests/test_contract.py tests/test_strategies.py "
         "tests/test_scaling.py tests/test_grouped.py tests/test_moe.py tests/test_router.py tests/test_topk_mlp.py",
         "pytest tests/test_topk_mlp.py",
     ),

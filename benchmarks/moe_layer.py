@@ -275,7 +275,7 @@ def accelerator(config: Config) -> None:
         variants["tokamax"] = ours(sizes, dtype, backend="tokamax") if has_tokamax else None
         variants["dense"] = ours(sizes, dtype, backend="dense") if experts <= 32 else None
         variants["bare tokamax"] = bare_products(sizes, dtype, "tokamax") if has_tokamax else None
-        variants["bare jax.lax.ragged_dot"] = bare_products(sizes, dtype, "jax.lax")
+        variants["bare jax.lax.ragged_dot"] = bare_products(sizes, dtype, "jax.lax") if experts <= 32 else None
         variants["PyTorch _grouped_mm"] = pytorch(sizes, "bfloat16")
         # Two products per row; a forward and two backward products; two operations for each term.
         operations = 12 * sizes.choices * sizes.tokens * sizes.width * sizes.hidden

@@ -103,7 +103,7 @@ class Config:
     """Which parts; timed ones run first, one by one, and the others after them, side by side."""
     minutes: float = 8.0
     """The time for all parts; those that it does not reach are left out."""
-    logs: pathlib.Path = pathlib.Path("out/gpu")
+    logs: pathlib.Path = store.FOLDER / "gpu"
     """The folder for the output of each part."""
     data: pathlib.Path = pathlib.Path(".gpu/data")
     """The folder with CIFAR-10, as TensorFlow Datasets prepares it."""

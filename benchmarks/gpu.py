@@ -83,7 +83,7 @@ PARTS = {
         False,
         400,
         "examples.reproduce run fig6_long --data-dir {data} --results {results}",
-        "examples.reproduce run fig6 --subset 128 --epochs 1 --data-dir {data} --results {results}",
+        "pytest tests/test_reproduction_transformers.py",
     ),
     "studies": Part(
         False,

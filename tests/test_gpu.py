@@ -1,7 +1,5 @@
 """The run for a GPU: its driver, and every part at toy sizes on a CPU."""
 
-import json
-import os
 import platform
 
 import pytest
@@ -41,21 +39,10 @@ def test_unknown_parts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", sorted(gpu.PARTS.keys() - {"fig6"}))
+@pytest.mark.parametrize("part", gpu.PARTS)
 def test_parts(part, tmp_path):
     (outcome,) = gpu.main(config(tmp_path, parts=(part,), minutes=20))
     assert outcome.startswith(f"{part}: finished"), (tmp_path / "logs" / f"{part}.txt").read_text()[-2000:]
-
-
-@pytest.mark.slow
-@pytest.mark.data
-def test_fig6(tmp_path):
-    data = os.environ.get("TFDS_DATA_DIR")
-    if data is None:
-        pytest.skip("TFDS_DATA_DIR is not set")
-    gpu.main(config(tmp_path, parts=("fig6",), data=data, minutes=20))
-    lines = (tmp_path / "results" / "vit-cifar10.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["config"]["subset"] == 128
 
 
 def test_the_revision_travels(monkeypatch):

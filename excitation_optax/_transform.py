@@ -98,7 +98,8 @@ def scale_by_excitation(
         _check_gamma(gamma)
     if component not in _scaling.COMPONENTS:
         raise ValueError(f"component must be one of {', '.join(_scaling.COMPONENTS)}; got {component!r}.")
-    _experts.check_spec(expert_axis)
+    if not callable(expert_axis):
+        _experts.specs(expert_axis)  # raises if it is malformed
     _check_seed(seed)
 
     def init_fn(params):

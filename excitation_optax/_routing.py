@@ -4,14 +4,14 @@ Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any 
 """
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from excitation_optax import _arrays
+from excitation_optax import _arrays, _paths
 
 _HINT = (
     " A list is a node of the tree: convert it to an array. Experts in separate modules share one array [E], at a path "
@@ -76,9 +76,20 @@ def is_counts(x: object) -> bool:
     return isinstance(x, RoutingCounts)
 
 
-def sum_over(axis_name: Hashable, counts: dict[str, RoutingCounts]) -> dict[str, RoutingCounts]:
+def check_counts(what: str, entries: Mapping[str, Any], over: str) -> None:
+    """Raises ValueError unless all entries are counts, which can be summed over micro-batches or devices."""
+    for path, leaf in entries.items():
+        if not is_counts(leaf):
+            raise ValueError(
+                f"{what} at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: pass RoutingCounts, as from "
+                f"count_routing. Fractions cannot be summed over {over}."
+            )
+
+
+def sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, RoutingCounts]:
     """Sums the counts of all layers over a mapped axis, in one reduction and in float32 or wider."""
-    return jax.lax.psum({path: RoutingCounts(*_arrays.widened(*leaf)) for path, leaf in counts.items()}, axis_name)
+    check_counts("Utilization", entries, f"axis_name={axis_name!r}")
+    return jax.lax.psum({path: RoutingCounts(*_arrays.widened(*leaf)) for path, leaf in entries.items()}, axis_name)
 
 
 def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
@@ -86,8 +97,7 @@ def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     if isinstance(utilization, RoutingCounts):
         _check_shapes("Utilization", utilization)
         utilization = utilization.utilization
-    u = _arrays.as_array("Utilization", utilization)
-    _check_experts("Utilization", u)
+    u = _arrays.as_array("Utilization", utilization, axes="[..., E]")
     _arrays.check_not_negative("Utilization", u)
     return _arrays.float32_or_wider(u)
 
@@ -97,7 +107,6 @@ def check_utilization(path: str, leaf: Any) -> None:
     what = f"Utilization at {path}"
     if isinstance(leaf, RoutingCounts):
         _check_shapes(what, leaf)
-        arrays = leaf
     else:
         _check_experts(what, leaf, _HINT)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -105,9 +114,25 @@ def check_utilization(path: str, leaf: Any) -> None:
                 f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "
                 "Put tokens per expert into RoutingCounts(counts, tokens)."
             )
-        arrays = (leaf,)
-    for x in filter(_arrays.is_array, arrays):
+    for x in leaf if isinstance(leaf, RoutingCounts) else (leaf,):
         _arrays.check_not_negative(what, x)
+
+
+def _check_shapes(what: str, counts: RoutingCounts) -> None:
+    _check_experts(f"{what}: the counts", counts.counts)
+    shape = list(counts.counts.shape)
+    if _arrays.shape_of(counts.tokens) != counts.counts.shape[:-1]:
+        raise ValueError(
+            f"{what} has counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
+            f"shape {shape[:-1]}, one number for each layer."
+        )
+
+
+def _check_experts(what: str, x: Any, hint: str = "") -> None:
+    shape = _arrays.shape_of(x)
+    if not shape or shape[-1] == 0:
+        got = _arrays.show_value(x)
+        raise ValueError(f"{what} must be an array with an axis of experts, [..., E]; got {got}.{hint}")
 
 
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
@@ -135,18 +160,19 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
       >>> excitation_optax.count_routing(chosen, num_experts=4, where=jnp.array([True, True, False])).counts
       Array([2., 1., 1., 0.], dtype=float32)
     """
-    indices = _arrays.as_array("count_routing: expert_indices", expert_indices)
+    indices = _arrays.as_array(
+        "count_routing: expert_indices",
+        expert_indices,
+        "integers",
+        "[..., K]",
+        " K is the number of experts per token. For router logits use count_logits, for a mask of active experts "
+        "count_active.",
+    )
     num_experts = _arrays.static_int("count_routing: num_experts", num_experts)
-    got = _arrays.show_value(indices)
-    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim == 0:
-        raise ValueError(
-            "count_routing: expert_indices must be integers [..., K], with an axis of the K experts per token; got "
-            f"{got}. For router logits use count_logits, for a mask of active experts count_active."
-        )
     if indices.shape[-1] > num_experts:
         raise ValueError(
-            f"count_routing: expert_indices {got} has more experts per token on its last axis than num_experts = "
-            f"{num_experts}. With one expert per token, pass expert_indices[..., None]."
+            f"count_routing: expert_indices {_arrays.show_value(indices)} has more experts per token on its last axis "
+            f"than num_experts = {num_experts}. With one expert per token, pass expert_indices[..., None]."
         )
     # As int32, since E may be more than an 8-bit index can count to.
     chosen = jax.nn.one_hot(indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
@@ -171,14 +197,10 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
       >>> counts.counts, counts.tokens
       (Array([2., 1.], dtype=float32), Array(2., dtype=float32))
     """
-    active = _arrays.as_array("count_active: active", active)
-    if active.dtype != jnp.bool_ or active.ndim == 0:
-        raise ValueError(
-            f"count_active: active must be a boolean mask [..., E]; got {_arrays.show_value(active)}. "
-            "Pass `activations != 0`, or use count_routing for expert indices."
-        )
+    hint = " Pass `activations != 0`, or use count_routing for expert indices."
+    active = _arrays.as_array("count_active: active", active, "booleans", "[..., E]", hint)
     if where is None:
-        tokens = jnp.asarray(active.size // max(active.shape[-1], 1), jnp.float32)
+        tokens = jnp.asarray(active.size // active.shape[-1], jnp.float32)
     else:
         where = token_mask(where, active.shape[:-1])
         active &= jnp.expand_dims(where, -1)
@@ -209,47 +231,22 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
       >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization
       Array([0.5, 0.5, 0. ], dtype=float32)
     """
-    logits = _arrays.as_array("count_logits: router_logits", router_logits)
+    hint = " For expert indices use count_routing, for a mask of active experts count_active."
+    logits = _arrays.as_array("count_logits: router_logits", router_logits, "floating-point numbers", "[..., E]", hint)
     experts_per_token = _arrays.static_int("count_logits: experts_per_token", experts_per_token)
-    got = _arrays.show_value(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(
-            f"count_logits: router_logits must be floating-point [..., E]; got {got}. For expert indices use "
-            "count_routing, for a mask of active experts count_active."
-        )
-    num_experts = logits.shape[-1] if logits.ndim else 0
+    num_experts = logits.shape[-1]
     if experts_per_token > num_experts:
         raise ValueError(
-            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of {got}; got "
-            f"{experts_per_token}."
+            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of "
+            f"{_arrays.show_value(logits)}; got {experts_per_token}."
         )
     return count_routing(jax.lax.top_k(logits, experts_per_token)[1], num_experts, where)
 
 
 def token_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Broadcasts a mask to the tokens' shape."""
-    where = _arrays.as_array("where", where)
-    if where.dtype != jnp.bool_:
-        raise ValueError(f"where must be boolean; got {_arrays.show_value(where)}. Pass `mask != 0`.")
+    where = _arrays.as_array("where", where, "booleans", hint=" Pass `mask != 0`.")
     try:
         return jnp.broadcast_to(where, shape)
     except ValueError as error:
         raise ValueError(f"where {_arrays.show_value(where)} does not fit the tokens {list(shape)}.") from error
-
-
-def _check_shapes(what: str, counts: RoutingCounts) -> None:
-    _check_experts(f"{what}: the counts", counts.counts)
-    shape = list(counts.counts.shape)
-    if _arrays.shape_of(counts.tokens) != counts.counts.shape[:-1]:
-        raise ValueError(
-            f"{what} has counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
-            f"shape {shape[:-1]}, one number for each layer."
-        )
-
-
-def _check_experts(what: str, x: Any, hint: str = "") -> None:
-    shape = _arrays.shape_of(x)
-    if not shape or shape[-1] == 0:
-        raise ValueError(
-            f"{what} must be an array with an axis of experts, [..., E]; got {_arrays.show_value(x)}.{hint}"
-        )

@@ -18,8 +18,6 @@ experts in 8 slots. The empty slots would lower the mean, so slice them off:
 
 import functools
 import inspect
-import math
-import numbers
 from collections.abc import Callable
 
 import jax
@@ -199,12 +197,8 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
       Array([0., 0., 0., 2.], dtype=float32)
     """
     is_random(strategy)  # raises if it is no strategy
-    try:
-        bound = float(maximum) if isinstance(maximum, numbers.Real) and not isinstance(maximum, bool) else math.nan
-    except OverflowError:  # an integer that no float can hold
-        bound = math.inf
-    if not 0 < bound < math.inf:
-        raise ValueError(f"clipped: maximum must be a positive finite number; got {_arrays.show_value(maximum)}.")
+    _arrays.check_finite("clipped: maximum", maximum, is_positive=True)
+    bound = float(maximum)
 
     @functools.wraps(strategy)  # so that is_random sees the parameters of the strategy inside
     def clipped_strategy(utilization, gamma, **key):

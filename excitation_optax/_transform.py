@@ -1,7 +1,6 @@
 """The gradient transformation: each expert's update times its excitation."""
 
-import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -116,7 +115,7 @@ def scale_by_excitation(
         entries = _experts.entries_of(utilization, other_arguments=extra_args)
         tree = _paths.Tree(updates)
         layers = _experts.match_experts(tree, entries, expert_axis)
-        entries = entries if axis_name is None else _sum_over(axis_name, entries)
+        entries = entries if axis_name is None else _routing.sum_over(axis_name, entries)
         leaves = list(tree.leaves)
         for pattern, layer in layers.items():
             phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
@@ -169,17 +168,6 @@ def excitation(
     return treedef.unflatten(excitations)
 
 
-def _sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts of all devices along a mapped axis, in one reduction for all layers."""
-    for path, leaf in entries.items():
-        if not isinstance(leaf, _routing.RoutingCounts):
-            raise ValueError(
-                f"Utilization at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: with axis_name={axis_name!r}, "
-                "pass RoutingCounts, as from count_routing. A sum of fractions over devices is no fraction."
-            )
-    return _routing.sum_over(axis_name, dict(entries))
-
-
 def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
     u = _scaling.replicated(_routing.fractions(leaf))
@@ -194,32 +182,16 @@ def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, ke
 
 
 def _check_gamma(gamma: Any) -> None:
-    """Checks the type and shape of gamma, and its value unless it is traced."""
-    is_number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
-    if isinstance(gamma, np.generic | np.ndarray | jax.Array) and gamma.ndim == 0:
-        is_number = jnp.issubdtype(gamma.dtype, jnp.integer) or jnp.issubdtype(gamma.dtype, jnp.floating)
-    if not is_number:
-        raise ValueError(
-            f"gamma must be a scalar, the same for all experts; got {_arrays.show_value(gamma)}. "
-            "For a schedule, excitation() takes its value at the step in question."
-        )
-    if isinstance(gamma, jax.core.Tracer):
-        return
-    try:
-        value = float(gamma)
-    except OverflowError:
-        value = math.inf
-    if not 0 <= value < math.inf:
-        raise ValueError(
-            f"gamma must be a finite number that is not negative; got {_arrays.show_value(value)}. "
-            "To favour idle experts, use the strategy `inverted`."
-        )
+    hint = (
+        " It is the same for all experts. Of a schedule, excitation() takes the value at one step. To favor idle "
+        "experts, use the strategy `inverted`."
+    )
+    _arrays.check_finite("gamma", gamma, hint=hint)
 
 
 def _check_seed(seed: Any) -> None:
-    is_integer = isinstance(seed, int | np.integer) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
-    is_array = isinstance(seed, jax.Array) and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer)
-    if not (is_integer or is_array):
+    in_range = not isinstance(seed, int) or -(2**63) <= seed < 2**63
+    if not (_arrays.is_scalar(seed, jnp.integer) and in_range):
         raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")
 
 

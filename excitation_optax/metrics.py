@@ -66,13 +66,10 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
     Source: the matrix S of arXiv 2602.21798, section 4.4.
     """
     num_classes = _arrays.static_int("num_classes", num_classes)
-    labels, mask = _arrays.as_array("labels", labels), _arrays.as_array("active", active)
-    if mask.dtype != jnp.bool_ or mask.ndim != 2:
-        raise ValueError(f"active must be boolean [T, E]; got {_arrays.show_value(mask)}. Pass `activations > 0`.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != mask.shape[:1]:
-        raise ValueError(
-            f"labels must be integers [T] = [{len(mask)}], one a sample; got {_arrays.show_value(labels)}."
-        )
+    mask = _arrays.as_array("active", active, "booleans", "[T, E]", " Pass `activations > 0`.")
+    labels = _arrays.as_array("labels", labels, "integers", "[T]")
+    if labels.shape != mask.shape[:1]:
+        raise ValueError(f"labels must be [T] = [{len(mask)}], one a sample; got {_arrays.show_value(labels)}.")
     by_class = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return jnp.einsum("te,tc->ec", mask.astype(jnp.float32), by_class)
 
@@ -95,10 +92,7 @@ def specialization_score(counts: Any) -> Any:
 
     Source: arXiv 2602.21798, equation 11.
     """
-    s = _arrays.as_array("counts", counts)
-    if s.ndim < 2 or 0 in s.shape[-2:]:
-        raise ValueError(f"counts must be an array [..., E, C]; got {_arrays.show_value(s)}. See class_counts.")
-    s = _arrays.float32_or_wider(s)
+    s = _arrays.float32_or_wider(_arrays.as_array("counts", counts, axes="[..., E, C]", hint=" See class_counts."))
     p = _shares(s)
     return jnp.sum(p**2, axis=(-2, -1)) / jnp.sum(jnp.sum(s, axis=-1) > 0, axis=-1).astype(p.dtype)
 
@@ -123,10 +117,7 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
 
     Source: arXiv 2602.21798, section 4.4.
     """
-    w = _arrays.as_array("weights", weights)
-    if w.ndim == 0 or w.shape[-1] == 0:
-        raise ValueError(f"weights must be an array [T..., E]; got {_arrays.show_value(w)}.")
-    w = _arrays.float32_or_wider(w)
+    w = _arrays.float32_or_wider(_arrays.as_array("weights", weights, axes="[T..., E]"))
     counted = jnp.sum(w, axis=-1) != 0
     if where is not None:
         counted &= _routing.token_mask(where, counted.shape)

@@ -228,8 +228,8 @@ ROWS = {
     "strategy keeps a reduced axis": Row(
         {"moe": U}, ["strategy keeps_axes", "from [3] into float32[1]"], {"strategy": keeps_axes}
     ),
-    "schedule of vectors": Row({"moe": U}, ["gamma must be a scalar"], {"gamma": lambda step: jnp.ones(E)}),
-    "schedule of None": Row({"moe": U}, ["gamma must be a scalar", "None"], {"gamma": lambda step: None}),
+    "schedule of vectors": Row({"moe": U}, ["same for all experts", "float32[3]"], {"gamma": lambda step: jnp.ones(E)}),
+    "schedule of None": Row({"moe": U}, ["same for all experts", "None"], {"gamma": lambda step: None}),
     "schedule below zero": Row(
         {"moe": U}, ["gamma", "not negative", "-1.0", "`inverted`"], {"gamma": lambda step: -1.0}
     ),
@@ -315,7 +315,7 @@ def test_wrapper_that_drops_extra_arguments():
 # What can be refused before the first update.
 
 NOT_FINITE = ["gamma must be a finite number that is not negative"]
-NOT_SCALAR = ["gamma must be a scalar"]
+NOT_SCALAR = [*NOT_FINITE, "same for all experts"]
 CONSTRUCTION = {
     "negative gamma": ({"gamma": -1.0}, [*NOT_FINITE, "-1.0", "`inverted`"]),
     "negative int gamma": ({"gamma": -2}, [*NOT_FINITE, "-2"]),
@@ -323,7 +323,7 @@ CONSTRUCTION = {
     "negative array gamma": ({"gamma": jnp.asarray(-0.5)}, [*NOT_FINITE, "-0.5"]),
     "nan gamma": ({"gamma": float("nan")}, [*NOT_FINITE, "nan"]),
     "infinite gamma": ({"gamma": float("inf")}, [*NOT_FINITE, "inf"]),
-    "vector gamma": ({"gamma": jnp.ones(E)}, [*NOT_SCALAR, "same for all experts"]),
+    "vector gamma": ({"gamma": jnp.ones(E)}, NOT_SCALAR),
     "one-vector gamma": ({"gamma": np.ones(1)}, NOT_SCALAR),
     "string gamma": ({"gamma": "1.0"}, [*NOT_SCALAR, "'1.0'"]),
     "None gamma": ({"gamma": None}, [*NOT_SCALAR, "None"]),

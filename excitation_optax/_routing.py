@@ -26,15 +26,13 @@ class RoutingCounts(NamedTuple):
     .. math::
       u_k = \frac{1}{|\mathcal{B}|} \sum_{x \in \mathcal{B}} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
 
-    Add the counts of micro-batches: numerators and denominators add up, also where padding differs, which averages of
-    fractions do not. Under `jax.jit` with sharded inputs the counts are global already. Under `jax.pmap` and
-    `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
-
-    Addition requires arrays of equal shapes, and is done in float32 or wider; anything else is a `ValueError`.
+    Add the counts of micro-batches: sums stay right where padding differs, averages of fractions do not. Addition is in
+    float32 or wider, and raises a `ValueError` unless the shapes are equal. Under `jax.jit` with sharded inputs, counts
+    are global. Under `jax.pmap` and `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
 
     Attributes:
-      counts: `[..., E]` float32, tokens routed to each expert. Leading axes, if any, are layers.
-      tokens: `[...]` float32, all tokens, without those that `where` left out.
+      counts: `[..., E]` float32, tokens routed to each expert. Leading axes are layers.
+      tokens: `[...]` float32, all tokens except the padding.
 
     Example:
       >>> first = excitation_optax.RoutingCounts(counts=jnp.array([3.0, 1.0]), tokens=jnp.array(4.0))
@@ -138,18 +136,16 @@ def _check_experts(what: str, x: Any, hint: str = "") -> None:
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
     """Counts tokens per expert from the experts that each token chose (equation 1 of the paper).
 
-    An expert that a token names twice is counted once. An index outside `[0, E)`, as some routers give to dropped
-    tokens, counts for no expert. Do not pass the token numbers `[E, C]` of expert-choice routing: there, every expert
-    chooses C tokens, so all experts have the same load, and Excitation has no effect.
+    An expert that a token names twice counts once, and an index outside `[0, E)` counts for no expert. Do not pass the
+    token numbers `[E, C]` of expert-choice routing: there, all experts have the same load, so Excitation has no effect.
 
     Args:
-      expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity. From
-        an argmax `[T...]`, pass `indices[..., None]`.
+      expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity.
       num_experts: E.
-      where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
+      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
 
     Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
+      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
 
     Raises:
       ValueError: if the indices are not integers, `num_experts` is not a positive integer, K is more than E, or
@@ -184,10 +180,10 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
 
     Args:
       active: `[T..., E]` boolean, whether the expert is active for the token.
-      where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
+      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
 
     Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
+      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
 
     Raises:
       ValueError: if `active` is not boolean or has no axis of experts, or if `where` does not fit.
@@ -213,16 +209,15 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
 def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:
     """Counts tokens per expert from router logits: each token goes to its K highest, as `jax.lax.top_k` ranks them.
 
-    Use it for models that return their router logits and nothing else. A model that adds a bias before the ranking, or
-    chooses among groups of experts, must be counted from its own choice with `count_routing`.
+    For a model that adds a bias before the ranking, or chooses among groups of experts, use `count_routing`.
 
     Args:
       router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).
       experts_per_token: K.
-      where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
+      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
 
     Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
+      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
 
     Raises:
       ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.

@@ -38,24 +38,22 @@ def accumulate_utilization(
     .. math::
       u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
 
-    with the counts c and the tokens t of the n micro-batches of an update. Alone, `optax.MultiSteps` passes only the
-    extra arguments of the **last** micro-batch to its inner optimizer. Micro-batches that its `should_skip_update_fn`
-    rejects do not count. A `jax.lax.scan` of your own that sums gradients and `RoutingCounts` needs neither of the two.
+    with the counts c and the tokens t of the n micro-batches of an update, without those that the
+    `should_skip_update_fn` rejects. Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to
+    its inner optimizer.
 
     Args:
-      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included; not its
-        `gradient_transformation()`.
-      like: the tree of `RoutingCounts` that every update will be given, or their shapes, since `init` fixes the
-        structure of the state. In Flax NNX, `excitation_optax.flax.routing_like(model, *inputs)` makes it.
-      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`: counts are summed over it
+      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included.
+      like: the tree of `RoutingCounts` that every update will be given, or their shapes. In Flax NNX,
+        `excitation_optax.flax.routing_like(model, *inputs)` returns it.
+      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which counts are summed
         before they are stored, so that the state is the same on all devices.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`. `multi_steps.has_updated` takes its state's `multi_steps`.
 
     Raises:
-      ValueError: here, if `multi_steps` is no `optax.MultiSteps` or `like` holds anything but `RoutingCounts`; while
-        tracing an update, if utilization is missing or is not like `like`.
+      ValueError: here, if an argument is malformed; while tracing an update, if the utilization does not fit `like`.
 
     Example:
       >>> params = {"experts": jnp.ones((2, 1))}
@@ -101,21 +99,20 @@ def accumulate_utilization(
 def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> optax.GradientTransformationExtraArgs:
     """Holds the utilization in the optimizer state, for trainers that call `tx.update` themselves.
 
-    Set it inside the jitted step, as you set a learning rate under `optax.inject_hyperparams`:
-    `opt_state = optax.tree.set(opt_state, utilization=counts)`. It starts as zeros, which is no excitation, and stays
-    until you set it again. If an update is passed `utilization=`, it uses that, and does not store it.
+    Set it inside the jitted step: `opt_state = optax.tree.set(opt_state, utilization=counts)`. It starts as zeros,
+    which is no excitation, and stays until you set it again. An update uses a `utilization=` that is passed to it, and
+    does not store it.
 
     Args:
       tx: the optimizer, Excitation included.
-      like: the tree of `RoutingCounts` or fractions that you will set, or their shapes, since `init` fixes the
-        structure of the state.
+      like: the tree of `RoutingCounts` or fractions that you will set, or their shapes.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`, whose state has a field `utilization`.
 
     Raises:
       ValueError: here, if `tx` takes no extra arguments or `like` is no utilization; while tracing an update, if the
-        utilization has other paths, shapes or dtypes than `like`.
+        utilization does not fit `like`.
 
     Example:
       >>> params = {"experts": jnp.ones((2, 1))}

@@ -1,8 +1,7 @@
 """Metrics of routing to log: specialization, entropy, load. They are pure functions and do not change training.
 
 The first argument is an array, nested lists of numbers, or a tree of these, and the result is the same tree of metrics.
-Utilization can be `RoutingCounts` too. Each metric raises a `ValueError`, with the path of the leaf, if a leaf has
-another form or dtype, or a utilization is negative.
+Utilization can be `RoutingCounts` too. A `ValueError` names the path of a malformed leaf.
 
 Axis letters: T tokens (all axes that hold tokens or samples, in any number), E experts, C classes. Leading axes of an
 argument `[..., E]` are layers, each measured on its own.
@@ -53,7 +52,7 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
     """Counts how often each expert was active for samples of each class, `[E, C]` float32. Add several batches' counts.
 
     Args:
-      active: `[T, E]` boolean, whether the expert is active for the sample; or a tree of these, one for each layer.
+      active: `[T, E]` boolean, whether the expert is active for the sample.
       labels: `[T]` integers, the class of each sample; one outside `[0, C)` leaves the sample out.
       num_classes: C.
 
@@ -103,9 +102,8 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
 
     .. math:: H = -\mathbb{E}_x\left[\sum_i p_i \log p_i\right], \qquad p_i = \frac{w_i}{\sum_j w_j}
 
-    The paper does not name the distribution. For a router, pass its softmax probabilities over all E experts. For a
-    Top-K layer of neurons, pass the retained activations: p is then each neuron's share of the layer's output, and the
-    entropy is at most log K.
+    For a router, pass its softmax probabilities. For a Top-K layer of neurons, pass the retained activations: p is then
+    each neuron's share of the layer's output, and the entropy is at most log K.
 
     Args:
       weights: `[T..., E]`, not negative. A token whose weights are all zero is left out of the mean.

@@ -101,7 +101,7 @@ def check_finite(what: str, x: Any, is_positive: bool = False, hint: str = "") -
 
 
 def check_not_negative(what: str, x: ArrayLike) -> None:
-    """Rejects negative values where they can be read. Traced arrays have none yet, and a NaN is left to the caller."""
+    """Rejects negative values where they can be read: not in traced arrays, nor in shapes. A NaN passes."""
     if not is_array(x) or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return
     values = np.asarray(x)  # jnp would trace the comparison under jax.jit

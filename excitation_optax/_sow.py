@@ -31,7 +31,7 @@ class Routing(nnx.Intermediate):
 
 
 def _pattern(module: Any, names: tuple[Any, ...], state: Any) -> str:
-    """The path pattern of children of a module, each of which its state must have, if that is known."""
+    """The path pattern of children of a module. Its state, if known, must have each of them."""
     tree = _paths.Tree(state)
     for name in names:
         if not isinstance(name, str) or not all(name.split("/")):

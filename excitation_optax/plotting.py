@@ -20,7 +20,7 @@ from excitation_optax import _arrays, _routing, _strategies, telemetry
 
 __all__ = ["COLORS", "STYLE", "load_heat_map", "load_over_time", "strategy_curves"]
 
-# The size is that of a column of a paper, in inches; text in PDF and SVG can be searched and edited.
+# The width of a paper's column, in inches. Text in PDF and SVG can be searched and edited.
 STYLE = {"figure.figsize": (3.3, 2.2), "figure.dpi": 200, "pdf.fonttype": 42, "svg.fonttype": "none"}
 STYLE |= {"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False}
 STYLE |= {"axes.linewidth": 0.6, "axes.spines.right": False, "axes.spines.top": False, "lines.linewidth": 1.2}

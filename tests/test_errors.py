@@ -243,21 +243,14 @@ def update(row, through=lambda f: f):
     through(tx.update)(updates, state, utilization=row.utilization)
 
 
-def shapes_of(f):
-    return lambda *args, **kwargs: jax.eval_shape(f, *args, **kwargs)
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_update(name):
     raises(ROWS[name].fragments, update, ROWS[name])
 
 
-@pytest.mark.parametrize("through", [jax.jit, shapes_of])
-@pytest.mark.parametrize("name", ROWS)
-def test_update_while_tracing(name, through):
-    if name.startswith("negative"):
-        pytest.skip("traced values cannot be read")
-    raises(ROWS[name].fragments, update, ROWS[name], through)
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("negative")])  # cannot be read
+def test_update_while_tracing(name):
+    raises(ROWS[name].fragments, update, ROWS[name], jax.jit)
 
 
 def test_rows_fail_for_their_own_reason():
@@ -402,7 +395,7 @@ SCHEDULED = {"gamma": lambda step: 1.0}
 RANDOM = {"strategy": excitation_optax.random_boost}
 
 
-@pytest.mark.parametrize("through", [lambda f: f, jax.jit, shapes_of])
+@pytest.mark.parametrize("through", [lambda f: f, jax.jit])
 @pytest.mark.parametrize(
     ("made_for", "given_to", "fragments"),
     [

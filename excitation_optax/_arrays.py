@@ -80,7 +80,7 @@ def static_int(what: str, x: Any, at_least: int = 1) -> int:
 
 def is_scalar(x: Any, *kinds: Any) -> bool:
     """Whether it is one number, perhaps traced, of a kind such as `jnp.integer`; not a bool."""
-    dtype = getattr(x, "dtype", np.dtype(type(x)))
+    dtype = x.dtype if hasattr(x, "dtype") else np.dtype(type(x))
     return shape_of(x) == () and any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 

@@ -38,24 +38,22 @@ def accumulate_utilization(
     .. math::
       u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
 
-    with the counts c and the tokens t of the n micro-batches of an update. Alone, `optax.MultiSteps` passes only the
-    extra arguments of the **last** micro-batch to its inner optimizer. Micro-batches that its `should_skip_update_fn`
-    rejects do not count. A `jax.lax.scan` of your own that sums gradients and `RoutingCounts` needs neither of the two.
+    with the counts c and the tokens t of the n micro-batches of an update, without those that the
+    `should_skip_update_fn` rejects. Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to
+    its inner optimizer.
 
     Args:
-      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included; not its
-        `gradient_transformation()`.
-      like: the tree of `RoutingCounts` that every update will be given, or their shapes, since `init` fixes the
-        structure of the state. In Flax NNX, `excitation_optax.flax.routing_like(model, *inputs)` makes it.
-      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`: counts are summed over it
+      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included.
+      like: the tree of `RoutingCounts` that every update will be given, or their shapes. In Flax NNX,
+        `excitation_optax.flax.routing_like(model, *inputs)` returns it.
+      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which counts are summed
         before they are stored, so that the state is the same on all devices.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`. `multi_steps.has_updated` takes its state's `multi_steps`.
 
     Raises:
-      ValueError: here, if `multi_steps` is no `optax.MultiSteps` or `like` holds anything but `RoutingCounts`; while
-        tracing an update, if utilization is missing or is not like `like`.
+      ValueError: here, if an argument is malformed; while tracing an update, if the utilization does not fit `like`.
 
     Example:
       >>> params = {"experts": jnp.ones((2, 1))}
@@ -70,13 +68,12 @@ def accumulate_utilization(
              [-0.5]], dtype=float32)
     """
     if not isinstance(multi_steps, optax.MultiSteps):
+        got = type(multi_steps).__name__
         raise ValueError(
-            "accumulate_utilization takes the optax.MultiSteps itself, as in accumulate_utilization(optax.MultiSteps("
-            f"tx, 4), like=...); got {type(multi_steps).__name__}."
+            f"Pass the optax.MultiSteps itself: accumulate_utilization(optax.MultiSteps(tx, 4), like=...); got {got}."
         )
-    expected = _entries_like(like)
-    _check_counts("like", expected)
-    structure = jax.tree.structure(like, is_leaf=_routing.is_counts)
+    expected = _Like(like)
+    _routing.check_counts("like", expected.entries, "micro-batches")
 
     def init_fn(params):
         zeros = lambda leaf: jnp.zeros_like(jax.eval_shape(_arrays.float32_or_wider, leaf))
@@ -84,13 +81,12 @@ def accumulate_utilization(
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
         received = _experts.entries_of(utilization, other_arguments=extra_args)
-        _check_counts("utilization", received)
-        _check_like(received, expected)
+        _routing.check_counts("utilization", received, "micro-batches")
         if axis_name is not None:
             received = _routing.sum_over(axis_name, received)
         before = state.multi_steps
-        of_this_batch = structure.unflatten([received[path] for path in expected])
-        total = jax.tree.map(lambda x, y: x + jnp.asarray(y, x.dtype), state.accumulated, of_this_batch)
+        add = lambda total, counts: total + jnp.asarray(counts, total.dtype)
+        total = jax.tree.map(add, state.accumulated, expected.conform(received))
         updates, after = multi_steps.update(updates, before, params, utilization=total, **extra_args)
         emitted = after.gradient_step != before.gradient_step
         skipped = ~emitted & (after.mini_step == before.mini_step)
@@ -103,21 +99,20 @@ def accumulate_utilization(
 def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> optax.GradientTransformationExtraArgs:
     """Holds the utilization in the optimizer state, for trainers that call `tx.update` themselves.
 
-    Set it inside the jitted step, as you set a learning rate under `optax.inject_hyperparams`:
-    `opt_state = optax.tree.set(opt_state, utilization=counts)`. It starts as zeros, which is no excitation, and stays
-    until you set it again. If an update is passed `utilization=`, it uses that, and does not store it.
+    Set it inside the jitted step: `opt_state = optax.tree.set(opt_state, utilization=counts)`. It starts as zeros,
+    which is no excitation, and stays until you set it again. An update uses a `utilization=` that is passed to it, and
+    does not store it.
 
     Args:
       tx: the optimizer, Excitation included.
-      like: the tree of `RoutingCounts` or fractions that you will set, or their shapes, since `init` fixes the
-        structure of the state.
+      like: the tree of `RoutingCounts` or fractions that you will set, or their shapes.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs`, whose state has a field `utilization`.
 
     Raises:
       ValueError: here, if `tx` takes no extra arguments or `like` is no utilization; while tracing an update, if the
-        utilization has other paths, shapes or dtypes than `like`.
+        utilization does not fit `like`.
 
     Example:
       >>> params = {"experts": jnp.ones((2, 1))}
@@ -135,53 +130,39 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
             f"{_arrays.show_value(tx)}. (optax.MultiSteps(...).gradient_transformation() is one of these: put "
             "hold_utilization inside of optax.MultiSteps.)"
         )
-    expected = _entries_like(like)
-    structure = jax.tree.structure(like, is_leaf=_routing.is_counts)
+    expected = _Like(like)
 
     def init_fn(params):
         return HoldUtilizationState(jax.tree.map(jnp.zeros_like, like), tx.init(params))
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
-        held = _experts.entries_of(state.utilization)
-        _check_like(held, expected, dtypes=True)
-        if utilization is None:
-            utilization = state.utilization
-        else:
-            _check_like(_experts.entries_of(utilization), expected)
-        updates, inner_state = tx.update(updates, state.inner_state, params, utilization=utilization, **extra_args)
         # A user may set another kind of tree; the structure of the state must not change.
-        return updates, HoldUtilizationState(structure.unflatten([held[path] for path in expected]), inner_state)
+        held = expected.conform(_experts.entries_of(state.utilization), dtypes=True)
+        used = held if utilization is None else expected.conform(_experts.entries_of(utilization))
+        updates, inner_state = tx.update(updates, state.inner_state, params, utilization=used, **extra_args)
+        return updates, HoldUtilizationState(held, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _entries_like(like: Any) -> dict[str, Any]:
-    if not jax.tree.leaves(like):
-        raise ValueError(f"like must be a tree of RoutingCounts or fractions, of at least one layer; got {like!r}.")
-    return _experts.entries_of(like)
+class _Like:
+    """The tree `like`, which every utilization must fit."""
 
+    def __init__(self, like: Any):
+        if not jax.tree.leaves(like):
+            raise ValueError(f"like must be a tree of RoutingCounts or fractions, of at least one layer; got {like!r}.")
+        self.entries = _experts.entries_of(like)
+        self.structure = jax.tree.structure(like, is_leaf=_routing.is_counts)
 
-def _check_counts(what: str, entries: Mapping[str, Any]) -> None:
-    for path, leaf in entries.items():
-        if not isinstance(leaf, _routing.RoutingCounts):
-            raise ValueError(
-                f"{what} at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: pass RoutingCounts, as from "
-                "count_routing. Fractions of batches of unequal size cannot be summed."
-            )
-
-
-def _check_like(received: Mapping[str, Any], expected: Mapping[str, Any], dtypes: bool = False) -> None:
-    """Raises ValueError unless a utilization has the paths and shapes of `like`, and its dtypes if asked."""
-    if different := received.keys() ^ expected.keys():
-        path = min(different)
-        where = "missing from the utilization" if path in expected else "not in `like`"
-        raise ValueError(f"The utilization must have the layers of `like`: {path or _paths.ROOT} is {where}.")
-
-    def kind(leaf):
-        numbers = [leaf.counts, leaf.tokens] if isinstance(leaf, _routing.RoutingCounts) else [leaf]
-        return [(np.shape(x), np.dtype(x.dtype) if dtypes else None) for x in numbers]
-
-    for path, leaf in expected.items():
-        if kind(received[path]) != kind(leaf):
-            shown = [", ".join(map(_arrays.show_value, jax.tree.leaves(x))) for x in (received[path], leaf)]
-            raise ValueError(f"The utilization at {path or _paths.ROOT} is {shown[0]}; in `like` it is {shown[1]}.")
+    def conform(self, received: Mapping[str, Any], dtypes: bool = False) -> Any:
+        """A tree with the structure of `like`, if the entries have its paths, its shapes, and its dtypes if asked."""
+        if different := received.keys() ^ self.entries.keys():
+            path = min(different)
+            where = "missing from the utilization" if path in self.entries else "not in `like`"
+            raise ValueError(f"The utilization must have the layers of `like`: {path or _paths.ROOT} is {where}.")
+        kind = lambda entry: [(np.shape(x), np.dtype(x.dtype) if dtypes else None) for x in jax.tree.leaves(entry)]
+        for path, entry in self.entries.items():
+            if kind(received[path]) != kind(entry):
+                got, should = (", ".join(map(_arrays.show_value, jax.tree.leaves(x))) for x in (received[path], entry))
+                raise ValueError(f"The utilization at {path or _paths.ROOT} is {got}; in `like` it is {should}.")
+        return self.structure.unflatten([received[path] for path in self.entries])

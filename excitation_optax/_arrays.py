@@ -1,6 +1,7 @@
 """Small functions on arrays that several files share: dtypes, checks of values, and how an error shows what it got."""
 
 import contextlib
+import math
 import numbers
 import operator
 import reprlib
@@ -13,6 +14,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 NamedTupleType = TypeVar("NamedTupleType", bound=type)
+
+_KINDS = {
+    "numbers": (jnp.bool_, jnp.integer, jnp.floating),
+    "booleans": (jnp.bool_,),
+    "integers": (jnp.integer,),
+    "floating-point numbers": (jnp.floating,),
+}
 
 
 def float32_or_wider(x: ArrayLike) -> jax.Array:
@@ -34,25 +42,29 @@ def one_if_zero(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 1, x)
 
 
-def is_array(x: Any) -> bool:
-    """Arrays, traced ones among them, and numbers; neither lists nor the shapes of arrays."""
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, numbers.Real))
-
-
 def shape_of(x: Any) -> tuple[int, ...] | None:
     """The shape of an array, of a `jax.ShapeDtypeStruct` or of a number; None for anything else."""
     return () if isinstance(x, numbers.Real) else getattr(x, "shape", None)
 
 
-def as_array(what: str, x: Any) -> jax.Array:
-    """Converts an array, a number or nested lists of numbers; `what` names the argument in the error."""
-    try:
+def is_array(x: Any) -> bool:
+    """Arrays, traced ones among them, and numbers; neither lists nor the shapes of arrays."""
+    return shape_of(x) is not None and not isinstance(x, jax.ShapeDtypeStruct)
+
+
+def as_array(what: str, x: Any, kind: str = "numbers", axes: str = "[...]", hint: str = "") -> jax.Array:
+    """Converts an array, a number or nested lists to an array of a kind in `_KINDS`; an error names it `what`.
+
+    In `axes`, such as `[..., E]`, an element with dots is any number of axes. An axis of experts, E, has entries.
+    """
+    with contextlib.suppress(TypeError, ValueError):
         array = jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be an array of numbers; got {show_value(x)}.") from error
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating)):
-        raise ValueError(f"{what} must be an array of real numbers; got {show_value(x)}.")
-    return array
+        last = axes.count(",")
+        has_axes = array.ndim >= last if "..." in axes else array.ndim == last + 1
+        is_kind = any(jnp.issubdtype(array.dtype, dtype) for dtype in _KINDS[kind])
+        if is_kind and has_axes and not ("E" in axes and 0 in array.shape[array.ndim - last :]):
+            return array
+    raise ValueError(f"{what} must be an array of {kind} {axes}; got {show_value(x)}.{hint}")
 
 
 def static_int(what: str, x: Any, at_least: int = 1) -> int:
@@ -66,9 +78,31 @@ def static_int(what: str, x: Any, at_least: int = 1) -> int:
     return number
 
 
+def is_scalar(x: Any, *kinds: Any) -> bool:
+    """Whether it is one number, perhaps traced, of a kind such as `jnp.integer`; not a bool."""
+    dtype = x.dtype if hasattr(x, "dtype") else np.dtype(type(x))
+    return shape_of(x) == () and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def check_finite(what: str, x: Any, is_positive: bool = False, hint: str = "") -> None:
+    """Rejects all but finite numbers that are not negative, or are positive. A traced number has no value yet."""
+    value: Any = x
+    if is_scalar(x, jnp.integer, jnp.floating):
+        if isinstance(x, jax.core.Tracer):
+            return
+        try:
+            value = float(x)
+        except OverflowError:  # an integer that no float can hold
+            value = math.inf
+        if 0 <= value < math.inf and not (is_positive and value == 0):
+            return
+    sign = "positive" if is_positive else "not negative"
+    raise ValueError(f"{what} must be a finite number that is {sign}; got {show_value(value)}.{hint}")
+
+
 def check_not_negative(what: str, x: ArrayLike) -> None:
-    """Rejects negative values where they can be read. Traced arrays have none yet, and a NaN is left to the caller."""
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+    """Rejects negative values where they can be read: not in traced arrays, nor in shapes. A NaN passes."""
+    if not is_array(x) or isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
         return
     values = np.asarray(x)  # jnp would trace the comparison under jax.jit
     if np.any(values < 0):

@@ -17,12 +17,12 @@ class DescribedParameter:
     """One parameter and how it is scaled.
 
     Attributes:
-      path: its path, its names joined by "/".
+      path: its names, joined by "/".
       shape: its shape; None if it is never scaled: an `optax.MaskedNode`, integers, functions.
-      scaled_by: the pattern of the utilization entry that scales it, or None if it is left untouched.
+      scaled_by: the pattern of the utilization entry that scales it, or None.
       axes: its axes that the axes of the utilization run along, the experts' last, counted from the front. A tuple
         stands for one axis that is spread over several.
-      expert: the one expert that owns all of it, for separate modules; otherwise None.
+      expert: for separate modules, the expert that owns it; otherwise None.
     """
 
     path: str
@@ -30,6 +30,13 @@ class DescribedParameter:
     scaled_by: str | None = None
     axes: tuple[int | tuple[int, ...], ...] = ()
     expert: int | None = None
+
+    def _row(self) -> tuple[str, ...]:
+        along = [] if self.expert is None else [f"all of it, as expert {self.expert}"]
+        for axes in self.axes:
+            size = math.prod((self.shape or ())[axis] for axis in np.atleast_1d(axes))
+            along.append(f"{'axes' if isinstance(axes, tuple) else 'axis'} {axes} ({size})")
+        return self.path, "-" if self.shape is None else str(list(self.shape)), self.scaled_by or "-", ", ".join(along)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -48,20 +55,16 @@ class Description:
     doubtful: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "scaled by", "along"), *map(_row, self.parameters)]
+        rows = [("parameter", "shape", "scaled by", "along"), *(p._row() for p in self.parameters)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        lines += [
-            f"{pattern} is one entry: {_experts.shorten(nodes)}"
-            for pattern, nodes in self.nodes.items()
-            if nodes and nodes != (pattern,)
-        ]
-        scaled = [p for p in self.parameters if p.scaled_by is not None]
-        size, total = (
-            sum(math.prod(p.shape) for p in group if p.shape is not None) for group in (scaled, self.parameters)
-        )
+        for pattern, nodes in self.nodes.items():
+            if nodes not in ((), (pattern,)):
+                lines.append(f"{pattern} is one entry: {_experts.shorten(nodes)}")
+        sizes = [0 if p.shape is None else math.prod(p.shape) for p in self.parameters]
+        scaled = [size for p, size in zip(self.parameters, sizes, strict=True) if p.scaled_by is not None]
         lines.append(
-            f"{len(scaled)} of {len(self.parameters)} parameter leaves are scaled: {size:,} of {total:,} parameters."
+            f"{len(scaled)} of {len(sizes)} parameter leaves are scaled: {sum(scaled):,} of {sum(sizes):,} parameters."
         )
         if self.doubtful:
             lines.append(
@@ -101,37 +104,22 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     """
     tree = _paths.Tree(params)
     layers = _experts.match_experts(tree, _experts.entries_of(utilization), expert_axis)
-    said = _experts.specs_by_leaf(tree, expert_axis)
-    placed = {
-        leaf: (pattern, place)
-        for pattern, layer in layers.items()
-        for leaf, place in zip(layer.leaves, layer.placements, strict=True)
-    }
-    parameters, doubtful = [], []
+    specified = _experts.specs_by_leaf(tree, expert_axis)
+    scaled, doubtful = {}, []
+    for pattern, layer in layers.items():
+        for leaf, place in zip(layer.leaves, layer.placements, strict=True):
+            scaled[leaf] = (pattern or _paths.ROOT, tuple(_experts.show_axes(place.axes)), place.expert)
+    parameters = []
     for leaf, (node, value) in enumerate(zip(tree.nodes, tree.leaves, strict=True)):
-        if value is None:
-            continue
         shape = np.shape(value) if _experts.is_parameter(value) else None
-        if leaf not in placed:
-            parameters.append(DescribedParameter(str(node), shape))
-            continue
-        pattern, place = placed[leaf]
-        axes = tuple(_experts.show_axes(place.axes))
-        parameters.append(DescribedParameter(str(node), shape, pattern or _paths.ROOT, axes, place.expert))
-        if leaf not in said and place.expert is None and _fits_another_way(np.shape(value), len(axes)):
+        if value is not None:
+            parameters.append(DescribedParameter(str(node), shape, *scaled.get(leaf, ())))
+        if leaf in scaled and leaf not in specified and _fits_another_way(parameters[-1]):
             doubtful.append(f"{node} {list(np.shape(value))}")
     return Description(tuple(parameters), {name: layer.nodes for name, layer in layers.items()}, tuple(doubtful))
 
 
-def _fits_another_way(shape: tuple[int, ...], axes: int) -> bool:
-    """Whether an array `[..., E, ...]` is a vector per layer, as a router's bias is, or has two axes of E entries."""
-    return len(shape) == axes or shape.count(shape[axes - 1]) > 1
-
-
-def _row(p: DescribedParameter) -> tuple[str, ...]:
-    shape = "-" if p.shape is None else str(list(p.shape))
-    along = [] if p.expert is None else [f"all of it, as expert {p.expert}"]
-    for axes in p.axes:
-        size = math.prod(np.take(p.shape or (), axes, axis=0).ravel().tolist())
-        along.append(f"{'axes' if isinstance(axes, tuple) else 'axis'} {axes} ({size})")
-    return p.path, shape, p.scaled_by or "-", ", ".join(along)
+def _fits_another_way(p: DescribedParameter) -> bool:
+    """Whether an array `[..., E, ...]` is a vector per layer, like a router's bias, or has two axes of E entries."""
+    shape, last = p.shape or (), len(p.axes) - 1
+    return p.expert is None and (len(shape) == len(p.axes) or shape.count(shape[last]) > 1)

@@ -6,6 +6,7 @@ Axis letters: E experts, L layers.
 """
 
 import itertools
+import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,12 @@ from excitation_optax import _arrays, _paths, _routing, _scaling
 
 Shape = tuple[int, ...]
 Axes = tuple[tuple[int, ...], ...]  # for each axis of the utilization, the axes of the array that it is spread over
+
+_REMEDY = (
+    "Count as many experts as there are; let the path end where there are experts only; or set expert_axis (-1 for the "
+    "neurons of a Dense kernel, (1, 0) for [E, L, ...]). Separate modules are addressed by 'expert_{expert}', a list "
+    "by '{expert}'."
+)
 
 
 class Layer(NamedTuple):
@@ -55,66 +62,38 @@ def is_parameter(x: Any) -> bool:
 
 
 def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, Layer]:
-    """Finds the arrays of each entry, and where the axes of its utilization lie in them.
-
-    Args:
-      tree: the parameters, their updates, or their shapes.
-      entries: from each pattern to its utilization, or its shape.
-      expert_axis: as `scale_by_excitation` takes it.
-
-    Returns:
-      A layer for each entry.
-
-    Raises:
-      ValueError: if a pattern or an axis does not fit, with the path, the shapes received, and what to do.
-    """
+    """The layer of each entry: its arrays in the tree, and where the axes of its utilization lie in them."""
     spec_of = specs_by_leaf(tree, expert_axis)
-    owner: dict[int, str] = {}  # leaf to pattern
     layers = {}
-    for pattern, utilization in entries.items():
-        shape = utilization_shape(utilization)
-        matches = _find(tree, pattern, "utilization")
-        experts = _number_experts(pattern, matches, shape) if _paths.EXPERT in pattern else {}
-        matches = [match for match in matches if match.is_whole]
-        _check_one_layer(pattern, matches)
-        leaves, placements = [], []
-        for match in matches:
-            expert = experts.get(int(match.digits)) if match.digits is not None else None
-            for leaf in tree.leaves_below(match.node):
-                if is_parameter(tree.leaves[leaf]):
-                    _claim(leaf, pattern, owner, tree, "utilization")
-                    leaves.append(leaf)
-                    placements.append(_place(tree, leaf, pattern, shape, spec_of.get(leaf), expert))
-        layers[pattern] = Layer(tuple(leaves), tuple(placements), tuple(str(match.node) for match in matches))
+    for pattern, covered in _cover(tree, entries, "utilization").items():
+        shape = utilization_shape(entries[pattern])
+        position = _number_experts(pattern, [match.digits for match, _ in covered], shape)
+        covered = [(match, leaves) for match, leaves in covered if match.is_whole]
+        _check_one_layer(pattern, [match for match, _ in covered])
+        placements = {
+            leaf: _place(tree, leaf, pattern, shape, spec_of.get(leaf), position.get(match.digits))
+            for match, leaves in covered
+            for leaf in leaves
+        }
+        nodes = tuple(str(match.node) for match, _ in covered)
+        layers[pattern] = Layer(tuple(placements), tuple(placements.values()), nodes)
     return layers
 
 
-def check_spec(expert_axis: Any) -> None:
-    """Raises ValueError for an `expert_axis` that is malformed whatever the parameters are."""
-    if not callable(expert_axis):
-        _specs(expert_axis)
-
-
-def _specs(expert_axis: Any) -> dict[str, Axes | None]:
-    """The specs of an `expert_axis` by their patterns, in one form."""
+def specs(expert_axis: Any) -> dict[str, Axes | None]:
+    """The specs of an `expert_axis` by their patterns, each with a tuple for each axis of the utilization."""
     if not isinstance(expert_axis, Mapping):
         return {"": _normalized("expert_axis", expert_axis)}
-    specs = {}
-    for path, spec in _paths.join(dict(expert_axis), is_leaf=lambda x: not isinstance(x, Mapping)).items():
-        specs[path] = _normalized(f"expert_axis at {path or _paths.ROOT}", spec)
-    return specs
+    given = _paths.join(dict(expert_axis), is_leaf=lambda x: not isinstance(x, Mapping))
+    return {path: _normalized(f"expert_axis at {path or _paths.ROOT}", spec) for path, spec in given.items()}
 
 
 def _normalized(what: str, spec: Any) -> Axes | None:
-    """A spec with a tuple for each axis of the utilization."""
-
-    def is_int(x):
-        return isinstance(x, numbers.Integral) and not isinstance(x, bool)
-
     if spec is None:
         return None
     elements = spec if isinstance(spec, tuple) else (spec,)
     groups = [element if isinstance(element, tuple) else (element,) for element in elements]
+    is_int = lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool)
     if not all(group and all(map(is_int, group)) for group in groups):
         raise ValueError(
             f"{what} must be an int, a tuple with an element for each axis of the utilization, experts last, or a "
@@ -126,43 +105,36 @@ def _normalized(what: str, spec: Any) -> Axes | None:
 
 def specs_by_leaf(tree: _paths.Tree, expert_axis: Any) -> dict[int, Axes]:
     """The spec of each leaf that has one."""
-    specs = _specs(expert_axis(tree.treedef.unflatten(tree.leaves)) if callable(expert_axis) else expert_axis)
-    if list(specs) == [""]:
-        return {} if specs[""] is None else dict.fromkeys(range(len(tree.leaves)), specs[""])
+    spec_of = specs(expert_axis(tree.treedef.unflatten(tree.leaves)) if callable(expert_axis) else expert_axis)
+    leaves_of = {"": range(len(tree.leaves))}
+    if list(spec_of) != [""]:
+        cover = _cover(tree, spec_of, "expert_axis")
+        leaves_of = {pattern: [leaf for _, leaves in cover[pattern] for leaf in leaves] for pattern in cover}
+    return {leaf: spec for pattern, spec in spec_of.items() if spec is not None for leaf in leaves_of[pattern]}
+
+
+def _cover(tree: _paths.Tree, patterns: Iterable[str], what: str) -> dict[str, list[tuple[_paths.Match, list[int]]]]:
+    """The matches of each pattern, each with the parameters that it covers, which no other pattern may cover."""
     owner: dict[int, str] = {}
-    spec_of: dict[int, Axes] = {}
-    for pattern, spec in specs.items():
-        for match in _find(tree, pattern, "expert_axis"):
-            for leaf in tree.leaves_below(match.node):
-                _claim(leaf, pattern, owner, tree, "expert_axis")
-                if spec is not None:
-                    spec_of[leaf] = spec
-    return spec_of
-
-
-def _find(tree: _paths.Tree, pattern: str, what: str) -> list[_paths.Match]:
-    """The matches of a pattern; that there is no parameter among them is an error, unless they are masked."""
-    matches = tree.find(pattern)
-    whole = [leaf for match in matches if match.is_whole for leaf in tree.leaves_below(match.node)]
-    if not any(match.node.is_masked for match in matches) and not any(
-        _paths.is_masked(tree.leaves[leaf]) or is_parameter(tree.leaves[leaf]) for leaf in whole
-    ):
-        found = "no parameter" + (" (only None, integers, keys or functions)" if whole else "")
-        raise ValueError(
-            f"The {what} path {pattern or _paths.ROOT} matches {found}. {tree.nearest(pattern)} Paths start at the "
-            "root of the tree that tx.update is given; `**` is any number of names. describe() shows what matches."
-        )
-    return matches
-
-
-def _claim(leaf: int, pattern: str, owner: dict[int, str], tree: _paths.Tree, what: str) -> None:
-    """Notes that a pattern covers a leaf, which no other may."""
-    if leaf in owner:
-        raise ValueError(
-            f"The {what} paths {owner[leaf] or _paths.ROOT} and {pattern or _paths.ROOT} both cover "
-            f"{tree.nodes[leaf]}: every parameter must be covered once. Make one of them narrower."
-        )
-    owner[leaf] = pattern
+    cover = {}
+    for pattern in patterns:
+        matches = tree.find(pattern)
+        below = [tree.leaves[leaf] for match in matches for leaf in match.node.leaves]
+        if not any(_paths.is_masked(leaf) or is_parameter(leaf) for leaf in below):
+            found = "no parameter" + (" (only None, integers, keys or functions)" if below else "")
+            raise ValueError(
+                f"The {what} path {pattern or _paths.ROOT} matches {found}. {tree.nearest(pattern)} Paths start at the "
+                "root of the tree that tx.update is given; `**` is any number of names. describe() shows what matches."
+            )
+        parameters = [[leaf for leaf in match.node.leaves if is_parameter(tree.leaves[leaf])] for match in matches]
+        cover[pattern] = list(zip(matches, parameters, strict=True))
+        for leaf in itertools.chain.from_iterable(parameters):
+            if owner.setdefault(leaf, pattern) != pattern:
+                raise ValueError(
+                    f"The {what} paths {owner[leaf] or _paths.ROOT} and {pattern or _paths.ROOT} both cover "
+                    f"{tree.nodes[leaf]}: every parameter must be covered once. Make one of them narrower."
+                )
+    return cover
 
 
 def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
@@ -179,62 +151,50 @@ def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
                     )
 
 
-def _number_experts(pattern: str, matches: list[_paths.Match], shape: Shape) -> dict[int, int]:
-    """From the numbers in the names of experts to their positions on the axis of experts."""
-    written: dict[int, set[str]] = {}
-    for match in matches:
-        if match.digits is not None:
-            written.setdefault(int(match.digits), set()).add(match.digits)
-    for digits in written.values():
-        if len(digits) > 1:
+def _number_experts(pattern: str, digits: Iterable[str | None], shape: Shape) -> dict[str | None, int]:
+    """From the digits in the names of experts to their positions on the axis of experts."""
+    written = sorted({text for text in digits if text is not None}, key=int)
+    for first, second in itertools.pairwise(written):
+        if int(first) == int(second):
             raise ValueError(
-                f"The utilization path {pattern} matches the same number written as {' and '.join(sorted(digits))}: "
-                "which expert is meant?"
+                f"The utilization path {pattern} matches the same number written as {min(first, second)} and "
+                f"{max(first, second)}: which expert is meant?"
             )
     if written and len(written) != shape[-1]:
-        found = shorten([str(number) for number in sorted(written)])
         raise ValueError(
-            f"The utilization path {pattern} finds {len(written)} experts, with the numbers {found}; its utilization "
-            f"{list(shape)} has E = {shape[-1]}. Correct the path, or count as many experts as there are."
+            f"The utilization path {pattern} finds {len(written)} experts, with the numbers "
+            f"{shorten([str(int(text)) for text in written])}; its utilization {list(shape)} has E = {shape[-1]}. "
+            "Correct the path, or count as many experts as there are."
         )
-    return {number: position for position, number in enumerate(sorted(written))}
+    return {text: position for position, text in enumerate(written)}
 
 
 def _place(
     tree: _paths.Tree, leaf: int, pattern: str, shape: Shape, spec: Axes | None, expert: int | None
 ) -> _scaling.Placement:
     """Where the axes of a utilization of this shape lie in one array."""
-    sizes = shape if expert is None else shape[:-1]
+    sizes = list(shape if expert is None else shape[:-1])
     array = np.shape(tree.leaves[leaf])
     axes = tuple((axis,) for axis in range(len(sizes))) if spec is None else spec
-    problem = (
-        f"The parameter {tree.nodes[leaf]} {list(array)} cannot be scaled by the utilization at "
-        f"{pattern or _paths.ROOT}, whose axes {list(sizes)} run along its axes {show_axes(axes)}:"
-    )
+    flat = list(itertools.chain.from_iterable(axes))
     if len(axes) != len(sizes):
         layers_only = "" if expert is None else " With {expert} in the path, it names the layers' axes only."
-        raise ValueError(
-            f"{problem} expert_axis must have one element for each axis of the utilization, {len(sizes)}, experts "
-            f"last; it has {len(axes)}.{layers_only}"
+        problem = (
+            f"expert_axis must have one element for each axis of the utilization, {len(sizes)}, experts last; it has "
+            f"{len(axes)}.{layers_only}"
         )
-    flat = list(itertools.chain.from_iterable(axes))
-    if any(not -len(array) <= axis < len(array) for axis in flat):
-        raise ValueError(
-            f"{problem} an axis is out of range. Set expert_axis for this parameter, or let the path end where there "
-            "are experts only. Separate modules are addressed by 'expert_{expert}'."
-        )
-    placed = tuple(tuple(axis % len(array) for axis in group) for group in axes)
-    flat = list(itertools.chain.from_iterable(placed))
-    if len(set(flat)) != len(flat):
-        raise ValueError(f"{problem} expert_axis names one axis twice.")
-    found = [int(np.prod([array[axis] for axis in group])) for group in placed]
-    if found != list(sizes):
-        raise ValueError(
-            f"{problem} these have {found} entries, not {list(sizes)}. Count as many experts as there are; let the "
-            "path end where there are experts only; or set expert_axis (-1 for the neurons of a Dense kernel, "
-            "(1, 0) for [E, L, ...]). Separate modules are addressed by 'expert_{expert}', a list by '{expert}'."
-        )
-    return _scaling.Placement(placed, expert)
+    elif any(not -len(array) <= axis < len(array) for axis in flat):
+        problem = f"an axis is out of range. {_REMEDY}"
+    elif len({axis % len(array) for axis in flat}) != len(flat):
+        problem = "expert_axis names one axis twice."
+    elif (found := [math.prod(array[axis] for axis in group) for group in axes]) != sizes:
+        problem = f"these have {found} entries, not {sizes}. {_REMEDY}"
+    else:
+        return _scaling.Placement(tuple(tuple(axis % len(array) for axis in group) for group in axes), expert)
+    raise ValueError(
+        f"The parameter {tree.nodes[leaf]} {list(array)} cannot be scaled by the utilization at "
+        f"{pattern or _paths.ROOT}, whose axes {sizes} run along its axes {show_axes(axes)}: {problem}"
+    )
 
 
 def shorten(items: Sequence[str]) -> str:

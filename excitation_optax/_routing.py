@@ -4,14 +4,14 @@ Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any 
 """
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from excitation_optax import _arrays
+from excitation_optax import _arrays, _paths
 
 _HINT = (
     " A list is a node of the tree: convert it to an array. Experts in separate modules share one array [E], at a path "
@@ -26,15 +26,13 @@ class RoutingCounts(NamedTuple):
     .. math::
       u_k = \frac{1}{|\mathcal{B}|} \sum_{x \in \mathcal{B}} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
 
-    Add the counts of micro-batches: numerators and denominators add up, also where padding differs, which averages of
-    fractions do not. Under `jax.jit` with sharded inputs the counts are global already. Under `jax.pmap` and
-    `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
-
-    Addition requires arrays of equal shapes, and is done in float32 or wider; anything else is a `ValueError`.
+    Add the counts of micro-batches: sums stay right where padding differs, averages of fractions do not. Addition is in
+    float32 or wider, and raises a `ValueError` unless the shapes are equal. Under `jax.jit` with sharded inputs, counts
+    are global. Under `jax.pmap` and `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
 
     Attributes:
-      counts: `[..., E]` float32, tokens routed to each expert. Leading axes, if any, are layers.
-      tokens: `[...]` float32, all tokens, without those that `where` left out.
+      counts: `[..., E]` float32, tokens routed to each expert. Leading axes are layers.
+      tokens: `[...]` float32, all tokens except the padding.
 
     Example:
       >>> first = excitation_optax.RoutingCounts(counts=jnp.array([3.0, 1.0]), tokens=jnp.array(4.0))
@@ -76,9 +74,20 @@ def is_counts(x: object) -> bool:
     return isinstance(x, RoutingCounts)
 
 
-def sum_over(axis_name: Hashable, counts: dict[str, RoutingCounts]) -> dict[str, RoutingCounts]:
+def check_counts(what: str, entries: Mapping[str, Any], over: str) -> None:
+    """Raises ValueError unless all entries are counts, which can be summed over micro-batches or devices."""
+    for path, leaf in entries.items():
+        if not is_counts(leaf):
+            raise ValueError(
+                f"{what} at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: pass RoutingCounts, as from "
+                f"count_routing. Fractions cannot be summed over {over}."
+            )
+
+
+def sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, RoutingCounts]:
     """Sums the counts of all layers over a mapped axis, in one reduction and in float32 or wider."""
-    return jax.lax.psum({path: RoutingCounts(*_arrays.widened(*leaf)) for path, leaf in counts.items()}, axis_name)
+    check_counts("Utilization", entries, f"axis_name={axis_name!r}")
+    return jax.lax.psum({path: RoutingCounts(*_arrays.widened(*leaf)) for path, leaf in entries.items()}, axis_name)
 
 
 def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
@@ -86,8 +95,7 @@ def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     if isinstance(utilization, RoutingCounts):
         _check_shapes("Utilization", utilization)
         utilization = utilization.utilization
-    u = _arrays.as_array("Utilization", utilization)
-    _check_experts("Utilization", u)
+    u = _arrays.as_array("Utilization", utilization, axes="[..., E]")
     _arrays.check_not_negative("Utilization", u)
     return _arrays.float32_or_wider(u)
 
@@ -97,7 +105,6 @@ def check_utilization(path: str, leaf: Any) -> None:
     what = f"Utilization at {path}"
     if isinstance(leaf, RoutingCounts):
         _check_shapes(what, leaf)
-        arrays = leaf
     else:
         _check_experts(what, leaf, _HINT)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -105,136 +112,8 @@ def check_utilization(path: str, leaf: Any) -> None:
                 f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "
                 "Put tokens per expert into RoutingCounts(counts, tokens)."
             )
-        arrays = (leaf,)
-    for x in filter(_arrays.is_array, arrays):
+    for x in leaf if isinstance(leaf, RoutingCounts) else (leaf,):
         _arrays.check_not_negative(what, x)
-
-
-def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts tokens per expert from the experts that each token chose (equation 1 of the paper).
-
-    An expert that a token names twice is counted once. An index outside `[0, E)`, as some routers give to dropped
-    tokens, counts for no expert. Do not pass the token numbers `[E, C]` of expert-choice routing: there, every expert
-    chooses C tokens, so all experts have the same load, and Excitation has no effect.
-
-    Args:
-      expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity. From
-        an argmax `[T...]`, pass `indices[..., None]`.
-      num_experts: E.
-      where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
-
-    Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
-
-    Raises:
-      ValueError: if the indices are not integers, `num_experts` is not a positive integer, K is more than E, or
-        `where` does not fit.
-
-    Example:
-      >>> chosen = jnp.array([[0, 1], [0, 2], [0, 1]])  # three tokens, two experts each
-      >>> excitation_optax.count_routing(chosen, num_experts=4, where=jnp.array([True, True, False])).counts
-      Array([2., 1., 1., 0.], dtype=float32)
-    """
-    indices = _arrays.as_array("count_routing: expert_indices", expert_indices)
-    num_experts = _arrays.static_int("count_routing: num_experts", num_experts)
-    got = _arrays.show_value(indices)
-    if not jnp.issubdtype(indices.dtype, jnp.integer) or indices.ndim == 0:
-        raise ValueError(
-            "count_routing: expert_indices must be integers [..., K], with an axis of the K experts per token; got "
-            f"{got}. For router logits use count_logits, for a mask of active experts count_active."
-        )
-    if indices.shape[-1] > num_experts:
-        raise ValueError(
-            f"count_routing: expert_indices {got} has more experts per token on its last axis than num_experts = "
-            f"{num_experts}. With one expert per token, pass expert_indices[..., None]."
-        )
-    # As int32, since E may be more than an 8-bit index can count to.
-    chosen = jax.nn.one_hot(indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
-    return count_active(jnp.any(chosen, axis=-2), where)
-
-
-def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts tokens per expert from a mask of active experts, such as the neurons of a Top-K layer (equation 1).
-
-    Args:
-      active: `[T..., E]` boolean, whether the expert is active for the token.
-      where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
-
-    Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
-
-    Raises:
-      ValueError: if `active` is not boolean or has no axis of experts, or if `where` does not fit.
-
-    Example:
-      >>> counts = excitation_optax.count_active(jnp.array([[True, False], [True, True]]))
-      >>> counts.counts, counts.tokens
-      (Array([2., 1.], dtype=float32), Array(2., dtype=float32))
-    """
-    active = _arrays.as_array("count_active: active", active)
-    if active.dtype != jnp.bool_ or active.ndim == 0:
-        raise ValueError(
-            f"count_active: active must be a boolean mask [..., E]; got {_arrays.show_value(active)}. "
-            "Pass `activations != 0`, or use count_routing for expert indices."
-        )
-    if where is None:
-        tokens = jnp.asarray(active.size // max(active.shape[-1], 1), jnp.float32)
-    else:
-        where = token_mask(where, active.shape[:-1])
-        active &= jnp.expand_dims(where, -1)
-        tokens = jnp.sum(where, dtype=jnp.float32)
-    # As int8, which XLA's CPU reductions read directly, so that the mask is written to memory in bytes, not in words.
-    counts = jnp.sum(active.astype(jnp.int8), axis=tuple(range(active.ndim - 1)), dtype=jnp.float32)
-    return RoutingCounts(counts, tokens)
-
-
-def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:
-    """Counts tokens per expert from router logits: each token goes to its K highest, as `jax.lax.top_k` ranks them.
-
-    Use it for models that return their router logits and nothing else. A model that adds a bias before the ranking, or
-    chooses among groups of experts, must be counted from its own choice with `count_routing`.
-
-    Args:
-      router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).
-      experts_per_token: K.
-      where: `[T...]` boolean, or of a shape that broadcasts to it; False leaves a token (padding) out.
-
-    Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, `jax.vmap` this function over the layers.
-
-    Raises:
-      ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.
-
-    Example:
-      >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization
-      Array([0.5, 0.5, 0. ], dtype=float32)
-    """
-    logits = _arrays.as_array("count_logits: router_logits", router_logits)
-    experts_per_token = _arrays.static_int("count_logits: experts_per_token", experts_per_token)
-    got = _arrays.show_value(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(
-            f"count_logits: router_logits must be floating-point [..., E]; got {got}. For expert indices use "
-            "count_routing, for a mask of active experts count_active."
-        )
-    num_experts = logits.shape[-1] if logits.ndim else 0
-    if experts_per_token > num_experts:
-        raise ValueError(
-            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of {got}; got "
-            f"{experts_per_token}."
-        )
-    return count_routing(jax.lax.top_k(logits, experts_per_token)[1], num_experts, where)
-
-
-def token_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcasts a mask to the tokens' shape."""
-    where = _arrays.as_array("where", where)
-    if where.dtype != jnp.bool_:
-        raise ValueError(f"where must be boolean; got {_arrays.show_value(where)}. Pass `mask != 0`.")
-    try:
-        return jnp.broadcast_to(where, shape)
-    except ValueError as error:
-        raise ValueError(f"where {_arrays.show_value(where)} does not fit the tokens {list(shape)}.") from error
 
 
 def _check_shapes(what: str, counts: RoutingCounts) -> None:
@@ -250,6 +129,119 @@ def _check_shapes(what: str, counts: RoutingCounts) -> None:
 def _check_experts(what: str, x: Any, hint: str = "") -> None:
     shape = _arrays.shape_of(x)
     if not shape or shape[-1] == 0:
+        got = _arrays.show_value(x)
+        raise ValueError(f"{what} must be an array with an axis of experts, [..., E]; got {got}.{hint}")
+
+
+def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
+    """Counts tokens per expert from the experts that each token chose (equation 1 of the paper).
+
+    An expert that a token names twice counts once, and an index outside `[0, E)` counts for no expert. Do not pass the
+    token numbers `[E, C]` of expert-choice routing: there, all experts have the same load, so Excitation has no effect.
+
+    Args:
+      expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity.
+      num_experts: E.
+      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
+
+    Returns:
+      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
+
+    Raises:
+      ValueError: if the indices are not integers, `num_experts` is not a positive integer, K is more than E, or
+        `where` does not fit.
+
+    Example:
+      >>> chosen = jnp.array([[0, 1], [0, 2], [0, 1]])  # three tokens, two experts each
+      >>> excitation_optax.count_routing(chosen, num_experts=4, where=jnp.array([True, True, False])).counts
+      Array([2., 1., 1., 0.], dtype=float32)
+    """
+    indices = _arrays.as_array(
+        "count_routing: expert_indices",
+        expert_indices,
+        "integers",
+        "[..., K]",
+        " K is the number of experts per token. For router logits use count_logits, for a mask of active experts "
+        "count_active.",
+    )
+    num_experts = _arrays.static_int("count_routing: num_experts", num_experts)
+    if indices.shape[-1] > num_experts:
         raise ValueError(
-            f"{what} must be an array with an axis of experts, [..., E]; got {_arrays.show_value(x)}.{hint}"
+            f"count_routing: expert_indices {_arrays.show_value(indices)} has more experts per token on its last axis "
+            f"than num_experts = {num_experts}. With one expert per token, pass expert_indices[..., None]."
         )
+    # As int32, since E may be more than an 8-bit index can count to.
+    chosen = jax.nn.one_hot(indices.astype(jnp.int32), num_experts, dtype=jnp.bool_)  # [T..., K, E]
+    return count_active(jnp.any(chosen, axis=-2), where)
+
+
+def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCounts:
+    """Counts tokens per expert from a mask of active experts, such as the neurons of a Top-K layer (equation 1).
+
+    Args:
+      active: `[T..., E]` boolean, whether the expert is active for the token.
+      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
+
+    Returns:
+      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
+
+    Raises:
+      ValueError: if `active` is not boolean or has no axis of experts, or if `where` does not fit.
+
+    Example:
+      >>> counts = excitation_optax.count_active(jnp.array([[True, False], [True, True]]))
+      >>> counts.counts, counts.tokens
+      (Array([2., 1.], dtype=float32), Array(2., dtype=float32))
+    """
+    hint = " Pass `activations != 0`, or use count_routing for expert indices."
+    active = _arrays.as_array("count_active: active", active, "booleans", "[..., E]", hint)
+    if where is None:
+        tokens = jnp.asarray(active.size // active.shape[-1], jnp.float32)
+    else:
+        where = token_mask(where, active.shape[:-1])
+        active &= jnp.expand_dims(where, -1)
+        tokens = jnp.sum(where, dtype=jnp.float32)
+    # As int8, which XLA's CPU reductions read directly, so that the mask is written to memory in bytes, not in words.
+    counts = jnp.sum(active.astype(jnp.int8), axis=tuple(range(active.ndim - 1)), dtype=jnp.float32)
+    return RoutingCounts(counts, tokens)
+
+
+def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:
+    """Counts tokens per expert from router logits: each token goes to its K highest, as `jax.lax.top_k` ranks them.
+
+    For a model that adds a bias before the ranking, or chooses among groups of experts, use `count_routing`.
+
+    Args:
+      router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).
+      experts_per_token: K.
+      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
+
+    Returns:
+      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
+
+    Raises:
+      ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.
+
+    Example:
+      >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization
+      Array([0.5, 0.5, 0. ], dtype=float32)
+    """
+    hint = " For expert indices use count_routing, for a mask of active experts count_active."
+    logits = _arrays.as_array("count_logits: router_logits", router_logits, "floating-point numbers", "[..., E]", hint)
+    experts_per_token = _arrays.static_int("count_logits: experts_per_token", experts_per_token)
+    num_experts = logits.shape[-1]
+    if experts_per_token > num_experts:
+        raise ValueError(
+            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of "
+            f"{_arrays.show_value(logits)}; got {experts_per_token}."
+        )
+    return count_routing(jax.lax.top_k(logits, experts_per_token)[1], num_experts, where)
+
+
+def token_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Broadcasts a mask to the tokens' shape."""
+    where = _arrays.as_array("where", where, "booleans", hint=" Pass `mask != 0`.")
+    try:
+        return jnp.broadcast_to(where, shape)
+    except ValueError as error:
+        raise ValueError(f"where {_arrays.show_value(where)} does not fit the tokens {list(shape)}.") from error

@@ -36,21 +36,7 @@ class Placement(NamedTuple):
 def scale_layer(
     phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[Placement, ...], component: Component
 ) -> list[jax.Array]:
-    r"""Scales the updates :math:`\Delta` of a layer.
-
-    .. math::
-      \text{both: } \Phi \Delta, \qquad \text{direction: } \Phi \Delta / r, \qquad \text{norm: } r \Delta, \qquad
-      r = |\Phi \Delta| / |\Delta|
-
-    Args:
-      phi: `[..., E]`, the excitation, float32 or wider.
-      updates: the arrays of the layer.
-      placements: the placement of each array.
-      component: `"both"`, `"direction"` or `"norm"`.
-
-    Returns:
-      The scaled arrays, in the dtypes of `updates`.
-    """
+    """Scales the updates of a layer by phi `[..., E]`, by phi / r, or by r, the ratio of norms; dtypes are kept."""
     if component == "both":
         factor = phi
     else:
@@ -76,11 +62,10 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[Placement, ...]) -> jax.Array:
-    r"""The ratio :math:`r = |\Phi \Delta| / |\Delta|` of each layer, `[...]`; 1 where the update is 0.
+    """The ratio r of the norm of phi times the update to the norm of the update, `[...]`; 1 where the update is 0.
 
-    With the sums of squares :math:`s_k = |\Delta_k|^2`, it is :math:`r^2 = \sum \Phi_k^2 s_k / \sum s_k`.
-    The largest entries are divided out before they are squared, since float32 squares overflow above 1e19 and vanish
-    below 1e-23.
+    With each expert's sum of squares s, r ** 2 = sum(phi ** 2 * s) / sum(s). The largest entries are divided out first,
+    since float32 squares overflow above 1e19 and vanish below 1e-23.
     """
     wide = functools.reduce(np.promote_types, [jnp.abs(update).dtype for update in updates], phi.dtype)
     absolute = [jnp.abs(update).astype(wide) for update in updates]

@@ -31,7 +31,7 @@ class Routing(nnx.Intermediate):
 
 
 def _pattern(module: Any, names: tuple[Any, ...], state: Any) -> str:
-    """The path pattern of children of a module, each of which its state must have, if that is known."""
+    """The path pattern of children of a module. Its state, if known, must have each of them."""
     tree = _paths.Tree(state)
     for name in names:
         if not isinstance(name, str) or not all(name.split("/")):
@@ -184,7 +184,7 @@ def collected(sown: Any, none_found: str, model: Any = None) -> Any:
     """The RoutingCounts in a tree of sown values, as a tree by the paths of their parameters."""
     paths = {id(node): path for path, node in nnx.iter_graph(model)}  # of a module that several share, the first
     modules = dict(nnx.iter_modules(model))
-    found: dict[tuple[Any, ...], dict[bool, Any]] = {}  # by whether a module above sowed, or the module itself
+    found: dict[tuple[tuple[Any, ...], bool], Any] = {}  # by path, and whether a module above sowed
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(nnx.as_pure(sown), is_leaf=_routing.is_counts):
         keys = [key.key for key in key_path if isinstance(key, jax.tree_util.DictKey)]  # no positions in a tuple
         if not isinstance(leaf, _routing.RoutingCounts) or keys[-1] == "__call__":  # of Linen's capture_intermediates
@@ -194,15 +194,15 @@ def collected(sown: Any, none_found: str, model: Any = None) -> Any:
         while names and isinstance(child := getattr(module, "__dict__", {}).get(names[0]), nnx.Module | nnx.Variable):
             path, module = paths[id(child)], child
             del names[0]
-        counts = found.setdefault((*path, *names), {})
-        counts[bool(pattern)] = counts.get(bool(pattern), 0) + leaf
+        key = (*path, *names), bool(pattern)
+        found[key] = found.get(key, 0) + leaf
     if not found:
         raise ValueError(
             f"{none_found} Layers record it by sow_routing(self, count_routing(...), 'names', 'of', 'experts'), or by "
             "sow_routing(self.experts, count_routing(...)) where self.experts holds nothing but experts."
         )
-    for path, counts in found.items():
-        if len(counts) > 1 or any(path[:n] in found for n in range(len(path))):
+    utilization = {path: counts for (path, _), counts in found.items()}
+    for path, is_above in found:
+        if (path, not is_above) in found or any(path[:n] in utilization for n in range(len(path))):
             raise ValueError(f"Routing was sown at {path} and also at a module above it, so it would be counted twice.")
-    utilization = {path: next(iter(counts.values())) for path, counts in found.items()}
     return utilization[()] if () in utilization else traverse_util.unflatten_dict(utilization)

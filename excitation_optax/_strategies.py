@@ -1,9 +1,9 @@
 """The strategies: one function for each equation of Phi(u, gamma). Numbers are those of arXiv 2602.21798.
 
-E experts of one layer are on the last axis; leading axes, such as a stack of layers, are independent. Every expectation
-of the paper runs over the experts of one layer. The largest entry is divided out first (in `exp_diff` subtracted), so
-that every strategy is finite for utilization in [0, 1] and gamma up to 10. A layer that is zero everywhere is excited
-by 1. A NaN stays a NaN, and negative utilization is an error where its values can be read.
+E experts of one layer are on the last axis, and expectations run over them; leading axes are layers. The largest entry
+is divided out first (in `exp_diff` subtracted), so that every strategy is finite for utilization in [0, 1] and gamma up
+to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN, and negative utilization is an error where
+its values can be read.
 
 A strategy of your own is a function of `(utilization, gamma)`. Some models pad the experts' axis, for example with 6
 experts in 8 slots. The empty slots would lower the mean, so slice them off:
@@ -18,8 +18,6 @@ experts in 8 slots. The empty slots would lower the mean, so slice them off:
 
 import functools
 import inspect
-import math
-import numbers
 from collections.abc import Callable
 
 import jax
@@ -46,7 +44,7 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
       gamma: scalar, not negative; 0 is the identity.
 
     Returns:
-      The excitation, `[..., E]`, between 0 and E (an expert that takes the whole batch alone gets E).
+      The excitation, `[..., E]`, between 0 and E (an expert with the whole batch gets E).
 
     Example:
       >>> excitation_optax.zero_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
@@ -81,8 +79,7 @@ def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Amplifies by differences in utilization instead of ratios; the mean excitation of a layer is 1.
 
-    Its factors depend on the scale of utilization. The paper's utilization sums to K over the experts; the load that
-    other libraries report often sums to 1.
+    Its factors depend on the scale of utilization, which sums to K over the experts, as in the paper.
 
     .. math::
       \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]} \qquad \text{(equation 8)}
@@ -99,7 +96,7 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
       Array([0.5, 1.5], dtype=float32)
     """
     u = _routing.fractions(utilization)
-    exponential = jnp.exp(_like(gamma, u) * (u - jnp.max(u, axis=-1, keepdims=True)))
+    exponential = jnp.exp(jnp.asarray(gamma, u.dtype) * (u - jnp.max(u, axis=-1, keepdims=True)))
     return exponential / jnp.mean(exponential, axis=-1, keepdims=True)
 
 
@@ -122,7 +119,7 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     above = jax.nn.relu(u - jnp.mean(u, axis=-1, keepdims=True))
-    return jnp.broadcast_to(jnp.mean(jnp.exp(_like(gamma, u) * above), axis=-1, keepdims=True), u.shape)
+    return jnp.broadcast_to(jnp.mean(jnp.exp(jnp.asarray(gamma, u.dtype) * above), axis=-1, keepdims=True), u.shape)
 
 
 def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) -> jax.Array:
@@ -153,8 +150,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     .. math::
       \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]} \qquad \text{(equation 10)}
 
-    Where experts are idle (u = 0) it is the limit of the equation as their utilization falls to zero together: the
-    idle experts share all of the excitation, and the others get 0.
+    Idle experts (u = 0) share all of the excitation, and the others get 0, the limit of the equation.
 
     Args:
       utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
@@ -191,20 +187,15 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
       The bounded strategy.
 
     Raises:
-      ValueError: if `strategy` is not a callable of `(utilization, gamma)`, or `maximum` is not a positive finite
-        number.
+      ValueError: if `strategy` is not a callable of `(utilization, gamma)`, or `maximum` is out of range.
 
     Example:
       >>> excitation_optax.clipped(excitation_optax.zero_sum, 2.0)(jnp.array([0.0, 0.0, 0.0, 1.0]), 1.0)
       Array([0., 0., 0., 2.], dtype=float32)
     """
     is_random(strategy)  # raises if it is no strategy
-    try:
-        bound = float(maximum) if isinstance(maximum, numbers.Real) and not isinstance(maximum, bool) else math.nan
-    except OverflowError:  # an integer that no float can hold
-        bound = math.inf
-    if not 0 < bound < math.inf:
-        raise ValueError(f"clipped: maximum must be a positive finite number; got {_arrays.show_value(maximum)}.")
+    _arrays.check_finite("clipped: maximum", maximum, is_positive=True)
+    bound = float(maximum)
 
     @functools.wraps(strategy)  # so that is_random sees the parameters of the strategy inside
     def clipped_strategy(utilization, gamma, **key):
@@ -214,11 +205,7 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
 
 
 def is_random(strategy: Strategy) -> bool:
-    """Whether a strategy requires a PRNG key: it has a keyword `key` that is not bound, or bound to None.
-
-    Raises:
-      ValueError: if it is not a callable of `(utilization, gamma)`, with or without `key`.
-    """
+    """Whether a strategy has a keyword `key` that is unbound or None; a ValueError if it is no strategy."""
     if not callable(strategy):
         raise ValueError(
             f"strategy must be a callable (utilization, gamma) -> excitation; got {strategy!r}. "
@@ -226,7 +213,7 @@ def is_random(strategy: Strategy) -> bool:
         )
     try:
         signature = inspect.signature(strategy)
-    except ValueError:  # some callables written in C have no signature
+    except ValueError:  # some callables in C have no signature
         return False
     key = signature.parameters.get("key")
     # functools.partial(strategy, key=k) has a `key` with the default k.
@@ -245,10 +232,6 @@ def name(strategy: Strategy) -> str:
     return getattr(strategy, "__name__", repr(strategy))
 
 
-def _like(gamma: ArrayLike, u: jax.Array) -> jax.Array:
-    return jnp.asarray(gamma, u.dtype)
-
-
 def _power(ratio: jax.Array, gamma: ArrayLike) -> jax.Array:
     """`ratio ** gamma`, but NaN ** 0 stays NaN, where IEEE 754 says 1."""
-    return jnp.where(jnp.isnan(ratio), ratio, ratio ** _like(gamma, ratio))
+    return jnp.where(jnp.isnan(ratio), ratio, ratio ** jnp.asarray(gamma, ratio.dtype))

@@ -1,7 +1,6 @@
 """The gradient transformation: each expert's update times its excitation."""
 
-import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,12 +34,12 @@ def scale_by_excitation(
 
     Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
     weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which keep
-    parameters of their own. It has no state of a parameter's size and no learnable parameter.
+    parameters of their own.
 
-    Every update needs the keyword `utilization`, the routing of the batch that its gradients came from. It is a mapping
-    (or any tree) from path patterns to arrays of fractions `[..., E]` or `RoutingCounts`. Every parameter at or below a
-    node that a pattern matches is scaled; every other is left untouched, bit for bit. Nested dicts and `/` mean the
-    same, `None` is absent, `""` is the root of the tree. One entry is one layer, or one stack of layers.
+    Every update requires the keyword `utilization`, the routing of the batch that its gradients came from: a mapping
+    (or any tree) from path patterns to fractions `[..., E]` or `RoutingCounts`. One entry is one layer, or one stack of
+    layers. Every parameter at or below a node that a pattern matches is scaled; all others stay the same, bit for bit.
+    Nested dicts and `/` mean the same, `None` is absent, `""` is the root of the tree.
 
     ===================  ========================================================================
     in a pattern         matches
@@ -53,33 +52,30 @@ def scale_by_excitation(
     ===================  ========================================================================
 
     Args:
-      strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. One with an unbound keyword
-        `key` is random: its state is a count of steps, its key `fold_in(key(seed), count)`, the same for all layers.
-      gamma: the intensity, not negative; a number, a traced scalar, or a schedule of the step (the state is then a
-        count of steps).
+      strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. If it has an unbound keyword
+        `key`, it is random and gets `fold_in(key(seed), step)`, the same for all layers.
+      gamma: the intensity, not negative; a number, a traced scalar, or a schedule of the step.
       expert_axis: the axes of a parameter that the axes of its utilization run along. None: the leading axes in order
-        (parameters `[E, ...]` for utilization `[E]`, `[L, E, ...]` for `[L, E]`). An int, for utilization `[E]` (-1:
-        the neurons of a Dense kernel and bias). A tuple with an element for each axis of the utilization, experts last
-        (`(1, 0)`: parameters `[E, L, ...]` for utilization `[L, E]`); an element that is a tuple spreads one axis over
-        several, the first counting most (`((0, 1),)`: parameters `[E1, E2, ...]` for utilization `[E1 * E2]`). A
-        mapping from path patterns to these; or a callable of the updates that returns one. For entries with `{expert}`
-        it names the axes of the layers only.
-      component: which part of the effect to apply. Let r be the norm of a layer's excited update over that of its
-        plain update. `"both"` multiplies by Phi. `"direction"` multiplies by Phi / r: step size moves between experts,
-        and the layer's step keeps its length. `"norm"` multiplies every expert by r: the layer's step changes its
-        length and keeps its direction. With these two, a NaN in one expert makes the whole layer NaN, masked arrays
-        are not in the norm, and inside `jax.shard_map` and `jax.pmap` every array must be whole on each device.
-      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`. `RoutingCounts` are summed
-        over it. Counts that you summed yourself stay right, since their quotient does not change.
+        (parameters `[L, E, ...]` for utilization `[L, E]`). An int, for utilization `[E]` (-1: the neurons of a Dense
+        kernel and bias). A tuple with an element for each axis of the utilization, experts last (`(1, 0)`: parameters
+        `[E, L, ...]`). An element that is a tuple spreads one axis over several, the first counting most (`((0, 1),)`:
+        parameters `[E1, E2, ...]` for utilization `[E1 * E2]`). A mapping from path patterns to these. A callable of
+        the updates that returns any of these. For entries with `{expert}` it names the axes of the layers only.
+      component: `"both"` multiplies by Phi. Let r be the norm of a layer's excited update over the norm of its plain
+        update. `"direction"` multiplies by Phi / r, so the layer's step keeps its length. `"norm"` multiplies by r, so
+        the layer's step keeps its direction. With these two, a NaN in one expert makes the whole layer NaN, masked
+        arrays are not in the norm, and inside `jax.shard_map` and `jax.pmap` each device must hold whole arrays.
+      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which `RoutingCounts`
+        are summed. Counts that you summed yourself stay right, since their quotient does not change.
       seed: for random strategies.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`.
+      A :class:`optax.GradientTransformationExtraArgs`. Its state is a count of steps if gamma is a schedule or the
+      strategy is random, otherwise empty.
 
     Raises:
-      ValueError: here, if an argument is malformed; while tracing an update, if utilization is missing, a pattern
-        matches no parameter or several layers, an axis does not fit, the strategy returns a wrong shape, or the state
-        was made for other arguments.
+      ValueError: here, if an argument is malformed; while tracing an update, if the utilization, the parameters, the
+        strategy's result or the state do not fit each other.
 
     Example:
       >>> params = {"router": jnp.ones((2, 3)), "experts": jnp.ones((3, 2))}
@@ -98,8 +94,10 @@ def scale_by_excitation(
         _check_gamma(gamma)
     if component not in _scaling.COMPONENTS:
         raise ValueError(f"component must be one of {', '.join(_scaling.COMPONENTS)}; got {component!r}.")
-    _experts.check_spec(expert_axis)
-    _check_seed(seed)
+    if not callable(expert_axis):
+        _experts.specs(expert_axis)  # raises if it is malformed
+    if not _arrays.is_scalar(seed, jnp.integer) or (isinstance(seed, int) and not -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")
 
     def init_fn(params):
         del params
@@ -115,7 +113,7 @@ def scale_by_excitation(
         entries = _experts.entries_of(utilization, other_arguments=extra_args)
         tree = _paths.Tree(updates)
         layers = _experts.match_experts(tree, entries, expert_axis)
-        entries = entries if axis_name is None else _sum_over(axis_name, entries)
+        entries = entries if axis_name is None else _routing.sum_over(axis_name, entries)
         leaves = list(tree.leaves)
         for pattern, layer in layers.items():
             phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
@@ -149,8 +147,7 @@ def excitation(
       A tree of the same structure, its leaves Phi `[..., E]`, float32 or wider.
 
     Raises:
-      ValueError: if there is no utilization, gamma is malformed, a random strategy is given no key, or the strategy
-        returns a wrong shape.
+      ValueError: if an argument is malformed, or a random strategy is given no key.
 
     Example:
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)
@@ -160,23 +157,9 @@ def excitation(
     if is_random and key is None:
         raise ValueError(f"The strategy {_strategies.name(strategy)} is random: pass key=, a jax.random key.")
     _check_gamma(gamma)
-    excitations = [
-        _excite(path, leaf, strategy, gamma, key if is_random else None)
-        for path, leaf in _experts.entries_of(utilization).items()
-    ]
-    treedef = jax.tree.structure(utilization, is_leaf=_routing.is_counts)
-    return treedef.unflatten(excitations)
-
-
-def _sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts of all devices along a mapped axis, in one reduction for all layers."""
-    for path, leaf in entries.items():
-        if not isinstance(leaf, _routing.RoutingCounts):
-            raise ValueError(
-                f"Utilization at {path or _paths.ROOT} is {_arrays.show_value(leaf)}: with axis_name={axis_name!r}, "
-                "pass RoutingCounts, as from count_routing. A sum of fractions over devices is no fraction."
-            )
-    return _routing.sum_over(axis_name, dict(entries))
+    entries = _experts.entries_of(utilization)
+    phi = [_excite(path, leaf, strategy, gamma, key if is_random else None) for path, leaf in entries.items()]
+    return jax.tree.structure(utilization, is_leaf=_routing.is_counts).unflatten(phi)
 
 
 def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
@@ -193,33 +176,8 @@ def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, ke
 
 
 def _check_gamma(gamma: Any) -> None:
-    """Checks the type and shape of gamma, and its value unless it is traced."""
-    is_number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
-    if isinstance(gamma, np.generic | np.ndarray | jax.Array) and gamma.ndim == 0:
-        is_number = jnp.issubdtype(gamma.dtype, jnp.integer) or jnp.issubdtype(gamma.dtype, jnp.floating)
-    if not is_number:
-        raise ValueError(
-            f"gamma must be a scalar, the same for all experts; got {_arrays.show_value(gamma)}. "
-            "For a schedule, excitation() takes its value at the step in question."
-        )
-    if isinstance(gamma, jax.core.Tracer):
-        return
-    try:
-        value = float(gamma)
-    except OverflowError:
-        value = math.inf
-    if not 0 <= value < math.inf:
-        raise ValueError(
-            f"gamma must be a finite number that is not negative; got {_arrays.show_value(value)}. "
-            "To favour idle experts, use the strategy `inverted`."
-        )
-
-
-def _check_seed(seed: Any) -> None:
-    is_integer = isinstance(seed, int | np.integer) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63
-    is_array = isinstance(seed, jax.Array) and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer)
-    if not (is_integer or is_array):
-        raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")
+    hint = " It is the same for all experts. excitation() takes a schedule's value at one step."
+    _arrays.check_finite("gamma", gamma, hint=f"{hint} To favor idle experts, use the strategy `inverted`.")
 
 
 def _check_state(state: Any, counts_steps: bool) -> None:

@@ -30,24 +30,24 @@ from flax.training import train_state
 from excitation_optax import _routing, _sow
 from excitation_optax._sow import Routing
 
-__all__ = ["Routing", "TrainState", "capture_routing", "is_capturing", "pop_routing"]
-__all__ += ["routing_from_intermediates", "routing_like", "sow_routing"]
+__all__ = ["Routing", "TrainState", "capture_routing", "is_capturing", "pop_routing", "routing_from_intermediates"]
+__all__ += ["routing_like", "sow_routing"]
 
 
 def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCounts, *names: str) -> None:
     """Records a layer's routing from inside its call. Several calls in one forward pass add up.
 
-    In NNX, outside of `capture_routing`, the counts stay on the module until `pop_routing` takes them. Nothing is kept
-    if `module.deterministic` is True, as after `model.eval()`, or if a JAX transform closed over the model.
+    In NNX, without `capture_routing`, the counts stay on the module until `pop_routing`. The module keeps nothing if
+    `module.deterministic` is True, as after `model.eval()`, or if a JAX transform closed over the model.
 
     Args:
       module: the module that holds the experts.
       counts: the router's decisions `[E]`, before any token is dropped.
-      *names: the parameters or submodules of `module` that are experts; by default, all of them. A single name can be a
-        path pattern, such as `"expert_{expert}"`. Several names are one layer: `"{w_in,w_out}"`.
+      *names: the parameters or submodules that are experts; by default, all of them. One name can be a path pattern,
+        such as `"expert_{expert}"`. Several names are one layer: `"{w_in,w_out}"`.
 
     Raises:
-      ValueError: if an argument has the wrong type, if the module has no such name, or if the routing would be lost.
+      ValueError: if an argument has the wrong type, the module has no such name, or the routing would be lost.
 
     Example:
       >>> layer, counts = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), excitation_optax.count_active(jnp.ones((5, 3), bool))
@@ -79,16 +79,16 @@ def is_capturing(module: nnx.Module) -> bool:
 def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..., tuple[Any, ...]]:
     """Wraps an NNX model so that a call also returns its routing and leaves nothing behind in the model.
 
-    Use it for training and evaluation. Inside a loss function, return the routing as auxiliary output.
+    Inside a loss function, return the routing as auxiliary output.
 
     Args:
       model: a module, a bound method of one, or a function whose first argument is one.
-      *other_types: other variable types to record, such as the type of an auxiliary loss. What layers sow in any other
-        type is dropped, as under `nnx.capture`.
+      *other_types: other variable types to record, such as the type of an auxiliary loss. Variables of any further type
+        are dropped, as under `nnx.capture`.
 
     Returns:
-      A function of the same inputs that returns `(output, utilization)`, and then one `nnx.State` for each of the other
-      types. The utilization is a nested dict of `RoutingCounts`.
+      A function of the same inputs that returns `(output, utilization, *others)`: a nested dict of `RoutingCounts`, and
+      one `nnx.State` for each of the other types.
 
     Raises:
       ValueError: if `model` is not an NNX model; from the call, if no layer sowed, or if routing was lost.
@@ -120,16 +120,13 @@ def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..
 def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     """Returns the shapes of the routing that a call of an NNX model would sow, and computes nothing.
 
-    Pass them as `like` to `excitation_optax.accumulate_utilization`. For any other model, apply `jax.eval_shape` to a
-    function that returns its routing.
+    Pass them as `like` to `excitation_optax.accumulate_utilization`. For other models, apply `jax.eval_shape` to a
+    function that returns the routing.
 
     Args:
       model: a module, which can be abstract, as from `nnx.eval_shape`.
       *args: the arguments of the call; arrays can be `jax.ShapeDtypeStruct`.
       **kwargs: its keyword arguments.
-
-    Raises:
-      ValueError: as `capture_routing`.
 
     Example:
       >>> excitation_flax.routing_like(Neurons(2, 8, rngs=nnx.Rngs(0)), jnp.ones((5, 2))).counts
@@ -148,9 +145,8 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 def pop_routing(model: nnx.Module) -> Any:
     """Takes the routing that calls left on an NNX model, a nested dict of `RoutingCounts`, and returns it.
 
-    Pop after every call, also in evaluation. Counts that nobody popped are added to the next ones, change the tree of a
-    checkpoint, and make `nnx.jit` compile again. Routing that is lost inside the model is not detected.
-    `capture_routing` has none of these traps.
+    Pop after every call, also in evaluation: counts that remain are added to the next ones, change the tree of a
+    checkpoint, and make `nnx.jit` compile again. Only `capture_routing` detects routing that is lost inside the model.
 
     Args:
       model: the module that was called.
@@ -172,10 +168,9 @@ def pop_routing(model: nnx.Module) -> Any:
 def routing_from_intermediates(intermediates: Any) -> Any:
     """Returns the routing in the `intermediates` collection of a Linen model, a nested dict of `RoutingCounts`.
 
-    It also finds counts that a layer records by Flax's own `self.sow("intermediates", name, counts)`.
-
     Args:
-      intermediates: the collection, from `model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]`.
+      intermediates: the collection, from `model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]`. It
+        can also hold counts from Flax's own `self.sow("intermediates", name, counts)`.
 
     Raises:
       ValueError: if there is no routing in it, or if some would be counted twice.
@@ -201,7 +196,7 @@ def routing_from_intermediates(intermediates: Any) -> Any:
 class TrainState(train_state.TrainState):
     """Flax's `TrainState`, with an `apply_gradients` that forwards extra arguments to `tx.update`.
 
-    Flax's own drops them, so that `apply_gradients(grads=grads, utilization=...)` fails for missing utilization.
+    Flax's own drops them.
 
     Example:
       >>> params = {"experts": jnp.ones((2, 3))}

@@ -1,8 +1,7 @@
 """Metrics of routing to log: specialization, entropy, load. They are pure functions and do not change training.
 
 The first argument is an array, nested lists of numbers, or a tree of these, and the result is the same tree of metrics.
-Utilization can be `RoutingCounts` too. Each metric raises a `ValueError`, with the path of the leaf, if a leaf has
-another form or dtype, or a utilization is negative.
+Utilization can be `RoutingCounts` too. A `ValueError` names the path of a malformed leaf.
 
 Axis letters: T tokens (all axes that hold tokens or samples, in any number), E experts, C classes. Leading axes of an
 argument `[..., E]` are layers, each measured on its own.
@@ -53,7 +52,7 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
     """Counts how often each expert was active for samples of each class, `[E, C]` float32. Add several batches' counts.
 
     Args:
-      active: `[T, E]` boolean, whether the expert is active for the sample; or a tree of these, one for each layer.
+      active: `[T, E]` boolean, whether the expert is active for the sample.
       labels: `[T]` integers, the class of each sample; one outside `[0, C)` leaves the sample out.
       num_classes: C.
 
@@ -66,13 +65,10 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
     Source: the matrix S of arXiv 2602.21798, section 4.4.
     """
     num_classes = _arrays.static_int("num_classes", num_classes)
-    labels, mask = _arrays.as_array("labels", labels), _arrays.as_array("active", active)
-    if mask.dtype != jnp.bool_ or mask.ndim != 2:
-        raise ValueError(f"active must be boolean [T, E]; got {_arrays.show_value(mask)}. Pass `activations > 0`.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != mask.shape[:1]:
-        raise ValueError(
-            f"labels must be integers [T] = [{len(mask)}], one a sample; got {_arrays.show_value(labels)}."
-        )
+    mask = _arrays.as_array("active", active, "booleans", "[T, E]", " Pass `activations > 0`.")
+    labels = _arrays.as_array("labels", labels, "integers", "[T]")
+    if labels.shape != mask.shape[:1]:
+        raise ValueError(f"labels must be [T] = [{len(mask)}], one a sample; got {_arrays.show_value(labels)}.")
     by_class = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     return jnp.einsum("te,tc->ec", mask.astype(jnp.float32), by_class)
 
@@ -95,10 +91,7 @@ def specialization_score(counts: Any) -> Any:
 
     Source: arXiv 2602.21798, equation 11.
     """
-    s = _arrays.as_array("counts", counts)
-    if s.ndim < 2 or 0 in s.shape[-2:]:
-        raise ValueError(f"counts must be an array [..., E, C]; got {_arrays.show_value(s)}. See class_counts.")
-    s = _arrays.float32_or_wider(s)
+    s = _arrays.float32_or_wider(_arrays.as_array("counts", counts, axes="[..., E, C]", hint=" See class_counts."))
     p = _shares(s)
     return jnp.sum(p**2, axis=(-2, -1)) / jnp.sum(jnp.sum(s, axis=-1) > 0, axis=-1).astype(p.dtype)
 
@@ -109,9 +102,8 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
 
     .. math:: H = -\mathbb{E}_x\left[\sum_i p_i \log p_i\right], \qquad p_i = \frac{w_i}{\sum_j w_j}
 
-    The paper does not name the distribution. For a router, pass its softmax probabilities over all E experts. For a
-    Top-K layer of neurons, pass the retained activations: p is then each neuron's share of the layer's output, and the
-    entropy is at most log K.
+    For a router, pass its softmax probabilities. For a Top-K layer of neurons, pass the retained activations: p is then
+    each neuron's share of the layer's output, and the entropy is at most log K.
 
     Args:
       weights: `[T..., E]`, not negative. A token whose weights are all zero is left out of the mean.
@@ -123,10 +115,7 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
 
     Source: arXiv 2602.21798, section 4.4.
     """
-    w = _arrays.as_array("weights", weights)
-    if w.ndim == 0 or w.shape[-1] == 0:
-        raise ValueError(f"weights must be an array [T..., E]; got {_arrays.show_value(w)}.")
-    w = _arrays.float32_or_wider(w)
+    w = _arrays.float32_or_wider(_arrays.as_array("weights", weights, axes="[T..., E]"))
     counted = jnp.sum(w, axis=-1) != 0
     if where is not None:
         counted &= _routing.token_mask(where, counted.shape)

@@ -9,6 +9,7 @@ style when you draw and when you save, so that the text of vector graphics stays
 Axis letters: E experts, L layers, T points in time.
 """
 
+import contextlib
 import reprlib
 from typing import Any
 
@@ -19,7 +20,7 @@ from excitation_optax import _arrays, _routing, _strategies, telemetry
 
 __all__ = ["COLORS", "STYLE", "load_heat_map", "load_over_time", "strategy_curves"]
 
-# The size is that of a column of a paper, in inches; text in PDF and SVG can be searched and edited.
+# The width of a paper's column, in inches. Text in PDF and SVG can be searched and edited.
 STYLE = {"figure.figsize": (3.3, 2.2), "figure.dpi": 200, "pdf.fonttype": 42, "svg.fonttype": "none"}
 STYLE |= {"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False}
 STYLE |= {"axes.linewidth": 0.6, "axes.spines.right": False, "axes.spines.top": False, "lines.linewidth": 1.2}
@@ -33,11 +34,11 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
     """Draws the load of every expert over the mean load of its layer, one row per layer, and returns the Axes.
 
     Grey is the mean, red is more and blue is less, in powers of two; black is no token, and yellow is not finite. Of
-    more than 512 experts, the layers show evenly spaced ranks, from their busiest expert to their idlest.
+    more than 512 experts, a layer shows evenly spaced ranks, from its busiest expert to its idlest.
 
     Args:
-      load: `[L, E]` or `[E]`, an array or nested lists; or a tree of arrays `[..., E]` or `RoutingCounts`, such as the
-        utilization. A layer can have fewer experts: in a masked array, or in a leaf of another E.
+      load: `[L, E]` or `[E]`, an array or nested lists; or a tree of arrays `[..., E]` or `RoutingCounts`. A layer can
+        have fewer experts: in a masked array, or in a leaf of another E.
       ax: the Axes to draw into, or None.
 
     Raises:
@@ -140,19 +141,17 @@ def _new_axes() -> Any:
 
 def _layers(load: Any) -> np.ma.MaskedArray:
     """A load in any form as `[L, E]`."""
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         leaves = jax.tree.leaves(load, is_leaf=_routing.is_counts)
         numbers = not any(_routing.is_counts(leaf) or np.ndim(leaf) for leaf in leaves)  # in nested lists
         leaves, _, present = telemetry.flatten(np.ma.array(load, float) if numbers else load)
         leaves = [leaf.utilization if _routing.is_counts(leaf) else leaf for leaf in leaves]
         array = np.ma.masked_all(present.shape)
         array[present] = np.ma.concatenate([np.ma.asarray(leaf, float).ravel() for leaf in leaves])
-    except (TypeError, ValueError):
-        array = None
-    if array is None or getattr(load, "ndim", 1) > 2:
-        got = _arrays.show_value(load)
-        raise ValueError(f"A load must be [L, E], [E], or a tree of RoutingCounts or arrays [..., E]; got {got}.")
-    return array
+        if getattr(load, "ndim", 1) <= 2:
+            return array
+    got = _arrays.show_value(load)
+    raise ValueError(f"A load must be [L, E], [E], or a tree of RoutingCounts or arrays [..., E]; got {got}.")
 
 
 def _history(steps: Any, load: Any) -> tuple[np.ndarray, np.ma.MaskedArray]:

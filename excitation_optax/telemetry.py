@@ -26,14 +26,13 @@ class RoutingLog:
 
     A call of `write` makes one device-to-host transfer, and writes these scalars, whatever the size of the model:
 
-    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`: over the layers, of `metrics.max_over_mean_load`.
-    * `load_entropy/mean`, `/worst`: 1 is balance, 0 is collapse onto one expert.
-    * `dead_experts/mean`, `/worst`: the fraction of a layer's experts that received no token.
+    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`, `load_entropy/mean`, `/worst` and `dead_experts/mean`,
+      `/worst`: the functions in `metrics`, over the layers.
     * `layers_without_load`, which load and entropy leave out, and `layers_not_finite`, which make them NaN.
-    * `excitation/min`, `/mean`, `/max`: of Phi over all experts. The mean is the mean of the layers' means.
+    * `excitation/min`, `/mean`, `/max`: Phi over all experts. The mean is the mean of the layers' means.
 
-    TensorBoard also receives histograms of all experts, and the other writers receive `busiest` and `idlest`. With
-    several processes, call it on one, and let the step return whole arrays on every device.
+    TensorBoard also receives histograms of all experts; other writers receive `busiest` and `idlest`. With several
+    processes, call it on one, and let the step return whole arrays on every device.
 
     Attributes:
       names: the L layers in natural order (`layer_2` before `layer_10`). A layer of a stack is `path[number]`.
@@ -137,7 +136,7 @@ class RoutingLog:
         return scalars
 
     def _remember(self, step: int, u: np.ndarray) -> None:
-        """Adds a call to the history; a full one first merges neighbors."""
+        """Adds a call to the history, which merges neighbors first if it is full."""
         if self._calls % self._span:  # the last entry takes more calls
             self.steps.pop()
             u = self._totals.pop() + u

@@ -228,8 +228,8 @@ ROWS = {
     "strategy keeps a reduced axis": Row(
         {"moe": U}, ["strategy keeps_axes", "from [3] into float32[1]"], {"strategy": keeps_axes}
     ),
-    "schedule of vectors": Row({"moe": U}, ["gamma must be a scalar"], {"gamma": lambda step: jnp.ones(E)}),
-    "schedule of None": Row({"moe": U}, ["gamma must be a scalar", "None"], {"gamma": lambda step: None}),
+    "schedule of vectors": Row({"moe": U}, ["same for all experts", "float32[3]"], {"gamma": lambda step: jnp.ones(E)}),
+    "schedule of None": Row({"moe": U}, ["same for all experts", "None"], {"gamma": lambda step: None}),
     "schedule below zero": Row(
         {"moe": U}, ["gamma", "not negative", "-1.0", "`inverted`"], {"gamma": lambda step: -1.0}
     ),
@@ -243,21 +243,14 @@ def update(row, through=lambda f: f):
     through(tx.update)(updates, state, utilization=row.utilization)
 
 
-def shapes_of(f):
-    return lambda *args, **kwargs: jax.eval_shape(f, *args, **kwargs)
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_update(name):
     raises(ROWS[name].fragments, update, ROWS[name])
 
 
-@pytest.mark.parametrize("through", [jax.jit, shapes_of])
-@pytest.mark.parametrize("name", ROWS)
-def test_update_while_tracing(name, through):
-    if name.startswith("negative"):
-        pytest.skip("traced values cannot be read")
-    raises(ROWS[name].fragments, update, ROWS[name], through)
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("negative")])  # cannot be read
+def test_update_while_tracing(name):
+    raises(ROWS[name].fragments, update, ROWS[name], jax.jit)
 
 
 def test_rows_fail_for_their_own_reason():
@@ -315,7 +308,7 @@ def test_wrapper_that_drops_extra_arguments():
 # What can be refused before the first update.
 
 NOT_FINITE = ["gamma must be a finite number that is not negative"]
-NOT_SCALAR = ["gamma must be a scalar"]
+NOT_SCALAR = [*NOT_FINITE, "same for all experts"]
 CONSTRUCTION = {
     "negative gamma": ({"gamma": -1.0}, [*NOT_FINITE, "-1.0", "`inverted`"]),
     "negative int gamma": ({"gamma": -2}, [*NOT_FINITE, "-2"]),
@@ -323,7 +316,7 @@ CONSTRUCTION = {
     "negative array gamma": ({"gamma": jnp.asarray(-0.5)}, [*NOT_FINITE, "-0.5"]),
     "nan gamma": ({"gamma": float("nan")}, [*NOT_FINITE, "nan"]),
     "infinite gamma": ({"gamma": float("inf")}, [*NOT_FINITE, "inf"]),
-    "vector gamma": ({"gamma": jnp.ones(E)}, [*NOT_SCALAR, "same for all experts"]),
+    "vector gamma": ({"gamma": jnp.ones(E)}, NOT_SCALAR),
     "one-vector gamma": ({"gamma": np.ones(1)}, NOT_SCALAR),
     "string gamma": ({"gamma": "1.0"}, [*NOT_SCALAR, "'1.0'"]),
     "None gamma": ({"gamma": None}, [*NOT_SCALAR, "None"]),
@@ -402,7 +395,7 @@ SCHEDULED = {"gamma": lambda step: 1.0}
 RANDOM = {"strategy": excitation_optax.random_boost}
 
 
-@pytest.mark.parametrize("through", [lambda f: f, jax.jit, shapes_of])
+@pytest.mark.parametrize("through", [lambda f: f, jax.jit])
 @pytest.mark.parametrize(
     ("made_for", "given_to", "fragments"),
     [

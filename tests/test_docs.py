@@ -1,4 +1,4 @@
-"""Links and anchors of the pages exist, figures and errors are those of the results and the library, pages stay short."""
+"""Links and anchors hold, figures and errors are those of the results and the library, and the pages stay short."""
 
 import contextlib
 import functools

@@ -34,7 +34,7 @@ STEPS = 20
 
 @functools.cache
 def blocks():
-    """The page's blocks of Python: the lines that matter first, which run as part of those after them."""
+    """The page's blocks of Python."""
     return re.findall(r"^```python[^\n]*\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -42,7 +42,7 @@ def blocks():
 def page():
     """What the page's code defines: of each block what stands before its `with`, where training begins."""
     names = {}
-    exec(compile("\n".join(block.split("\nwith ")[0] for block in blocks()[1:]), str(PAGE), "exec"), names)
+    exec(compile("\n".join(block.split("\nwith ")[0] for block in blocks()), str(PAGE), "exec"), names)
     return names
 
 
@@ -83,11 +83,6 @@ def make_example(i, padded):
     mask = np.arange(shape[1]) < np.random.default_rng(i).integers(8, 32, size=shape[:1])[:, None]
     masked = jnp.where(mask, example.tokens.array, 0), example.loss_mask.array * mask * (np.arange(shape[1]) >= 4)
     return eqx.tree_at(lambda e: (e.tokens.array, e.loss_mask.array), example, masked), mask
-
-
-def test_the_lines_that_matter_are_those_that_run():
-    for line in blocks()[0].splitlines():
-        assert line.split("  #")[0].removeprefix("utilization = ") in "".join(blocks()[1:]), line
 
 
 def test_describe_prints_what_the_page_says():

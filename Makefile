@@ -57,7 +57,7 @@ format: $(UV)  ## let ruff mend what it can
 types: $(UV)  ## pyrefly
 	$(RUN) pyrefly check
 
-docs: $(UV)  ## write docs/compatibility.md, docs/reproduction.md and its pictures
+docs: $(UV)  ## write docs/compatibility.md, docs/reproduction.md, the table of docs/results.md, and pictures
 	$(RUN) python tests/optimizer_table.py > docs/compatibility.md
 	$(RUN) python -m examples.reproduce report
 

@@ -28,13 +28,14 @@ author = PYPROJECT["authors"][0]["name"]
 copyright = author
 version = release = excitation_optax.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions += ["sphinx_copybutton", "sphinx_design"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # Other sites have the names of other projects; private names have no page.
 nitpick_ignore_regex = [("py:.*", r"(jax|optax|flax)\..*"), ("py:.*", r"excitation_optax\._.*")]
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 
 # A notebook is text without outputs. The build runs it once, and again when it changes; an error, a warning that it

@@ -186,20 +186,20 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write docs/reproduction.md with its pictures, and the README's table, from the results."""
+    """Write docs/reproduction.md with its pictures, and the table of docs/results.md, from the results."""
 
     results: Folder = store.FOLDER
     docs: pathlib.Path | None = None
     """The folder of the page; by default docs for the repository's results, otherwise the folder of the results."""
     readme: pathlib.Path | None = None
-    """A text with markers for the table; by default the README if --results and --docs are not given."""
+    """A text with markers for the table; by default docs/results.md if --results and --docs are not given."""
 
     def main(self) -> None:
         """Writes the files and names them."""
         results = read(self.results)
         own = self.results == store.FOLDER
         docs = self.docs or (ROOT / "docs" if own else self.results)
-        readme = self.readme or (ROOT / "README.md" if own and self.docs is None else None)
+        readme = self.readme or (ROOT / "docs" / "results.md" if own and self.docs is None else None)
         if readme is not None:
             with logs.naming(readme):
                 report.update_readme(readme, results)

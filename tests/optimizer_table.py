@@ -46,7 +46,7 @@ class Row:
 
 
 OWN_PARAMETERS = "it keeps parameters of its own: with Excitation outside, these and the model's drift apart"
-DECAY = "decoupled weight decay is scaled too; the README has the recipe that leaves it alone"
+DECAY = "decoupled weight decay is scaled too; a [recipe](recipes.md#weight-decay-that-is-not-scaled) leaves it alone"
 LINE_SEARCH = "`value_fn` must take (and may ignore) `utilization=`; the search vouches for the unscaled step"
 
 AFTER = [

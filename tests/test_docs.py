@@ -1,13 +1,17 @@
-"""Links and anchors of the pages exist, and figures are those of the results."""
+"""Links and anchors hold, figures and errors are those of the results and the library, and the pages stay short."""
 
+import contextlib
 import functools
+import io
 import pathlib
 import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+GENERATED = [DOCS / "compatibility.md", DOCS / "reproduction.md", *DOCS.glob("notebooks/*.md")]
 
 
 @functools.cache
@@ -34,18 +38,45 @@ def test_links_and_anchors_hold(page):
             assert anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", ["why.md", "strategies.md"])
-def test_differences_are_those_of_the_results(page):
-    results = (ROOT / "docs" / "reproduction.md").read_text()
-    quoted = re.findall(r"[+-]\d+\.\d+\s\[[^]]+\]", (ROOT / "docs" / page).read_text())
+@pytest.mark.parametrize(
+    ("page", "source"),
+    [
+        ("README.md", "docs/does-it-help.md"),
+        ("docs/results.md", "docs/reproduction.md"),
+        ("docs/strategies.md", "docs/reproduction.md"),
+    ],
+)
+def test_differences_are_those_of_the_results(page, source):
+    """A report writes the sources, or their tables."""
+    quoted = re.findall(r"[+-]\d+\.\d+\s\[[^]]+\]", (ROOT / page).read_text())
     assert len(quoted) > 5
     for difference in quoted:
-        assert " ".join(difference.split()) in results, difference
+        assert " ".join(difference.split()) in (ROOT / source).read_text(), difference
 
 
-def test_claims_are_counted_as_in_the_report():
-    def counts(path):
-        sentence = re.search(r"Of (\d+) claims of the paper, [^.]*\.", (ROOT / path).read_text())
-        return re.findall(r"\d+", sentence[0])[:5]
+BLOCK = re.compile(r"^```python( continuation)?\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
-    assert counts("docs/why.md") == counts("README.md")
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_the_errors_of_the_page_are_those_of_the_library():
+    names, texts = {}, 0
+    for continued, code, text in BLOCK.findall((DOCS / "troubleshooting.md").read_text()):
+        names, output = names if continued else {}, io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(code, "docs/troubleshooting.md", "exec"), names)
+        assert output.getvalue() == text
+        texts += bool(text)
+    assert texts == 10
+
+
+def test_the_readme_is_short():
+    readme = (ROOT / "README.md").read_bytes()
+    assert len(readme) <= 7168
+    assert len(readme.split()) <= 850
+
+
+def test_the_documentation_is_short():
+    """Words have a letter or a digit, code included; generated pages and notebooks are left out."""
+    pages = set(DOCS.glob("**/*.md")) - set(GENERATED)
+    words = [word for page in pages for word in page.read_text().split() if re.search(r"[^\W_]", word)]
+    assert len(words) <= 15_000

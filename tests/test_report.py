@@ -455,5 +455,5 @@ def test_the_page_is_that_of_the_results_on_file():
     assert len(results) > 0
     assert (root / "docs" / "reproduction.md").read_text(encoding="utf-8") == report.markdown(results)
     assert f"{report.MARKERS[0]}\n{report.summary_markdown(results)}\n{report.MARKERS[1]}" in (
-        root / "README.md"
+        root / "docs" / "results.md"
     ).read_text(encoding="utf-8")

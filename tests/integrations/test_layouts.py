@@ -73,6 +73,7 @@ GATED = ("wi_0", "wi_1", "wo")
 DENSE = ("wi/kernel", "wi/bias", "wo/kernel", "wo/bias")
 GPT_OSS = "decoder/layers/layers_{}/GptOssMlp"
 GEMMA = "decoder/scanned_blocks/{}/mlp/moe_block/MoeBlock_0"
+AXLEARN = "decoder/transformer/repeat/layer"
 MAPPINGS = [
     Mapping(
         "maxtext mixtral-8x7b",
@@ -152,6 +153,17 @@ MAPPINGS = [
         ],
         (1, 0),
     ),
+    Mapping(  # the second layer of each of three repeated blocks has experts, beside the router and the norms
+        "axlearn",
+        [
+            Layer(
+                "**/feed_forward/w*_weight",
+                (3, 4),
+                (0, 1),
+                below(f"{AXLEARN}/layer1/feed_forward", "wi_0_weight", "wi_1_weight", "wo_weight"),
+            )
+        ],
+    ),
 ]
 
 
@@ -206,6 +218,7 @@ def test_updates(mapping):
         ("vmoe", "**/Moe", (4,), None, r"Router/dense/kernel \[16, 4\] cannot be scaled"),
         ("flaxformer unscanned", "encoder/*/mlp", (4,), None, r"are different layers"),
         ("flaxformer unscanned", "encoder/layers_1/mlp", (4,), None, r"w/kernel \[13, 4\] cannot be scaled"),
+        ("axlearn", "**/layer1/feed_forward", (3, 4), None, r"gate_weight \[3, 12, 4\] cannot be scaled"),
         # One entry for several layers would give them the same counts.
         ("maxtext qwen3-30b-a3b unscanned", "**/moe_block/w*", (8,), None, "are different layers"),
         ("maxtext gpt-oss-20b", "decoder/layers/layers_*/GptOssMlp/w*", (2, 8), (1, 0), "are different layers"),

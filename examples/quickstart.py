@@ -249,4 +249,4 @@ def main(config: Config) -> dict[str, Evaluation]:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "quickstart")
+    training.run_program(main, Config, "examples.quickstart")

@@ -289,4 +289,4 @@ def main(command: List | Run | Report | Prepare) -> None:
 
 
 if __name__ == "__main__":
-    training.run_program(main, List | Run | Report | Prepare, "reproduce", __doc__)
+    training.run_program(main, List | Run | Report | Prepare, "examples.reproduce", __doc__)

@@ -224,4 +224,4 @@ def main(config: Config) -> comparison.Runs:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "train_gpt_moe")
+    training.run_program(main, Config, "examples.train_gpt_moe")

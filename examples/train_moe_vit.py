@@ -175,4 +175,4 @@ def main(config: Config) -> comparison.Runs:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "train_moe_vit")
+    training.run_program(main, Config, "examples.train_moe_vit")

@@ -126,20 +126,19 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def run_program(main: Callable[[Any], Any], config: Any, name: str, description: str | None = None) -> None:
+def run_program(main: Callable[[Any], Any], config: Any, module: str, description: str | None = None) -> None:
     """Calls `main` with the flags of the command line. Expected errors end the program with one line.
 
     Args:
       main: takes the config.
       config: the type of the flags, a dataclass or a union of dataclasses.
-      name: such as "train_gpt_moe", of `python -m examples.train_gpt_moe`.
+      module: the program, such as "examples.pod.train".
       description: the first lines of `--help`; by default the docstring of `config`.
     """
+    name = module.removeprefix("examples.")
     try:
-        flags = tyro.cli(
-            config, prog=f"python -m examples.{name}", description=inspect.cleandoc(description or config.__doc__)
-        )
-        main(flags)
+        description = inspect.cleandoc(description or config.__doc__)
+        main(tyro.cli(config, prog=f"python -m {module}", description=description))
     except (OSError, ValueError) as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:

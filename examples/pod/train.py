@@ -333,4 +333,4 @@ def _wait_for(coordinator: str, timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "pod.train")
+    training.run_program(main, Config, "examples.pod.train")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -23,6 +24,11 @@ class Text:
     evaluation_bytes: bytes
     vocab_size: int
     description: str  # a line that says what this is and where it came from
+
+    @property
+    def fingerprint(self) -> str:
+        """8 hexadecimal digits made of all tokens."""
+        return f"{zlib.crc32(self.train.tobytes() + self.evaluation.tobytes()):08x}"
 
 
 def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:

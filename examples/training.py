@@ -46,6 +46,18 @@ def from_run(strategy: str) -> Any:
 class TrainingConfig:
     """Flags of every program that trains a transformer."""
 
+    num_experts: int = 16
+    """Experts in every MoE layer."""
+    experts_per_token: int = 2
+    """Experts that the router sends a token, or a patch, to."""
+    d_ff: int = 128
+    """The hidden width of an expert."""
+    d_model: int = 128
+    """The width of the model."""
+    num_layers: int = 4
+    """Transformer layers, each with attention and an MoE."""
+    num_heads: int = 4
+    """Attention heads of a layer."""
     gamma: float = 1.0
     """The intensity of Excitation; 0 scales nothing, larger values widen the differences between experts."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -143,6 +155,17 @@ def run_program(main: Callable[[Any], Any], config: Any, module: str, descriptio
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
+
+
+def layer_config(sizes: Any, dtype: str = "float32") -> moe.MoEConfig:
+    """The config of an MoE layer of these sizes, which flags or the config of a run have."""
+    return moe.MoEConfig(
+        d_model=sizes.d_model,
+        d_ff=sizes.d_ff,
+        num_experts=sizes.num_experts,
+        experts_per_token=sizes.experts_per_token,
+        dtype=jnp.dtype(dtype),
+    )
 
 
 def warmup_cosine(peak: float, warmup: float, steps: int, end: float = 0.0) -> optax.Schedule:

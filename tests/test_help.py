@@ -30,8 +30,9 @@ for program in sys.argv[1:]:
     name, *command = program.split()
     sys.argv = ["program", *command, "--help"]
     print(f"$ python -m examples.{program} --help")
+    description = reproduce.__doc__ if name == "reproduce" else None
     with contextlib.suppress(SystemExit):
-        training.run_program(print, configs[name], f"examples.{name}", reproduce.__doc__ if name == "reproduce" else None)
+        training.run_program(print, configs[name], f"examples.{name}", description)
 """
 
 

@@ -51,7 +51,7 @@ class Config(training.ComparisonConfig):
         return model_config(self, self.dtype, patch_size=self.patch_size)
 
 
-def model_config(sizes: Any, dtype: str = "float32", **options: int) -> moe_vit.MoEViTConfig:
+def model_config(sizes: Any, dtype: str = "float32", **options: Any) -> moe_vit.MoEViTConfig:
     """The config of a MoE-ViT of these sizes, which flags or the config of a run have."""
     layer = training.layer_config(sizes, dtype)
     return moe_vit.MoEViTConfig(moe=layer, num_layers=sizes.num_layers, num_heads=sizes.num_heads, **options)

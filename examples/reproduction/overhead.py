@@ -25,7 +25,7 @@ PAPER = {
     for row in sections.paper()["table8"].rows
 }
 HEADER = ("model", "parameters", "device", "batch", "paper, %", "ours, % [95 %]", "bytes", "FLOPs")
-HEADER += ("peak GiB, vanilla", "excited")
+HEADER += ("peak GiB, baseline", "excited")
 
 
 def path(folder: pathlib.Path) -> pathlib.Path:
@@ -57,7 +57,7 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """A Markdown table. Bytes and FLOPs are ratios of the excited step to the vanilla one."""
+    """A Markdown table. Bytes and FLOPs are ratios of the excited step to the baseline's."""
     rows = [HEADER, *map(_cells, entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]

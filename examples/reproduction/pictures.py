@@ -11,7 +11,7 @@ from examples.reproduction.sections import Row, Section, words
 from examples.reproduction.tables import SHOWN, UNIT
 
 COLORS = {
-    "vanilla": "0.4",
+    "baseline": "0.4",
     "zero_sum": "C0",
     "positive_sum": "C1",
     "exp_diff": "C2",
@@ -20,7 +20,7 @@ COLORS = {
     "inverted": "C3",
 }
 VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing")  # lines of a picture, not panels
-STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": COLORS["vanilla"]}}
+STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": COLORS["baseline"]}}
 for strategy in ("zero_sum", "positive_sum"):
     STYLES[strategy] = {"color": COLORS[strategy]}
     for component, line in (("both", "-"), ("direction", "--"), ("norm", ":")):
@@ -96,7 +96,8 @@ def over_depth(results: store.Results, section: Section, figure: Any) -> None:
     depths = sorted({row["where"]["depth"] for row in section.rows})
     for strategy in ("vanilla", "zero_sum", "positive_sum"):
         line = [sections.row({"strategy": strategy, "depth": depth, "learning_rate": "best"}) for depth in depths]
-        reached(axes, depths, results, section, line, words({"strategy": strategy}), color=COLORS[strategy])
+        name = words({"strategy": strategy})
+        reached(axes, depths, results, section, line, name, color=COLORS[name])
     axes.legend(fontsize="x-small")
 
 
@@ -142,10 +143,10 @@ def summary(results: store.Results, section: Section, figure: Any) -> None:
         axes.errorbar(means, chosen, xerr=halves, capsize=2, label=f"{strategy}, here", **style)
         paper = [claims[i]["printed"] for i in chosen]
         axes.plot(paper, chosen, label=f"{strategy}, paper", fillstyle="none", **style)
-    axes.set_yticks(range(len(claims)), [claim["text"].replace(" beats vanilla", "") for claim in claims])
+    axes.set_yticks(range(len(claims)), [claim["text"].replace(" beats the baseline", "") for claim in claims])
     axes.invert_yaxis()
     epochs = section.settings["epochs"]
-    axes.set(xlabel=f"Δ test accuracy over vanilla after {epochs} epochs (points), with 95 % intervals")
+    axes.set(xlabel=f"Δ test accuracy over the baseline after {epochs} epochs (points), with 95 % intervals")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.grid(alpha=0.3, axis="x")
 

@@ -41,10 +41,7 @@ def last(lines: list[dict[str, Any]], name: str) -> float:
 def table(runs: Runs, measures: dict[str, tuple[str, int, int]]) -> str:
     """The end of every run: the measures, each by its name in the log, a factor and digits, and the routing."""
     seeds = len(next(iter(runs.values())))
-    measures = measures | {
-        "max / mean load": (LOAD, 1, 2),
-        "dead experts, %": ("dead_experts", 100, 1),
-    }
+    measures = measures | {"max / mean load": (LOAD, 1, 2), "dead experts, %": ("dead_experts", 100, 1)}
     few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
     lines = [f"at the end, {over_seeds(seeds)}{few}", row("", list(runs))]
     for label, (name, factor, digits) in measures.items():

@@ -32,16 +32,11 @@ class Text:
 
 
 def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:
-    """Reads a training and an evaluation text.
+    """Reads a training and an evaluation text. Raises FileNotFoundError if a path, or a split in a folder, is missing.
 
-    Args:
-      paths: nothing, for the documentation that comes with Python; files, of which the last tenth is evaluated; or a
-        folder with the splits of a corpus, such as WikiText: files named *train*, *valid*, *test*. Without a training
-        split, "valid" is trained on and "test" evaluated.
-      tokenizer: "bytes" or "gpt2".
-
-    Raises:
-      FileNotFoundError: if a path does not exist, or a folder lacks the splits.
+    `paths` are nothing, for the documentation that comes with Python; files, of which the last tenth is evaluated; or a
+    folder with the splits of a corpus, such as WikiText: files named *train*, *valid*, *test*. Without a training
+    split, "valid" is trained on and "test" evaluated.
     """
     if not paths:
         import pydoc_data.topics  # the reference manual, as text: half a megabyte

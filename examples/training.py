@@ -141,11 +141,8 @@ def _flag(name: str) -> str:
 def run_program(main: Callable[[Any], Any], config: Any, module: str, description: str | None = None) -> None:
     """Calls `main` with the flags of the command line. Expected errors end the program with one line.
 
-    Args:
-      main: takes the config.
-      config: the type of the flags, a dataclass or a union of dataclasses.
-      module: the program, such as "examples.pod.train".
-      description: the first lines of `--help`; by default the docstring of `config`.
+    `config` is the type of the flags, `module` the program, such as "examples.pod.train", and `description` the first
+    lines of `--help`, by default the docstring of `config`.
     """
     name = module.removeprefix("examples.")
     try:
@@ -201,11 +198,9 @@ def make_optimizer(
     """The optimizer, and Excitation after it unless the strategy is "baseline"."""
     if strategy == "baseline":
         return optax.chain(optimizer)
+    function = getattr(excitation_optax, strategy)
     return optax.chain(
-        optimizer,
-        excitation_optax.scale_by_excitation(
-            getattr(excitation_optax, strategy), gamma, expert_axis=expert_axis, seed=seed
-        ),
+        optimizer, excitation_optax.scale_by_excitation(function, gamma, expert_axis=expert_axis, seed=seed)
     )
 
 
@@ -225,15 +220,9 @@ class TrainState(NamedTuple):
 def train_step(gradient, tx, state: TrainState, batch):
     """One step: gradient, update. The utilization that the model emits is all that Excitation requires.
 
-    Args:
-      gradient: `jax.grad(loss_fn, has_aux=True)`, where `loss_fn(params, batch)` returns what is minimized, and
-        `(logged, utilization)`: a dict of scalars to log, and the routing.
-      tx: the optimizer, Excitation in it.
-      state: the state before.
-      batch: what `loss_fn` takes.
-
-    Returns:
-      The state after, `logged` and `utilization`.
+    `gradient` is `jax.grad(loss_fn, has_aux=True)`, where `loss_fn(params, batch)` returns what is minimized, and
+    `(logged, utilization)`: a dict of scalars to log, and the routing. Returns the state after, `logged` and
+    `utilization`.
     """
     grads, (logged, utilization) = gradient(state.params, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, utilization=utilization)
@@ -260,15 +249,10 @@ def routing_metrics(
     step: Any = 0,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """Scalars about the routing: means over the layers, and the extremes of the excitation.
+    """Scalars about the routing: means over the layers, and the extremes of the excitation, if there is any.
 
-    Args:
-      utilization: the tree that the model emits.
-      strategy: what scales the updates; "baseline" logs no excitation.
-      gamma: its intensity.
-      seed: of a random strategy.
-      step: the number of updates before, as `scale_by_excitation` counts them for the key of a random strategy.
-      whole: adds the utilization and the excitation as `routing`, for TensorBoard and W&B.
+    `step` is the number of updates before, as `scale_by_excitation` counts them for the key of a random strategy.
+    `whole` adds the utilization and the excitation as `routing`, for TensorBoard and W&B.
     """
     flat = lambda tree: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     dead = flat(metrics.dead_experts(utilization))

@@ -179,8 +179,7 @@ def tell(text: str) -> None:
 def main(config: Config) -> training.TrainState:
     """Trains from the newest checkpoint, or from the start, to the last step; returns the state.
 
-    Raises:
-      SystemExit: after SIGTERM, once the state is saved.
+    After SIGTERM, it ends the program once the state is saved.
     """
     start_distributed(config)
     mesh = parallel.make_mesh(config.data, config.fsdp, config.expert)
@@ -265,11 +264,7 @@ def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
 
 
 def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> None:
-    """Logs a step, warns of a collapse, and ends a run that is lost.
-
-    Raises:
-      ValueError: after too many skipped steps in a row, on every process.
-    """
+    """Logs a step, warns of a collapse, and ends a run that is lost, on every process, by a ValueError."""
     speed = log.rate(step * config.batch_size * config.context)
     log.write(step, logged | {"tokens_per_second": speed}, f"loss {logged['loss']:.3f}, {speed:,.0f} tokens/s")
     if logged["dead_experts_worst_layer"] > config.max_dead:
@@ -288,11 +283,7 @@ def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> 
 
 
 def start_distributed(config: Config) -> None:
-    """Connects to the other processes, if there are any.
-
-    Raises:
-      ValueError: if the coordinator cannot be reached in time. (JAX itself would end the process.)
-    """
+    """Connects to the other processes, if there are any. JAX itself would end the process after a timeout."""
     bounds = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
     if config.coordinator is not None:
         if config.process != 0:

@@ -105,11 +105,8 @@ class VariantMLP(topk_mlp.TopKMLP):
         return self.norms[number](h) if self.norms else h
 
 
-class Program:
-    """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
-
-    Members choose their strategy and component by number from `strategies` and `components`.
-    """
+class Program(stacks.Program):
+    """The compiled functions of a group."""
 
     def __init__(
         self,
@@ -120,17 +117,14 @@ class Program:
         steps_per_epoch: int,
         components: tuple[configs.Component, ...] = ("both",),
     ):
-        self.shared, self.num_classes, self.steps_per_epoch = shared, num_classes, steps_per_epoch
-        self.strategies, self.components = strategies, components
+        self.num_classes, self.steps_per_epoch = num_classes, steps_per_epoch
         self.model_config = topk_mlp.TopKMLPConfig(
             input_dim, shared.width, shared.depth, num_classes, shared.sparsity, ACTIVATIONS[shared.activation]
         )
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self.make_model(0)))
         # Seeds that take turns leave a CPU's caches to one seed's models; wider devices train them side by side.
         self.wide = jax.default_backend() != "cpu"
-        self.init = jax.jit(self._init)
-        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
-        self.evaluate = jax.jit(self._evaluate)
+        self.shared = shared
+        super().__init__(shared, strategies, components, lambda: self.make_model(0))
 
     def make_model(self, seed) -> VariantMLP:
         """The model that every run of a seed starts from."""
@@ -184,28 +178,20 @@ class Program:
             def step(states, batch):
                 indices, key = batch
                 images = self.normalize(self.augment(key, data.train_images, indices), data)
-                labels = data.train_labels[indices]
-                return jax.vmap(lambda state, member: self.train_step(state, member, seed, images, labels))(
-                    states, members
-                )
+                one = lambda state, member: self.train_step(state, member, seed, (images, data.train_labels[indices]))
+                return jax.vmap(one)(states, members)
 
             states, losses = jax.lax.scan(step, states, (order.reshape(-1, batch_size), keys))
             return states, jnp.mean(losses, axis=0)
 
         return jax.lax.map(train_seed, (states, seeds), batch_size=seeds.shape[0] if self.wide else None)
 
-    def train_step(self, state, member: Member, seed, images, labels):
-        """A step of one run: loss, gradient, update."""
-        params, opt_state = state
-
-        def loss_fn(params):
-            logits, utilization = excitation_flax.capture_routing(nnx.merge(self.graphdef, params))(images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), utilization
-
-        (loss, utilization), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        tx = self.make_optimizer(member, seed)
-        updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    def loss_fn(self, params, member: Member, batch):
+        """What is minimized on images and labels, the loss and the routing."""
+        images, labels = batch
+        logits, utilization = excitation_flax.capture_routing(nnx.merge(self.graphdef, params))(images)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, (loss, utilization)
 
     def augment(self, key, images, indices):
         """The images `[B, H, W, 3]` of a batch, each cut out at random from its border and mirrored at random."""

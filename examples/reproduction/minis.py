@@ -60,17 +60,13 @@ def plan(runs: Iterable[configs.MiniGPTRun], max_runs: int = 16) -> list[stacks.
     return stacks.plan(runs, shared_of, lambda shared: (max_runs, 1))
 
 
-class Program:
-    """The compiled functions of a group: `init`, `train_epoch` and `evaluate`."""
+class Program(stacks.Program):
+    """The compiled functions of a group."""
 
     def __init__(
         self, shared: configs.MiniGPTRun, strategies: tuple[str, ...], components: tuple[configs.Component, ...]
     ):
-        self.shared, self.strategies, self.components = shared, strategies, components
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(shared, 0)))
-        self.init = jax.jit(self._init)
-        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
-        self.evaluate = jax.jit(self._evaluate)
+        super().__init__(shared, strategies, components, lambda: make_model(shared, 0))
 
     def make_optimizer(self, member: Member, seed: Any) -> optax.GradientTransformationExtraArgs:
         """AdamW with its schedule, then Excitation, then the static factor on the experts' updates."""
@@ -101,18 +97,10 @@ class Program:
         states, losses = jax.lax.map(train, (states, members))
         return states, jnp.mean(losses, axis=-1)[None]
 
-    def train_step(self, state, member: Member, seed, tokens):
-        """A step of one run on tokens `[B, S + 1]`: loss, gradient, update."""
-        params, opt_state = state
-
-        def loss_fn(params):
-            loss, utilization, sown = self.loss(params, tokens)
-            total = loss + member.load_balancing * moe.auxiliary_losses(sown).load_balancing
-            return total, (loss, utilization)
-
-        grads, (loss, utilization) = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = self.make_optimizer(member, seed).update(grads, opt_state, params, utilization=utilization)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    def loss_fn(self, params, member: Member, tokens):
+        """What is minimized on tokens `[B, S + 1]`, the loss and the routing."""
+        loss, utilization, sown = self.loss(params, tokens)
+        return loss + member.load_balancing * moe.auxiliary_losses(sown).load_balancing, (loss, utilization)
 
     def loss(self, params, tokens):
         """The mean loss in nats per byte of tokens `[B, S + 1]`, the routing, and the routers' losses."""
@@ -187,10 +175,7 @@ def train_group(
 
 
 def train(
-    runs: Iterable[configs.MiniGPTRun],
-    load: Callable[[configs.Run], texts.Text],
-    results: store.Results,
-    progress: Any,
+    runs: Iterable[configs.MiniGPTRun], load: Callable[[configs.Run], texts.Text], results: store.Results, progress: Any
 ) -> None:
     """Trains what is missing among the runs, as `stacks.train` says."""
     stacks.train(plan(runs), train_group, load, results, progress)

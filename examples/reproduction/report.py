@@ -99,19 +99,28 @@ def summary_line(results: store.Results, s: Section) -> tuple:
     if s.same_as:
         return (*head, f"see {studies.SECTIONS[s.same_as].label}", *BLANK)
     if not s.trains:
-        return (*head, made_elsewhere(results, s)[0] or "not run", *BLANK)
+        return (*head, made_elsewhere(results, s) or "not run", *BLANK)
     found = len(evidence.found(results, s))
     return (*head, f"{found} of {len(s.runs())}" if found else "not run", *evidence.count(results, s))
 
 
-def made_elsewhere(results: store.Results, s: Section) -> tuple[str, list[str]]:
-    """How far a section that has no runs is, and its part of the page; empty if it was not made."""
+def made_elsewhere(results: store.Results, s: Section) -> str:
+    """How far a section without runs is; empty if it was not made."""
     if s.kind == "toy":
-        outcome = toy.load(results.folder / s.name)
-        return ("done", [_picture(s.name, s.heading), toy.markdown(outcome).strip()]) if outcome else ("", [])
-    entries = overhead.load(results.folder)
-    made = {entry["row"] for entry in entries}
-    return (f"{len(made)} of {len(s.rows)} rows", [overhead.table(entries)]) if entries else ("", [])
+        return "done" if toy.load(results.folder / s.name) else ""
+    made = {entry["row"] for entry in overhead.load(results.folder)}
+    return f"{len(made)} of {len(s.rows)} rows" if made else ""
+
+
+def _made_elsewhere(results: store.Results, s: Section) -> str:
+    """The section of what has no runs."""
+    if not made_elsewhere(results, s):
+        return "\n\n".join(filter(None, [f"{s.where_in_paper}. Not run: {s.command}", s.note]))
+    if s.kind == "toy":
+        body = f"{_picture(s.name, s.heading)}\n\n{toy.markdown(toy.load(results.folder / s.name) or {}).strip()}"
+    else:
+        body = overhead.table(overhead.load(results.folder))
+    return "\n\n".join(filter(None, [f"{s.where_in_paper}. Made by {s.command}", s.note, body, s.remark.strip()]))
 
 
 def section(results: store.Results, s: Section) -> str:
@@ -124,9 +133,7 @@ def section(results: store.Results, s: Section) -> str:
         parts = [f"{where}. A picture of [{other.label}](#{_anchor(other.heading)}).{'' if found else ' Not run.'}"]
         parts += [_picture(s.name, s.heading)] if found and s.is_drawn else []
     elif not s.trains:
-        made = made_elsewhere(results, s)[1]
-        note = [s.note] if s.note else []
-        parts = [f"{where}. {'Made by' if made else 'Not run:'} {s.command}", *note, *made, *(remark if made else [])]
+        parts = [_made_elsewhere(results, s)]
     elif not found:
         parts = [f"{where}. Not run: {_how(s)}" if s.where_in_paper else f"Not run: {s.command}"]
     else:

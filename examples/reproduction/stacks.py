@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import excitation_optax
 from examples.reproduction import configs, store
@@ -101,6 +102,31 @@ def choices(group: Group, component: bool = False, also: Sequence[str] = ()) -> 
     chosen = number("component", components) if component or len(components) > 1 else None
     common = number("strategy", strategies), numbers("gamma"), numbers("learning_rate"), chosen
     return strategies, components, Member(*common, **{name: numbers(name) for name in also})
+
+
+class Program:
+    """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
+
+    Members choose their strategy and component by number from `strategies` and `components`. A subclass has `_init`,
+    `_train_epoch`, `_evaluate`, `make_optimizer` and `loss_fn`.
+    """
+
+    loss_fn: Callable[..., Any]  # (params, member, batch): what is minimized, and (the loss, the routing)
+    make_optimizer: Callable[..., Any]  # of a member and a seed
+
+    def __init__(self, shared: Any, strategies: Sequence[str], components: Sequence[Any], make_model: Callable):
+        self.shared, self.strategies, self.components = shared, strategies, components
+        self.graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+        self.init = jax.jit(self._init)  # pyrefly: ignore[missing-attribute]
+        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)  # pyrefly: ignore[missing-attribute]
+        self.evaluate = jax.jit(self._evaluate)  # pyrefly: ignore[missing-attribute]
+
+    def train_step(self, state: tuple[Any, Any], member: Member, seed: Any, batch: Any) -> tuple[tuple[Any, Any], Any]:
+        """A step of one run: loss, gradient, update."""
+        params, opt_state = state
+        grads, (loss, utilization) = jax.grad(self.loss_fn, has_aux=True)(params, member, batch)
+        updates, opt_state = self.make_optimizer(member, seed).update(grads, opt_state, params, utilization=utilization)
+        return (optax.apply_updates(params, updates), opt_state), loss
 
 
 def any_of(strategies: Sequence[str], number: jax.Array) -> Any:

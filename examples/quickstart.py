@@ -81,7 +81,7 @@ class Config:
             raise ValueError(f"--sparsity is a share in [0, 1]; got {self.sparsity}.")
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
-        training.check_comparison(self)
+        comparison.check(self)
 
 
 class Evaluation(NamedTuple):

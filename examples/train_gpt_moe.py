@@ -72,7 +72,7 @@ def model_config(sizes: Any, vocab_size: int, dtype: str = "float32", remat: boo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, training.ComparisonConfig):
+class Config(RunConfig, comparison.Config):
     """Train GPT-MoEs without and with Excitation; compare loss and routing.
 
     With no flags it takes a few minutes on two cores, and downloads nothing.

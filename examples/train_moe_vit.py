@@ -24,7 +24,7 @@ from models import moe, moe_vit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.ComparisonConfig):
+class Config(comparison.Config):
     """Train MoE-ViTs without and with Excitation; compare test accuracy and routing."""
 
     data_dir: pathlib.Path | None = None

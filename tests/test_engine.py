@@ -549,17 +549,6 @@ def test_what_differs_in_shape_is_not_stacked(changes, stacked):
     assert len(groups) == (1 if stacked else 2)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 14, 15, 16, 29, 30, 31, 44, 45, 100, 300, 301])
-def test_evaluated_epochs(epochs):
-    evaluated = list(stacks.evaluated_epochs(epochs))
-    assert evaluated[-1] == epochs
-    assert evaluated[0] >= 1
-    assert len(set(np.diff(evaluated))) <= 1
-    assert min(epochs, 12) <= len(evaluated) <= 30
-    if epochs <= 29:
-        assert evaluated == list(range(1, epochs + 1))
-
-
 def test_evaluated_epochs_by_hand():
     assert list(stacks.evaluated_epochs(30)) == list(range(2, 31, 2))
     assert list(stacks.evaluated_epochs(31)) == list(range(1, 32, 2))

@@ -280,22 +280,6 @@ def shapes(name):
 
 
 SHAPES = {shape: group for name in MLPS for shape, group in shapes(name).items()}
-NAMED = [pytest.param(group, id="-".join(map(str, shape))) for shape, group in SHAPES.items()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("group", NAMED)
-def test_every_shape_trains_for_two_steps(group):
-    run = group.runs[0][0]
-    data = noise(run.dataset, 2 * run.batch_size)
-    results = engine.train_group(group, data, lambda runs: None, lambda: False)
-    assert [result.run for result in results] == list(group)
-    for result in results:
-        assert len(result.measures["entropy"]) == run.depth
-        assert np.isfinite(result.curve["train_loss"]).all()
-        assert 0 <= result.measures["accuracy"] <= 1
-    first = results[0]
-    assert all(a.measures["entropy"] != first.measures["entropy"] for a in results[1:] if a.run.strategy == "zero_sum")
 
 
 @pytest.mark.parametrize("name", MLPS)

@@ -10,6 +10,8 @@ Axis letters: B batch, E experts.
 
 import functools
 import math
+import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,47 @@ from examples.training import TrainState
 
 AXES = ("data", "fsdp", "expert")
 MIN_SIZE_TO_SPLIT = 2**10  # smaller parameters, such as biases and norms, stay whole
+
+
+def start_distributed(config: Any) -> None:
+    """Connects to the other processes, if the flags of `train` name any, and gives up in time with a ValueError."""
+    bounds = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
+    if config.coordinator is not None:
+        if config.process != 0:
+            _wait_for(config.coordinator, config.timeout)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            initialization_timeout=config.timeout,
+            cluster_detection_method="deactivate",  # under Slurm, it would take one of the devices only
+            **bounds,
+        )
+    elif config.cluster:
+        try:
+            jax.distributed.initialize(**bounds)
+        except ValueError as error:
+            raise ValueError(
+                f"--cluster found no other processes ({error}). Start them by srun, by mpirun or on a TPU slice, or "
+                "give --coordinator, --processes and --process."
+            ) from error
+
+
+def _wait_for(coordinator: str, timeout: float) -> None:
+    """Until HOST:PORT accepts a connection."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"No process answers at --coordinator {coordinator} for {timeout} seconds ({error}). Is process 0 "
+                    "running there, and its port open to this machine?"
+                ) from error
+        time.sleep(0.5)
 
 
 def make_mesh(

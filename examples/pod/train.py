@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import socket
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -181,7 +179,7 @@ def main(config: Config) -> training.TrainState:
 
     After SIGTERM, it ends the program once the state is saved.
     """
-    start_distributed(config)
+    parallel.start_distributed(config)
     mesh = parallel.make_mesh(config.data, config.fsdp, config.expert)
     parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
     windows, text = load_text(config)
@@ -280,47 +278,6 @@ def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> 
             "--learning-rate or --clip to resume from the newest checkpoint; if that one is spoilt already, delete it, "
             "and the one before is used."
         )
-
-
-def start_distributed(config: Config) -> None:
-    """Connects to the other processes, if there are any. JAX itself would end the process after a timeout."""
-    bounds = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
-    if config.coordinator is not None:
-        if config.process != 0:
-            _wait_for(config.coordinator, config.timeout)
-        jax.distributed.initialize(
-            config.coordinator,
-            config.processes,
-            config.process,
-            initialization_timeout=config.timeout,
-            cluster_detection_method="deactivate",  # under Slurm, it would take one of the devices only
-            **bounds,
-        )
-    elif config.cluster:
-        try:
-            jax.distributed.initialize(**bounds)
-        except ValueError as error:
-            raise ValueError(
-                f"--cluster found no other processes ({error}). Start them by srun, by mpirun or on a TPU slice, or "
-                "give --coordinator, --processes and --process."
-            ) from error
-
-
-def _wait_for(coordinator: str, timeout: float) -> None:
-    """Until HOST:PORT accepts a connection."""
-    host, _, port = coordinator.rpartition(":")
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=timeout).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"No process answers at --coordinator {coordinator} for {timeout} seconds ({error}). Is process 0 "
-                    "running there, and its port open to this machine?"
-                ) from error
-        time.sleep(0.5)
 
 
 if __name__ == "__main__":

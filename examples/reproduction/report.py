@@ -19,7 +19,6 @@ from examples.reproduction import (
     studies,
     tables,
     toy,
-    transformers,
 )
 from examples.reproduction.sections import Section
 
@@ -28,27 +27,7 @@ MARKERS = "<!-- reproduction -->", "<!-- /reproduction -->"
 ANSWER = "<!-- answer -->", "<!-- /answer -->"
 BLANK = [""] * len(evidence.VERDICTS)
 
-INTRODUCTION = """\
-# The paper's tables and figures
-
-What *Excitation: Momentum For Experts* (arXiv 2602.21798) prints, and what came out here. This page and its pictures
-are written by `python -m examples.reproduce report` from the results on file: edits are lost.
-
-* A value is a mean ± standard deviation over seeds, accuracies in percent; the residual is ours minus the paper's.
-* A Δ is a mean over seeds of differences between runs with the same seed, and so the same initialization and batches;
-  in brackets its 95 % interval, of Student's t. Accuracy in points.
-* A claim of the paper is a statement of its text, or the sign of a Δ that it prints, however small. It is *confirmed*
-  if our interval excludes zero on the paper's side, *contradicted* if it excludes zero on the other side,
-  *inconclusive* if it holds zero, and *not tested* if the runs are missing or there are fewer than three seeds (*smoke
-  test*). This is about the sign; *larger* or *smaller* follows if the paper's Δ lies outside our interval.
-* With this many claims, expect a few verdicts by chance. Tables share runs, and so verdicts: the gain of SGD at its
-  common settings, for example, stands in seven of them.
-* Our own studies come after the paper's tables and figures. Their claims and rules were written down before the runs
-  (`results/PLAN.md`). The corrected p is of a paired t-test, after Holm's correction for all claims of the study.
-* The paper does not print how long it trained: a verdict is about runs of the length that its section states.
-* A paper's Δ in parentheses is not printed there, but is the difference of printed values; > 0 or < 0 stands for a
-  claim without a number.
-* Runs that diverged (to what is not a number) are counted, and left out of means and of differences."""
+INTRODUCTION = pathlib.Path(__file__).with_name("introduction.md").read_text(encoding="utf-8").strip()
 
 
 def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Path]:
@@ -153,7 +132,7 @@ def _how(s: Section) -> str:
     runs = [run for run in s.runs() if isinstance(run, configs.ViTRun | configs.GPTRun)]
     if not runs:
         return s.command
-    hours = tables.about(sum(transformers.estimate_gpu_hours(run) for run in runs))
+    hours = tables.about(sum(run.hours for run in runs))
     return f"{s.command}, {tables.plural(len(runs), 'run')}, by estimate {hours} hours of an H100."
 
 

@@ -37,13 +37,11 @@ EVALUATE_EVERY = 1000  # steps, and at the end of every epoch
 CHECKPOINT_SECONDS = 600
 EVALUATION_BATCH = 500  # images
 
-# The files of a text in its folder, and the number of GPT-2's tokens in the first, as `GPTRun` counts them. That of
-# WikiText-103's training split is the paper's ("5 epochs, about 517M tokens").
+# The files of a text in its folder: the training text, and the one that is measured.
 TEXTS = {
-    "wikitext-103": ("wiki.train.tokens", "wiki.test.tokens", 103_400_000),
-    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt", 258_659),  # WikiText's two small splits
+    "wikitext-103": ("wiki.train.tokens", "wiki.test.tokens"),
+    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt"),  # WikiText's two small splits
 }
-TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257, "digits": 1_437}
 
 
 def train(run: configs.Run, data: Any, progress: Progress | None = None, folder: pathlib.Path | None = None):
@@ -158,7 +156,7 @@ def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
     """
     if dataset not in TEXTS:
         raise ValueError(f"The texts are {', '.join(TEXTS)}; got {dataset!r}.")
-    names = TEXTS[dataset][:2]
+    names = TEXTS[dataset]
     if missing := [name for name in names if not (folder / name).is_file()]:
         read, lacks = " and ".join(names), " and ".join(missing)
         raise FileNotFoundError(f"{dataset} is read from {read}; {folder} lacks {lacks}.")
@@ -296,27 +294,3 @@ def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
         )
         return None
     return jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays]), reached
-
-
-# Our guess for an H100 that trains such small models with XLA in float32: a tenth of its dense TF32 peak.
-FLOPS_PER_SECOND = 50e12
-
-
-def estimate_gpu_hours(run: configs.ViTRun | configs.GPTRun) -> float:
-    """An estimate for one H100: 6 operations per token and active weight, at a guessed `FLOPS_PER_SECOND`.
-
-    It leaves out the products of attention, evaluation and the optimizer.
-    """
-    if isinstance(run, configs.ViTRun):
-        tokens_of_example, examples = (32 // run.patch_size) ** 2, TRAINING_IMAGES[run.dataset]
-    else:
-        tokens_of_example, examples = run.context, TEXTS[run.dataset][2] // run.context
-    tokens = run.epochs * min(examples, run.subset or examples) * tokens_of_example
-    return 6 * active_weights(run) * tokens / FLOPS_PER_SECOND / 3600
-
-
-def active_weights(run: configs.ViTRun | configs.GPTRun) -> int:
-    """The weights that a token uses: attention, the router, K experts in every layer, and a GPT's head."""
-    d = run.d_model
-    layer = 4 * d * d + d * run.num_experts + run.experts_per_token * 2 * d * run.d_ff
-    return run.num_layers * layer + (d * texts.VOCAB_SIZE["gpt2"] if isinstance(run, configs.GPTRun) else 0)

@@ -78,12 +78,12 @@ def summary_line(results: store.Results, s: Section) -> tuple:
     if s.same_as:
         return (*head, f"see {studies.SECTIONS[s.same_as].label}", *BLANK)
     if not s.trains:
-        return (*head, made_elsewhere(results, s) or "not run", *BLANK)
+        return (*head, state_elsewhere(results, s) or "not run", *BLANK)
     found = len(evidence.found(results, s))
     return (*head, f"{found} of {len(s.runs())}" if found else "not run", *evidence.count(results, s))
 
 
-def made_elsewhere(results: store.Results, s: Section) -> str:
+def state_elsewhere(results: store.Results, s: Section) -> str:
     """How far a section without runs is; empty if it was not made."""
     if s.kind == "toy":
         return "done" if toy.load(results.folder / s.name) else ""
@@ -91,9 +91,9 @@ def made_elsewhere(results: store.Results, s: Section) -> str:
     return f"{len(made)} of {len(s.rows)} rows" if made else ""
 
 
-def _made_elsewhere(results: store.Results, s: Section) -> str:
+def _elsewhere(results: store.Results, s: Section) -> str:
     """The section of what has no runs."""
-    if not made_elsewhere(results, s):
+    if not state_elsewhere(results, s):
         return "\n\n".join(filter(None, [f"{s.where_in_paper}. Not run: {s.command}", s.note]))
     if s.kind == "toy":
         body = f"{_picture(s.name, s.heading)}\n\n{toy.markdown(toy.load(results.folder / s.name) or {}).strip()}"
@@ -112,7 +112,7 @@ def section(results: store.Results, s: Section) -> str:
         parts = [f"{where}. A picture of [{other.label}](#{_anchor(other.heading)}).{'' if found else ' Not run.'}"]
         parts += [_picture(s.name, s.heading)] if found and s.is_drawn else []
     elif not s.trains:
-        parts = [_made_elsewhere(results, s)]
+        parts = [_elsewhere(results, s)]
     elif not found:
         parts = [f"{where}. Not run: {_how(s)}" if s.where_in_paper else f"Not run: {s.command}"]
     else:

@@ -118,8 +118,11 @@ def words(where: Row, *but: str) -> str:
 
 @functools.cache
 def paper() -> dict[str, Section]:
-    """The paper's tables and figures in its order, each followed by our versions of it in other settings."""
-    views, chosen = json.loads(PAPER.read_text())["views"], tomllib.loads(PAPER.with_suffix(".toml").read_text())
+    """The paper's tables and figures in its order, each followed by its versions in other settings."""
+    views, chosen = (
+        json.loads(PAPER.read_bytes())["views"],
+        tomllib.loads(PAPER.with_suffix(".toml").read_text("utf-8")),
+    )
     return {name: _from_paper(name, views, chosen) for name in chosen}
 
 

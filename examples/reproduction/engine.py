@@ -39,13 +39,10 @@ ACTIVATIONS = {"relu": nnx.relu, "none": lambda h: h}
 
 
 def plan(runs: Iterable[configs.MLPRun], max_runs: int = 18, max_epochs: int = 300) -> list[Group]:
-    """Groups for the runs, in their order, each small in memory and in time.
+    """Groups for the runs, in their order, each of at most `max_runs` runs, as many as are small in memory and time.
 
-    Args:
-      runs: what to train; repeated ones count once.
-      max_runs: the most that are stacked.
-      max_epochs: the most epochs of 50,000 images of a group, over all of its runs. An interruption loses the epochs of
-        the groups that are training.
+    A group has at most `max_epochs` epochs of 50,000 images, over all of its runs: an interruption loses the epochs of
+    the groups that are training.
     """
 
     def limits(shared: configs.MLPRun) -> tuple[int, int]:
@@ -277,11 +274,7 @@ def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
 
 
 def prepare(group: Group, data: datasets.ImageData) -> stacks.Prepared:
-    """What a group trains with, on JAX's default device.
-
-    Raises:
-      ValueError: if there is not a single full batch.
-    """
+    """What a group trains with, on JAX's default device. Raises ValueError if there is not a single full batch."""
     shared = _shared(group.runs[0][0])
     examples = len(data.train_labels[: shared.subset])
     if shared.batch_size > examples:
@@ -289,10 +282,8 @@ def prepare(group: Group, data: datasets.ImageData) -> stacks.Prepared:
     strategies, components, members = stacks.choices(group)
     sizes = data.input_dim, data.num_classes, examples // shared.batch_size
     program = program_of(shared, strategies, *sizes, components)
-    about = {
-        "data": f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})",
-        "fingerprint": data.fingerprint,
-    }
+    about = {"data": f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
+    about |= {"fingerprint": data.fingerprint}
     return stacks.Prepared(program, members, jnp.array([row[0].seed for row in group.runs]), put(data, shared), about)
 
 

@@ -134,11 +134,7 @@ program_of = functools.cache(Program)  # groups that differ in members and seeds
 
 
 def load_text(dataset: str, folder: pathlib.Path | None) -> texts.Text:
-    """Reads a text of `FILES` as bytes.
-
-    Raises:
-      FileNotFoundError: if the folder lacks the file.
-    """
+    """Reads a text of `FILES` as bytes. Raises FileNotFoundError if the folder lacks the file."""
     name = FILES[dataset]
     path = None if name is None else (folder or pathlib.Path()) / name
     if path is not None and not path.is_file():

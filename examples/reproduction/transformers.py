@@ -150,9 +150,7 @@ def train_gpt(
 def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
     """Reads a text of `TEXTS` as GPT-2's tokens. It takes minutes for WikiText-103, so load it once for many runs.
 
-    Raises:
-      ValueError: if there is no text of this name.
-      FileNotFoundError: if the folder lacks a file of it.
+    Raises ValueError if there is no text of this name, and FileNotFoundError if the folder lacks a file of it.
     """
     if dataset not in TEXTS:
         raise ValueError(f"The texts are {', '.join(TEXTS)}; got {dataset!r}.")

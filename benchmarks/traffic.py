@@ -4,7 +4,7 @@
     python -m benchmarks.traffic --topologies v5e:4x4
 
 Needs the TPU compiler, on any Linux machine: uv sync --locked --extra examples --extra tpu. The model is the same
-everywhere; a chip has two sequences, and Adam's moments. `python -m examples.pod.fit` shows one slice, by
+everywhere; a chip has two sequences, and Adam's moments. `python -m benchmarks.pod_fit` shows one slice, by
 kind of collective.
 """
 
@@ -13,8 +13,8 @@ import sys
 
 import tyro
 
+from benchmarks import pod_fit as fit
 from examples import training
-from examples.pod import fit
 
 LAYERS, EXPERTS = 12, 64
 MESHES = {  # fsdp and expert; data is what these leave

@@ -1,16 +1,43 @@
-"""How the programs end: a table and a picture of strategies side by side."""
+"""What the programs that compare strategies share: flags, and the table and the picture at the end."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from examples import logs
+from examples import logs, training
 
 Runs = dict[str, list[list[dict[str, Any]]]]  # by strategy, for each seed, the lines of its log
 LOAD = "max_over_mean_load"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(training.TrainingConfig):
+    """Flags of the programs that compare strategies."""
+
+    strategy: tuple[training.Strategy, ...] = ("baseline", "positive_sum")
+    """The strategies to compare; baseline is the optimizer without Excitation."""
+    seeds: int = 1
+    """Models to train with each strategy, with the seeds --seed, --seed + 1, ..."""
+    output: pathlib.Path = pathlib.Path("out/comparison.png")
+    """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
+
+    def __post_init__(self):
+        """Raises ValueError before anything is loaded or trained."""
+        super().__post_init__()
+        training.check_positive(self, "seeds")
+        check(self)
+
+
+def check(config: Any) -> None:
+    """Raises ValueError for strategies or a picture that a program cannot compare or draw."""
+    if not config.strategy or len(set(config.strategy)) < len(config.strategy):
+        raise ValueError(f"--strategy must name different strategies, at least one; got {list(config.strategy)}.")
+    if config.output.suffix not in (".png", ".pdf", ".svg") or config.output.is_dir():
+        raise ValueError(f"--output must name a .png, .pdf or .svg file; got {config.output}.")
 
 
 def spread(values: Any, digits: int) -> str:
@@ -41,10 +68,7 @@ def last(lines: list[dict[str, Any]], name: str) -> float:
 def table(runs: Runs, measures: dict[str, tuple[str, int, int]]) -> str:
     """The end of every run: the measures, each by its name in the log, a factor and digits, and the routing."""
     seeds = len(next(iter(runs.values())))
-    measures = measures | {
-        "max / mean load": (LOAD, 1, 2),
-        "dead experts, %": ("dead_experts", 100, 1),
-    }
+    measures = measures | {"max / mean load": (LOAD, 1, 2), "dead experts, %": ("dead_experts", 100, 1)}
     few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
     lines = [f"at the end, {over_seeds(seeds)}{few}", row("", list(runs))]
     for label, (name, factor, digits) in measures.items():

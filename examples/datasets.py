@@ -3,6 +3,7 @@
 TensorFlow is not needed. What was decoded is cached, beside the data or in the user's cache folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +17,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -82,10 +83,8 @@ def load_digits() -> ImageData:
 def load_images(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
     """CIFAR-10, CIFAR-100 or SVHN (cropped), from whatever form of it is in a folder.
 
-    Args:
-      name: "cifar10", "cifar100" or "svhn_cropped".
-      data_dir: holds `NAME/VERSION/`, prepared by TensorFlow Datasets as array_record, or the files of `ARCHIVES`. By
-        default `$TFDS_DATA_DIR`, otherwise `~/tensorflow_datasets`.
+    The folder holds `NAME/VERSION/`, prepared by TensorFlow Datasets as array_record, or the files of `ARCHIVES`; by
+    default it is `$TFDS_DATA_DIR`, otherwise `~/tensorflow_datasets`.
 
     Raises:
       FileNotFoundError: if the data set is not there.
@@ -215,18 +214,15 @@ def _find_mat(name: str, folder: pathlib.Path) -> Found:
     return paths, read
 
 
-class _naming:  # noqa: N801
-    """Errors of whatever kind, as a ValueError that names the file."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, PermissionError | MemoryError):
-            raise ValueError(f"{self.path} is damaged ({error!r:.200}). Download or prepare it again.") from error
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Turns errors of any kind into a ValueError that names the file."""
+    try:
+        yield
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error!r:.200}). Download or prepare it again.") from error
 
 
 def _cached(name: str, folder: pathlib.Path, paths: list[pathlib.Path], read: Callable[[], ImageData]) -> ImageData:

@@ -44,13 +44,9 @@ def set_aside(path: Any) -> Any:
 class Log:
     """JSON lines in a file, and a progress bar.
 
-    Args:
-      path: the file. It is replaced, unless some steps are done: then only what follows these steps is removed.
-      steps: of the whole run.
-      config: the flags, a dataclass; `tensorboard` and `wandb` in it are honored.
-      label: names the run in the bar, in TensorBoard (a folder) and in W&B.
-      done: the steps that are done already.
-      silent: writes and shows nothing, for all processes but one.
+    The file is replaced, unless some steps are `done`: then only lines of later steps are removed. `config` is a
+    dataclass of flags; its `tensorboard` and `wandb` are honored. `label` names the run in the bar, in TensorBoard (a
+    folder) and in W&B. If `silent`, as in all processes but one, nothing is written or shown.
     """
 
     def __init__(self, path: pathlib.Path, steps: int, config: Any, *, label: str, done: int = 0, silent: bool = False):

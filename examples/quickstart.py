@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class Config:
             raise ValueError(f"--sparsity is a share in [0, 1]; got {self.sparsity}.")
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
-        training.check_comparison(self)
+        comparison.check(self)
 
 
 class Evaluation(NamedTuple):
@@ -91,13 +91,6 @@ class Evaluation(NamedTuple):
     entropy: jax.Array  # [L], nats, of the shares of the kept neurons in what a hidden layer passes on
     specialization: jax.Array  # [L], from 1/C to 1
     utilization: jax.Array  # [L, E]
-
-
-def make_optimizers(config: Config, learning_rate: float) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """The optimizer with each strategy after it."""
-    optimizer = training.OPTIMIZERS[config.optimizer](learning_rate)
-    excite = {"gamma": config.gamma, "expert_axis": topk_mlp.TopKMLP.expert_axis}
-    return {name: training.make_optimizer(optimizer, strategy=name, **excite) for name in config.strategy}
 
 
 def train_step(graphdef, tx, params, opt_state, images, labels):
@@ -163,10 +156,9 @@ def make_epoch(graphdef, optimizers, num_classes):
 
 
 def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
-    """Trains every strategy from the same initialization on the same batches, seed by seed.
+    """For each strategy, its evaluations after every epoch, with leading axes `[epochs, seeds]`.
 
-    Returns:
-      For each strategy, its evaluations after every epoch, with leading axes `[epochs, seeds]`.
+    Every strategy trains from the same initialization on the same batches, seed by seed.
     """
     epochs = config.epochs or EPOCHS[config.dataset]  # none of these can be 0
     batch_size = config.batch_size or BATCH_SIZE[config.dataset]
@@ -180,7 +172,9 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
     )
     make_model = lambda seed: topk_mlp.TopKMLP(model_config, rngs=nnx.Rngs(jax.random.key(seed)))
     params = jax.vmap(lambda seed: nnx.state(make_model(seed)))(jnp.arange(config.seeds))
-    optimizers = make_optimizers(config, learning_rate)
+    optimizer = training.OPTIMIZERS[config.optimizer](learning_rate)
+    excite = {"gamma": config.gamma, "expert_axis": topk_mlp.TopKMLP.expert_axis}
+    optimizers = {name: training.make_optimizer(optimizer, strategy=name, **excite) for name in config.strategy}
     copy = functools.partial(jax.tree.map, jnp.copy)  # the epoch takes its buffers over
     runs = {name: (copy(params), jax.vmap(tx.init)(params)) for name, tx in optimizers.items()}
 
@@ -199,9 +193,8 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
         orders = np.stack([order(seed, number) for seed in range(config.seeds)])
         runs, evaluations = epoch(runs, orders, *arrays)
         history.append(jax.device_get(evaluations))
-        progress.set_postfix(
-            {name: f"{100 * evaluations[name].accuracy.mean():.1f} %" for name in optimizers}, refresh=False
-        )
+        shown: Any = {name: f"{100 * evaluations[name].accuracy.mean():.1f} %" for name in optimizers}
+        progress.set_postfix(shown, refresh=False)
     return {name: jax.tree.map(lambda *es: np.stack(es), *(e[name] for e in history)) for name in optimizers}
 
 
@@ -249,4 +242,4 @@ def main(config: Config) -> dict[str, Evaluation]:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "quickstart")
+    training.run_program(main, Config, "examples.quickstart")

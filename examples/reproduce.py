@@ -18,22 +18,10 @@ import tqdm
 import tyro
 
 from examples import datasets, logs, training
-from examples.reproduction import (
-    configs,
-    engine,
-    evidence,
-    experiments,
-    minis,
-    overhead,
-    report,
-    store,
-    toy,
-    transformers,
-)
+from examples.reproduction import configs, engine, evidence, minis, report, store, studies, toy, transformers
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATASETS = tuple(datasets.NUM_CLASSES)
-NOT_TRAINED = ("fig1", "table8")  # a toy problem, and a measurement of time
 Folder = Annotated[pathlib.Path, tyro.conf.arg(help="The folder of the results.")]
 
 
@@ -45,24 +33,19 @@ class List:
 
     def main(self) -> None:
         """Prints the list."""
-        results = read(self.results)
-        listed = set()
+        results, listed = read(self.results), set()
         print(f"{'name':<14}{'runs':>6}{'done':>6}{'hours':>7}   {' / '.join(evidence.VERDICTS[:3])}   title")
-        for name in names():
-            view = experiments.paper().get(name, {})
-            if name not in experiments.EXPERIMENTS:  # it shows another one's runs, or trains none
-                done = {"fig1": toy.load(self.results / "fig1"), "table8": overhead.load(self.results)}.get(name)
-                title = f"{view['title']} (the runs of {view['same_as']})" if "same_as" in view else view["title"]
-                print(f"{name:<14}{'-':>6}{'done' if done else '-':>6}{'-':>7}{'':>41}   {title}")
+        for name, section in studies.SECTIONS.items():
+            if section.same_as or not section.trains:
+                done = "done" if not section.trains and report.state_elsewhere(results, section) else "-"
+                title = section.title + (f" (the runs of {section.same_as})" if section.same_as else "")
+                print(f"{name:<14}{'-':>6}{done:>6}{'-':>7}{'':>41}   {title}")
                 continue
-            experiment = experiments.EXPERIMENTS[name]
-            runs, found = experiments.runs(experiment), evidence.found(results, experiment)
+            found = evidence.found(results, section)
             listed |= {run.key for run in found}
             hours = sum(results[run].seconds for run in found) / 3600
-            view = view or {"claims": experiment.claims}
-            counts = evidence.count(evidence.verdicts(results, experiment, view)) if view["claims"] else []
-            verdicts = " / ".join(map(str, counts[:3]))
-            print(f"{name:<14}{len(runs):>6}{len(found):>6}{hours:>7.1f}{verdicts:>41}   {experiment.title}")
+            verdicts = " / ".join(map(str, evidence.count(results, section)[:3])) if section.claims else ""
+            print(f"{name:<14}{len(section.runs()):>6}{len(found):>6}{hours:>7.1f}{verdicts:>41}   {section.title}")
         if len(results) > len(listed):
             print(f"On file too: {len(results) - len(listed)} runs with other settings, which are in none of these.")
 
@@ -95,8 +78,7 @@ class Run:
             check_name(name)
         if not self.names:
             raise ValueError("Name at least one table or figure; `list` shows them.")
-        if self.seeds is not None:
-            training.check_positive(self, "seeds")
+        training.check_positive(self, "seeds")
         results = store.Results(self.results)
         tell_damaged(results)
         results.check_writable()
@@ -114,12 +96,12 @@ class Run:
                 with logs.naming(self.results / "fig1"):
                     toy.save(toy.run(), self.results / "fig1")
             print(f"fig1 is on file in {self.results / 'fig1'}")
-        self.train_mlps([run for run in runs if isinstance(run, configs.MLPRun)], results)
-        self.train_minis([run for run in runs if isinstance(run, configs.MiniGPTRun)], results)
+        self.train_stacked(engine, [run for run in runs if isinstance(run, configs.MLPRun)], results)
+        self.train_stacked(minis, [run for run in runs if isinstance(run, configs.MiniGPTRun)], results)
         self.train_transformers([run for run in runs if isinstance(run, configs.ViTRun | configs.GPTRun)], results)
         if "table8" in self.names:
             print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")
-        in_tables = {run for name in self.names for run in Run((name,)).runs(name)}  # the runs without flags
+        in_tables = {run for name in self.names for run in studies.SECTIONS[name].runs()}
         for run in (run for run in runs if run not in in_tables):
             print(describe(run, results[run]))
 
@@ -127,45 +109,35 @@ class Run:
         """The runs of a table or figure, changed by the flags."""
         flags = {"dataset": self.dataset, "epochs": self.epochs, "subset": self.subset}
         flags = {flag: value for flag, value in flags.items() if value is not None}
-        if name in NOT_TRAINED:
-            if flags or self.seeds is not None:
-                raise ValueError(f"{name} trains no model: --dataset, --seeds, --epochs and --subset do not apply.")
-            return []
-        experiment = experiments.EXPERIMENTS[experiments.paper().get(name, {}).get("same_as", name)]
-        if self.seeds is not None:
-            experiment = dataclasses.replace(experiment, seeds=self.seeds)
-        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.FILES)}.get(experiment.kind, DATASETS)
+        section = studies.SECTIONS[name]
+        if not section.trains and (flags or self.seeds is not None):
+            raise ValueError(f"{name} trains no model: --dataset, --seeds, --epochs and --subset do not apply.")
+        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.FILES)}.get(section.kind, DATASETS)
         if self.dataset is not None and self.dataset not in known:
             raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
-        return experiments.runs(experiment, **flags)
+        return dataclasses.replace(section, seeds=self.seeds or section.seeds).runs(**flags)
 
-    def train_mlps(self, runs: list[configs.MLPRun], results: store.Results) -> None:
-        """Trains Top-K MLPs stacked."""
+    def load(self, run: configs.Run):
+        """Reads the data of a run; digits come with scikit-learn."""
+        if isinstance(run, configs.GPTRun):
+            return transformers.load_text(run.dataset, self.data_dir or pathlib.Path())
+        if isinstance(run, configs.MiniGPTRun):
+            return minis.load_text(run.dataset, self.data_dir)
+        return datasets.load_digits() if run.dataset == "digits" else datasets.load_images(run.dataset, self.data_dir)
+
+    def train_stacked(self, program, runs: list[configs.Run], results: store.Results) -> None:
+        """Trains Top-K MLPs or GPT-MoEs in miniature, many at once."""
         if any(run not in results for run in runs):
             total = sum(run.epochs for run in runs)
             with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
-                engine.train(runs, self.load_images, results, bar)
-
-    def load_images(self, name: str) -> datasets.ImageData:
-        """Reads a data set of images; digits come with scikit-learn."""
-        return datasets.load_digits() if name == "digits" else datasets.load_images(name, self.data_dir)
-
-    def train_minis(self, runs: list[configs.MiniGPTRun], results: store.Results) -> None:
-        """Trains GPT-MoEs in miniature, in groups."""
-        if any(run not in results for run in runs):
-            with tqdm.tqdm(total=sum(run.epochs for run in runs), unit="epoch", mininterval=1, delay=1) as bar:
-                minis.train(runs, lambda name: minis.load_text(name, self.data_dir), results, bar.update)
+                program.train(runs, self.load, results, bar)
 
     def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
         """Trains transformers one after the other."""
-        runs = [run for run in runs if run not in results]
-        folder = self.results / "checkpoints"
-        images, text = {}, {}
+        runs, folder, data = [run for run in runs if run not in results], self.results / "checkpoints", {}
         for run in runs:  # all data first: hours later is too late for an error
-            if isinstance(run, configs.GPTRun) and run.dataset not in text:
-                text[run.dataset] = transformers.load_text(run.dataset, self.data_dir or pathlib.Path())
-            if isinstance(run, configs.ViTRun) and run.dataset not in images:
-                images[run.dataset] = datasets.load_images(run.dataset, self.data_dir)
+            if (run.kind, run.dataset) not in data:
+                data[run.kind, run.dataset] = self.load(run)
         for number, run in enumerate(runs, 1):
             label = f"{number}/{len(runs)} {run.kind} {training.from_run(run.strategy)} seed {run.seed}"
             with tqdm.tqdm(total=run.epochs, desc=label, unit="epoch", mininterval=1) as bar:
@@ -174,12 +146,7 @@ class Run:
                     bar.set_postfix_str(seen, refresh=False)
                     bar.update(round(epochs, 3) - bar.n)
 
-                if isinstance(run, configs.GPTRun):
-                    result = transformers.train_gpt(run, text[run.dataset], progress, folder)
-                elif isinstance(run, configs.ViTRun):
-                    result = transformers.train_vit(run, images[run.dataset], progress, folder)
-                else:
-                    raise ValueError(f"There is no program for runs of kind {run.kind!r}.")
+                result = transformers.train(run, data[run.kind, run.dataset], progress, folder)
             results.append([result])
             transformers.forget(run, folder)  # only now: the disk may be full
 
@@ -196,8 +163,7 @@ class Report:
 
     def main(self) -> None:
         """Writes the files and names them."""
-        results = read(self.results)
-        own = self.results == store.FOLDER
+        results, own = read(self.results), self.results == store.FOLDER
         docs = self.docs or (ROOT / "docs" if own else self.results)
         readme = self.readme or (ROOT / "docs" / "results.md" if own and self.docs is None else None)
         if readme is not None:
@@ -205,8 +171,7 @@ class Report:
                 report.update_readme(readme, results)
             print(readme)
         with logs.naming(docs):
-            for path in report.write(results, docs):
-                print(path)
+            print(*report.write(results, docs), sep="\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,24 +222,18 @@ def describe(run: configs.Run, result: store.Result) -> str:
     return f"{', '.join([run.dataset, *apart])}: {measure} {factor * result.measures[measure]:.2f}"
 
 
-def names() -> list[str]:
-    """Everything that can be run: the paper's tables and figures, in its order, and ours."""
-    return list(dict.fromkeys([*experiments.paper(), *experiments.EXPERIMENTS]))
-
-
 def check_name(name: str) -> None:
     """Raises ValueError, with the nearest name, if there is no table or figure of this name."""
-    if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}."
+    if name not in studies.SECTIONS:
+        near = difflib.get_close_matches(name, studies.SECTIONS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(studies.SECTIONS)}."
         raise ValueError(f"There is no {name!r}; {hint}")
 
 
 def use_all_cores() -> None:
     """Makes each CPU core a device, for a group of models, unless JAX is configured otherwise."""
     number = jax.config.jax_num_cpu_devices  # pyrefly: ignore[missing-attribute]
-    told = number > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not told:
+    if number <= 0 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", store.cores())
 
 
@@ -289,4 +248,4 @@ def main(command: List | Run | Report | Prepare) -> None:
 
 
 if __name__ == "__main__":
-    training.run_program(main, List | Run | Report | Prepare, "reproduce", __doc__)
+    training.run_program(main, List | Run | Report | Prepare, "examples.reproduce", __doc__)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.resources
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,18 +25,18 @@ class Text:
     vocab_size: int
     description: str  # a line that says what this is and where it came from
 
+    @property
+    def fingerprint(self) -> str:
+        """8 hexadecimal digits made of all tokens."""
+        return f"{zlib.crc32(self.train.tobytes() + self.evaluation.tobytes()):08x}"
+
 
 def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:
-    """Reads a training and an evaluation text.
+    """Reads a training and an evaluation text. Raises FileNotFoundError if a path, or a split in a folder, is missing.
 
-    Args:
-      paths: nothing, for the documentation that comes with Python; files, of which the last tenth is evaluated; or a
-        folder with the splits of a corpus, such as WikiText: files named *train*, *valid*, *test*. Without a training
-        split, "valid" is trained on and "test" evaluated.
-      tokenizer: "bytes" or "gpt2".
-
-    Raises:
-      FileNotFoundError: if a path does not exist, or a folder lacks the splits.
+    `paths` are nothing, for the documentation that comes with Python; files, of which the last tenth is evaluated; or a
+    folder with the splits of a corpus, such as WikiText: files named *train*, *valid*, *test*. Without a training
+    split, "valid" is trained on and "test" evaluated.
     """
     if not paths:
         import pydoc_data.topics  # the reference manual, as text: half a megabyte

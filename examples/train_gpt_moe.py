@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +33,6 @@ class RunConfig(training.TrainingConfig):
     documentation that comes with Python."""
     tokenizer: texts.Tokenizer = "bytes"
     """How text becomes tokens: single bytes, or GPT-2's byte-pair encoding with 50,257 tokens."""
-    num_experts: int = 16
-    """Experts in every MoE layer."""
-    experts_per_token: int = 2
-    """Experts that the router sends a token to."""
-    d_ff: int = 128
-    """The hidden width of an expert."""
-    d_model: int = 128
-    """The width of the model."""
-    num_layers: int = 4
-    """Transformer layers, each with attention and an MoE."""
-    num_heads: int = 4
-    """Attention heads of a layer."""
     context: int = 128
     """Tokens of a sequence."""
     remat: bool = False
@@ -67,25 +56,23 @@ class RunConfig(training.TrainingConfig):
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
         """The model's config."""
-        layer = moe.MoEConfig(
-            d_model=self.d_model,
-            d_ff=self.d_ff,
-            num_experts=self.num_experts,
-            experts_per_token=self.experts_per_token,
-            dtype=jnp.dtype(self.dtype),
-        )
-        return gpt_moe.GPTMoEConfig(
-            moe=layer,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            context=self.context,
-            vocab_size=vocab_size,
-            remat=self.remat,
-        )
+        return model_config(self, vocab_size, dtype=self.dtype, remat=self.remat)
+
+
+def model_config(sizes: Any, vocab_size: int, dtype: str = "float32", remat: bool = False) -> gpt_moe.GPTMoEConfig:
+    """The config of a GPT-MoE of these sizes, which flags or the config of a run have."""
+    return gpt_moe.GPTMoEConfig(
+        moe=training.layer_config(sizes, dtype),
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        context=sizes.context,
+        vocab_size=vocab_size,
+        remat=remat,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, training.ComparisonConfig):
+class Config(RunConfig, comparison.Config):
     """Train GPT-MoEs without and with Excitation; compare loss and routing.
 
     With no flags it takes a few minutes on two cores, and downloads nothing.
@@ -224,4 +211,4 @@ def main(config: Config) -> comparison.Runs:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "train_gpt_moe")
+    training.run_program(main, Config, "examples.train_gpt_moe")

@@ -10,6 +10,7 @@
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +24,12 @@ from models import moe, moe_vit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(training.ComparisonConfig):
+class Config(comparison.Config):
     """Train MoE-ViTs without and with Excitation; compare test accuracy and routing."""
 
     data_dir: pathlib.Path | None = None
     """The folder of CIFAR-10, as TensorFlow Datasets prepares it or as its makers publish it (cifar-10-python.tar.gz).
     Without it, scikit-learn's digits are used."""
-    num_experts: int = 16
-    """Experts in every MoE layer."""
-    experts_per_token: int = 2
-    """Experts that the router sends a patch to."""
-    d_model: int = 128
-    """The width of the model."""
-    d_ff: int = 128
-    """The hidden width of an expert."""
-    num_layers: int = 4
-    """Transformer layers, each with attention and an MoE."""
-    num_heads: int = 4
-    """Attention heads of a layer."""
     patch_size: int = 8
     """Pixels on each side of a patch; the images are 32x32. Patches of 4 learn more in an epoch and take four times as
     long."""
@@ -59,16 +48,13 @@ class Config(training.ComparisonConfig):
 
     def model(self) -> moe_vit.MoEViTConfig:
         """The model's config."""
-        layer = moe.MoEConfig(
-            d_model=self.d_model,
-            d_ff=self.d_ff,
-            num_experts=self.num_experts,
-            experts_per_token=self.experts_per_token,
-            dtype=jnp.dtype(self.dtype),
-        )
-        return moe_vit.MoEViTConfig(
-            moe=layer, num_layers=self.num_layers, num_heads=self.num_heads, patch_size=self.patch_size
-        )
+        return model_config(self, self.dtype, patch_size=self.patch_size)
+
+
+def model_config(sizes: Any, dtype: str = "float32", **options: Any) -> moe_vit.MoEViTConfig:
+    """The config of a MoE-ViT of these sizes, which flags or the config of a run have."""
+    layer = training.layer_config(sizes, dtype)
+    return moe_vit.MoEViTConfig(moe=layer, num_layers=sizes.num_layers, num_heads=sizes.num_heads, **options)
 
 
 def loss_fn(graphdef, params, batch, *, load_balancing: float, router_z: float, flip: bool):
@@ -175,4 +161,4 @@ def main(config: Config) -> comparison.Runs:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "train_moe_vit")
+    training.run_program(main, Config, "examples.train_moe_vit")

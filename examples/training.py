@@ -46,6 +46,18 @@ def from_run(strategy: str) -> Any:
 class TrainingConfig:
     """Flags of every program that trains a transformer."""
 
+    num_experts: int = 16
+    """Experts in every MoE layer."""
+    experts_per_token: int = 2
+    """Experts that the router sends a token, or a patch, to."""
+    d_ff: int = 128
+    """The hidden width of an expert."""
+    d_model: int = 128
+    """The width of the model."""
+    num_layers: int = 4
+    """Transformer layers, each with attention and an MoE."""
+    num_heads: int = 4
+    """Attention heads of a layer."""
     gamma: float = 1.0
     """The intensity of Excitation; 0 scales nothing, larger values widen the differences between experts."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -89,32 +101,6 @@ class TrainingConfig:
                 raise ValueError(f"--{flag} requires {package}: pip install -e '.[telemetry]'")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparisonConfig(TrainingConfig):
-    """Flags of the programs that compare strategies."""
-
-    strategy: tuple[Strategy, ...] = ("baseline", "positive_sum")
-    """The strategies to compare; baseline is the optimizer without Excitation."""
-    seeds: int = 1
-    """Models to train with each strategy, with the seeds --seed, --seed + 1, ..."""
-    output: pathlib.Path = pathlib.Path("out/comparison.png")
-    """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
-
-    def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained."""
-        super().__post_init__()
-        check_positive(self, "seeds")
-        check_comparison(self)
-
-
-def check_comparison(config: Any) -> None:
-    """Raises ValueError for strategies or a picture that a program cannot compare or draw."""
-    if not config.strategy or len(set(config.strategy)) < len(config.strategy):
-        raise ValueError(f"--strategy must name different strategies, at least one; got {list(config.strategy)}.")
-    if config.output.suffix not in (".png", ".pdf", ".svg") or config.output.is_dir():
-        raise ValueError(f"--output must name a .png, .pdf or .svg file; got {config.output}.")
-
-
 def check_positive(config: Any, *names: str) -> None:
     """Raises ValueError for a flag that is given and is not at least 1."""
     for name in names:
@@ -126,24 +112,31 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def run_program(main: Callable[[Any], Any], config: Any, name: str, description: str | None = None) -> None:
+def run_program(main: Callable[[Any], Any], config: Any, module: str, description: str | None = None) -> None:
     """Calls `main` with the flags of the command line. Expected errors end the program with one line.
 
-    Args:
-      main: takes the config.
-      config: the type of the flags, a dataclass or a union of dataclasses.
-      name: such as "train_gpt_moe", of `python -m examples.train_gpt_moe`.
-      description: the first lines of `--help`; by default the docstring of `config`.
+    `config` is the type of the flags, `module` the program, such as "examples.pod.train", and `description` the first
+    lines of `--help`, by default the docstring of `config`.
     """
+    name = module.removeprefix("examples.")
     try:
-        flags = tyro.cli(
-            config, prog=f"python -m examples.{name}", description=inspect.cleandoc(description or config.__doc__)
-        )
-        main(flags)
+        description = inspect.cleandoc(description or config.__doc__)
+        main(tyro.cli(config, prog=f"python -m {module}", description=description))
     except (OSError, ValueError) as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
+
+
+def layer_config(sizes: Any, dtype: str = "float32") -> moe.MoEConfig:
+    """The config of an MoE layer of these sizes, which flags or the config of a run have."""
+    return moe.MoEConfig(
+        d_model=sizes.d_model,
+        d_ff=sizes.d_ff,
+        num_experts=sizes.num_experts,
+        experts_per_token=sizes.experts_per_token,
+        dtype=jnp.dtype(dtype),
+    )
 
 
 def warmup_cosine(peak: float, warmup: float, steps: int, end: float = 0.0) -> optax.Schedule:
@@ -179,11 +172,9 @@ def make_optimizer(
     """The optimizer, and Excitation after it unless the strategy is "baseline"."""
     if strategy == "baseline":
         return optax.chain(optimizer)
+    function = getattr(excitation_optax, strategy)
     return optax.chain(
-        optimizer,
-        excitation_optax.scale_by_excitation(
-            getattr(excitation_optax, strategy), gamma, expert_axis=expert_axis, seed=seed
-        ),
+        optimizer, excitation_optax.scale_by_excitation(function, gamma, expert_axis=expert_axis, seed=seed)
     )
 
 
@@ -203,15 +194,9 @@ class TrainState(NamedTuple):
 def train_step(gradient, tx, state: TrainState, batch):
     """One step: gradient, update. The utilization that the model emits is all that Excitation requires.
 
-    Args:
-      gradient: `jax.grad(loss_fn, has_aux=True)`, where `loss_fn(params, batch)` returns what is minimized, and
-        `(logged, utilization)`: a dict of scalars to log, and the routing.
-      tx: the optimizer, Excitation in it.
-      state: the state before.
-      batch: what `loss_fn` takes.
-
-    Returns:
-      The state after, `logged` and `utilization`.
+    `gradient` is `jax.grad(loss_fn, has_aux=True)`, where `loss_fn(params, batch)` returns what is minimized, and
+    `(logged, utilization)`: a dict of scalars to log, and the routing. Returns the state after, `logged` and
+    `utilization`.
     """
     grads, (logged, utilization) = gradient(state.params, batch)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, utilization=utilization)
@@ -238,15 +223,10 @@ def routing_metrics(
     step: Any = 0,
     whole: bool = False,
 ) -> dict[str, Any]:
-    """Scalars about the routing: means over the layers, and the extremes of the excitation.
+    """Scalars about the routing: means over the layers, and the extremes of the excitation, if there is any.
 
-    Args:
-      utilization: the tree that the model emits.
-      strategy: what scales the updates; "baseline" logs no excitation.
-      gamma: its intensity.
-      seed: of a random strategy.
-      step: the number of updates before, as `scale_by_excitation` counts them for the key of a random strategy.
-      whole: adds the utilization and the excitation as `routing`, for TensorBoard and W&B.
+    `step` is the number of updates before, as `scale_by_excitation` counts them for the key of a random strategy.
+    `whole` adds the utilization and the excitation as `routing`, for TensorBoard and W&B.
     """
     flat = lambda tree: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     dead = flat(metrics.dead_experts(utilization))
@@ -278,8 +258,8 @@ class Task(NamedTuple):
     items: str  # "tokens" or "images"
 
 
-def train(config: ComparisonConfig, task: Task, strategy: Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains one model. Returns it, and what was logged, a dict for every line."""
+def train(config: Any, task: Task, strategy: Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
+    """Trains one model by the flags of `comparison.Config`. Returns it, and what was logged, a dict for every line."""
     graphdef, params = nnx.split(task.model(seed))
     excite = {"strategy": strategy, "gamma": config.gamma, "seed": seed}
     tx = make_optimizer(base_optimizer(config, task.steps), expert_axis=task.expert_axis, **excite)

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from examples import datasets
-from examples.reproduction import configs, engine, experiments, store
+from examples.reproduction import configs, engine, stacks, store, studies
 from models import topk_mlp
 
 STRATEGIES = ("vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted")
@@ -73,7 +73,7 @@ def train_group(group):
 
 def make_program(group):
     """The program of a group, as `train_group` makes it, with its members, seeds and data."""
-    return engine.prepare(group, digits())
+    return engine.prepare(group, digits())[:4]
 
 
 def layers(params, s, m):
@@ -486,7 +486,7 @@ def test_fields_that_came_later_are_left_out_of_the_key_at_their_defaults():
 
 def sweep():
     """Of every experiment with Top-K MLPs; some runs are there more than once."""
-    return [run for e in experiments.EXPERIMENTS.values() if e.kind == "mlp" for run in experiments.runs(e)]
+    return [run for section in studies.SECTIONS.values() if section.kind == "mlp" for run in section.runs()]
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_runs": 1}, {"max_runs": 5}, {"max_epochs": 100}, {"max_epochs": 1}])
@@ -549,21 +549,10 @@ def test_what_differs_in_shape_is_not_stacked(changes, stacked):
     assert len(groups) == (1 if stacked else 2)
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 14, 15, 16, 29, 30, 31, 44, 45, 100, 300, 301])
-def test_evaluated_epochs(epochs):
-    evaluated = list(engine.evaluated_epochs(epochs))
-    assert evaluated[-1] == epochs
-    assert evaluated[0] >= 1
-    assert len(set(np.diff(evaluated))) <= 1
-    assert min(epochs, 12) <= len(evaluated) <= 30
-    if epochs <= 29:
-        assert evaluated == list(range(1, epochs + 1))
-
-
 def test_evaluated_epochs_by_hand():
-    assert list(engine.evaluated_epochs(30)) == list(range(2, 31, 2))
-    assert list(engine.evaluated_epochs(31)) == list(range(1, 32, 2))
-    assert list(engine.evaluated_epochs(300)) == list(range(20, 301, 20))
+    assert list(stacks.evaluated_epochs(30)) == list(range(2, 31, 2))
+    assert list(stacks.evaluated_epochs(31)) == list(range(1, 32, 2))
+    assert list(stacks.evaluated_epochs(300)) == list(range(20, 301, 20))
 
 
 # Variants of the network.
@@ -623,7 +612,7 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     results, bar, loaded = store.Results(tmp_path), Bar(), []
     results.append([dataclasses.replace(expected[1], seconds=0.125)])
-    load = lambda name: loaded.append(name) or digits()
+    load = lambda run: loaded.append(run.dataset) or digits()
     engine.train(list(group), load, results, bar)
     assert loaded == ["digits"]
     assert bar.total == 8
@@ -641,14 +630,14 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
 
 def test_seeds_and_members_that_are_on_file_are_left_out_of_a_group(tmp_path):
     group, results = make_group("sgd", ("vanilla", "zero_sum", "inverted"), seeds=(0, 1, 2)), store.Results(tmp_path)
-    assert engine._missing(group, results) == group
+    assert stacks.missing(group, results) == group
     row, column = group.runs[1], [row[2] for row in group.runs]
     results.append([store.Result(run, {}, {}, 1.0, {}) for run in dict.fromkeys([*row, *column])])
-    assert engine._missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    assert stacks.missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
     results.append([store.Result(group.runs[0][0], {}, {}, 1.0, {})])
-    assert engine._missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    assert stacks.missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
     results.append([store.Result(run, {}, {}, 1.0, {}) for run in group if run not in results])
-    assert list(engine._missing(group, results)) == []
+    assert list(stacks.missing(group, results)) == []
 
 
 @pytest.mark.parametrize("where", ["load", "train", "append"])
@@ -656,7 +645,7 @@ def test_what_goes_wrong_in_a_thread_is_raised(tmp_path, monkeypatch, where):
     def fail(*args):
         raise OSError(f"no {where}")
 
-    results, load = store.Results(tmp_path), lambda name: digits()
+    results, load = store.Results(tmp_path), lambda run: digits()
     if where == "load":
         load = fail
     else:
@@ -676,7 +665,7 @@ def test_every_device_takes_groups_until_none_are_left(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "train_group", made_up)
     runs = make_runs("adam", seeds=range(30))
     results = store.Results(tmp_path)
-    engine.train(runs, lambda name: digits(), results, Bar(), max_runs=2)
+    engine.train(runs, lambda run: digits(), results, Bar(), max_runs=2)
     assert len(results) == len(runs) == 60
     assert {device for device, _ in seen} <= set(jax.local_devices())
     assert {group for _, group in seen} == set(engine.plan(runs, max_runs=2))
@@ -691,7 +680,7 @@ def test_a_run_that_diverges_is_nan_and_leaves_the_others_alone():
     for epoch in (1, 2):
         states, losses = program.train_epoch(states, wild, seeds, epoch, data)
     measures = program.evaluate(states[0], data)
-    assert np.isnan(measures.accuracy[:, 0]).all()
+    assert np.isnan(measures["accuracy"][:, 0]).all()
     assert np.isnan(losses[:, 0]).all()
     expected = np.array([result.measures["entropy"] for result in results]).reshape(2, 7, 2)
-    np.testing.assert_array_equal(np.asarray(measures.entropy)[:, 1:], expected[:, 1:].astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(measures["entropy"])[:, 1:], expected[:, 1:].astype(np.float32))

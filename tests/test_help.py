@@ -10,13 +10,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SNAPSHOT = pathlib.Path(__file__).with_name("help.txt")
-PROGRAMS = ["quickstart", "train_gpt_moe", "train_moe_vit", "pod.train", "pod.fit", "reproduce"]
+PROGRAMS = ["quickstart", "train_gpt_moe", "train_moe_vit", "pod.train", "reproduce"]
 PROGRAMS += [f"reproduce {command}" for command in ("list", "run", "report", "prepare")]
 # In one process for all programs, as importing takes most of the time.
 CODE = """
 import contextlib, os, sys
 from examples import quickstart, reproduce, train_gpt_moe, train_moe_vit, training
-from examples.pod import fit, train
+from examples.pod import train
 
 commands = reproduce.List | reproduce.Run | reproduce.Report | reproduce.Prepare
 configs = {
@@ -24,15 +24,15 @@ configs = {
     "train_gpt_moe": train_gpt_moe.Config,
     "train_moe_vit": train_moe_vit.Config,
     "pod.train": train.Config,
-    "pod.fit": fit.Config,
     "reproduce": commands,
 }
 for program in sys.argv[1:]:
     name, *command = program.split()
     sys.argv = ["program", *command, "--help"]
     print(f"$ python -m examples.{program} --help")
+    description = reproduce.__doc__ if name == "reproduce" else None
     with contextlib.suppress(SystemExit):
-        training.run_program(print, configs[name], name, reproduce.__doc__ if name == "reproduce" else None)
+        training.run_program(print, configs[name], f"examples.{name}", description)
 """
 
 

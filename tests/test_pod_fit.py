@@ -11,13 +11,13 @@ import sys
 
 import pytest
 
-from examples.pod import fit
+from benchmarks import pod_fit as fit
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTS = 4 * (4 * 16 + 4)  # bytes of the routing counts of 4 layers with 16 experts, and their tokens
 PROGRAM = """
 import json, sys, tyro
-from examples.pod import fit
+from benchmarks import pod_fit as fit
 mesh, *programs = fit.compare(tyro.cli(fit.Config, args=sys.argv[1:]))
 print(json.dumps([mesh.size, *[program._asdict() for program in programs]]))
 """
@@ -57,10 +57,10 @@ def test_a_model_that_does_not_fit():
         "--topology v5e:2x2 --num-experts 64 --d-model 2048 --num-heads 16 --d-ff 8192 --num-layers 24 --batch-size 64"
     )
     run = subprocess.run(
-        [sys.executable, "-m", "examples.pod.fit", *flags.split()], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.pod_fit", *flags.split()], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 1
-    assert "pod.fit: The step does not fit TPU v5" in run.stderr
+    assert "benchmarks.pod_fit: The step does not fit TPU v5" in run.stderr
     assert "Traceback" not in run.stderr
 
 

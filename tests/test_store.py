@@ -91,11 +91,18 @@ def test_digits_are_not_mirrored():
     assert (configs.ViTRun().flip, configs.ViTRun(dataset="svhn_cropped").flip) == (True, False)
 
 
+def test_the_rate_of_a_vit_depends_on_its_optimizer():
+    assert configs.ViTRun().learning_rate == 1e-4
+    assert configs.ViTRun(optimizer="sgd").learning_rate == 0.01
+    assert configs.ViTRun(optimizer="sgd", learning_rate=0.01).key == configs.ViTRun(optimizer="sgd").key
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: configs.MLPRun(epochs=0), "MLPRun: epochs must be at least 1; got 0"),
         (lambda: configs.GPTRun(subset=0), "GPTRun: subset must be at least 1; got 0"),
+        (lambda: configs.GPTRun(warmup=1.5), "GPTRun: warmup must be a share, in [0, 1]; got 1.5"),
         (lambda: configs.ViTRun(seed=-1), "ViTRun: seed must be at least 0; got -1"),
         (lambda: configs.MLPRun(strategy="zero_sum", gamma=-1.0), "gamma must be finite and not negative; got -1.0"),
         (lambda: configs.MLPRun(strategy="zero_sum", gamma=math.nan), "gamma must be finite and not negative; got nan"),

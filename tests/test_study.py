@@ -7,40 +7,41 @@ import numpy as np
 import pytest
 
 from examples import datasets
-from examples.reproduction import configs, engine, evidence, experiments, inside, minis, pictures, report, store, study
+from examples.reproduction import answer, engine, evidence, inside, minis, pictures, report, sections, store, studies
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
-ROWS = study.product(study.rates(0.1, 0.2, 0.3), (study.BASELINE, study.ZERO_SUM))
-CLAIM = study.beats("zero_sum is better", study.ZERO_SUM, study.BASELINE, learning_rate="best")
-STUDY = configs.Experiment("look", "A look", seeds=4, settings={"subset": 100}, rows=ROWS, claims=(CLAIM,))
+WHERES = sections.product(studies.rates(0.1, 0.2, 0.3), (studies.BASELINE, studies.ZERO_SUM))
+CLAIM = studies.beats("zero_sum is better", studies.ZERO_SUM, studies.BASELINE, learning_rate="best")
+STUDY = studies.study("look", "A look", WHERES, (CLAIM,), seeds=4, settings={"subset": 100}, draw=("over_rates",))
+STUDIES = {section.name: section for section in studies.STUDIES}
 
 
-def fill(folder, values, rows=ROWS, experiment=STUDY):
+def fill(folder, values):
     """Results of a study; values are of (row, seed): accuracy and validation, or None if the run is missing."""
     results = store.Results(folder)
-    for row in rows:
-        for seed in range(experiment.seeds):
+    for row in WHERES:
+        for seed in range(STUDY.seeds):
             if (value := values(row, seed)) is not None:
                 measures = dict(zip(("accuracy", "validation"), value, strict=True))
-                results.append([store.Result(experiment.make_run(row, seed), measures, {}, 1.0, {})])
+                results.append([store.Result(STUDY.make_run(row, seed), measures, {}, 1.0, {})])
     return results
 
 
-@pytest.mark.parametrize("name", study.STUDIES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_claims_are_about_runs_of_the_study(name):
-    experiment = study.STUDIES[name]
-    planned = {experiment.make_run(row, 0) for row in experiment.rows}
-    assert len(planned) == len(experiment.rows)
-    assert experiment.seeds >= evidence.MIN_SEEDS
-    assert len({claim["text"] for claim in experiment.claims}) == len(experiment.claims)
-    assert len({(study.label(row), row["learning_rate"]) for row in experiment.rows}) == len(experiment.rows)
-    for claim in experiment.claims:
+    section, wheres = STUDIES[name], [row["where"] for row in STUDIES[name].rows]
+    planned = {section.make_run(where, 0) for where in wheres}
+    assert len(planned) == len(wheres)
+    assert section.seeds >= evidence.MIN_SEEDS
+    assert len({claim["text"] for claim in section.claims}) == len(section.claims)
+    assert len({(sections.words(where), where["learning_rate"]) for where in wheres}) == len(wheres)
+    for claim in section.claims:
         assert abs(sum(factor for factor, _ in claim["contrast"])) < 1e-9
         for _, where in claim["contrast"]:
-            rates = {row["learning_rate"] for row in experiment.rows}
+            rates = {where["learning_rate"] for where in wheres}
             rates = rates if isinstance(where["learning_rate"], str) else {where["learning_rate"]}
-            assert planned & {experiment.make_run({**where, "learning_rate": rate}, 0) for rate in rates}, claim["text"]
+            assert planned & {section.make_run({**where, "learning_rate": rate}, 0) for rate in rates}, claim["text"]
 
 
 def test_the_best_rate_is_chosen_on_held_out_data(tmp_path):
@@ -54,12 +55,12 @@ def test_the_best_rate_is_chosen_on_held_out_data(tmp_path):
 
     results = fill(tmp_path, values)
     rate = lambda where: evidence.resolve(results, STUDY, where, "accuracy")["learning_rate"]
-    assert rate({**study.ZERO_SUM, "learning_rate": "best"}) == 0.1
-    assert rate({**study.BASELINE, "learning_rate": "best"}) == 0.2
-    assert rate({**study.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
-    assert rate({**study.ZERO_SUM, "learning_rate": 0.3}) == 0.3
+    assert rate({**studies.ZERO_SUM, "learning_rate": "best"}) == 0.1
+    assert rate({**studies.BASELINE, "learning_rate": "best"}) == 0.2
+    assert rate({**studies.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
+    assert rate({**studies.ZERO_SUM, "learning_rate": 0.3}) == 0.3
     assert evidence.contrast(results, STUDY, CLAIM).mean == pytest.approx(0.1)
-    smallest = evidence.resolve(results, STUDY, {**study.BASELINE, "learning_rate": "best"}, "loss")
+    smallest = evidence.resolve(results, STUDY, {**studies.BASELINE, "learning_rate": "best"}, "loss")
     assert smallest["learning_rate"] in (0.1, 0.3)  # of a loss, the smallest is best
 
 
@@ -72,7 +73,7 @@ def test_a_rate_that_diverged_is_not_chosen_and_seeds_without_all_rates_do_not_c
         return 0.5, 0.8 - row["learning_rate"]
 
     results = fill(tmp_path, values)
-    where = {**study.BASELINE, "learning_rate": "best"}
+    where = {**studies.BASELINE, "learning_rate": "best"}
     assert evidence.resolve(results, STUDY, where, "accuracy")["learning_rate"] == 0.1
     assert evidence.resolve(store.Results(tmp_path / "none"), STUDY, where, "accuracy") is None
     assert evidence.contrast(store.Results(tmp_path / "none"), STUDY, CLAIM).n == 0
@@ -94,20 +95,18 @@ def test_the_p_value_goes_with_the_interval():
 
 
 def test_the_section_of_a_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "EXPERIMENTS", {"look": STUDY})
-    monkeypatch.setattr(study, "STUDIES", {"look": STUDY})
-    monkeypatch.setitem(pictures.STUDIES, "look", pictures._over_rates)
+    monkeypatch.setattr(studies, "SECTIONS", {"look": STUDY})
+    monkeypatch.setattr(answer, "ANSWER", {})
     gain = lambda row, seed: (0.5 + (0.1 + 0.01 * seed) * (row["strategy"] == "zero_sum"), row["learning_rate"])
     results = fill(tmp_path, gain)
-    page = report._study(results, STUDY)
+    page = report.section(results, STUDY)
     assert "| baseline | 50.00 ± 0.00 (4 seeds) | 50.00 ± 0.00 (4 seeds) | 50.00 ± 0.00 (4 seeds) |" in page
     assert "| zero_sum is better (0.3 and 0.3) | +11.50 [+9.45, +13.55] | confirmed | 0.00039 |" in page
     assert (
         "Of 1 claim, 1 were tested: 1 confirmed and 0 contradicted; after the correction for 1 claims, 1 and 0." in page
     )
-    assert report._study_line(results, STUDY)[2:] == ("24 of 24", 1, 0, 0, 0)
-    (path,) = pictures.draw_all(results, tmp_path)
-    assert path.name == "look.svg"
+    assert report.summary_line(results, STUDY)[2:] == ("24 of 24", 1, 0, 0, 0)
+    assert [path.name for path in report.write(results, tmp_path)] == ["reproduction.md", "look.svg"]
 
 
 def test_a_picture_without_data_is_an_error(tmp_path):
@@ -115,40 +114,42 @@ def test_a_picture_without_data_is_an_error(tmp_path):
         figure.subplots().plot([1.0], [0.5], label="one point, and nothing that marks it")
 
     with pytest.raises(ValueError, match=r"The picture empty.svg shows no data"):
-        pictures._save(tmp_path / "empty.svg", draw)
+        pictures.save(tmp_path / "empty.svg", draw)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", study.STUDIES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_tiny_version(name, monkeypatch):
     """Two steps of one seed of every row, on digits or on the text that comes with Python; at most 3 hidden layers."""
-    experiment = study.STUDIES[name]
-    runs = [experiment.make_run(row, 0) for row in experiment.rows]
-    if experiment.kind == "mini_gpt":
+    section = STUDIES[name]
+    runs = [section.make_run(row["where"], 0) for row in section.rows]
+    if section.kind == "mini_gpt":
         monkeypatch.setattr(minis, "STEPS", 2)
         monkeypatch.setattr(minis, "WINDOWS", 64)
         minis.program_of.cache_clear()
         small = {"dataset": "python-reference", "d_model": 8, "num_heads": 2, "d_ff": 8, "context": 8, "epochs": 1}
         text = minis.load_text("python-reference", None)
         groups = minis.plan(dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs)
-        results = [result for group in groups for result in minis.train_group(group, text, lambda runs: None)]
+        train = lambda group: minis.train_group(group, text, lambda runs: None, lambda: False)
+        results = [result for group in groups for result in train(group)]
         minis.program_of.cache_clear()
     else:
         small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
         groups = engine.plan(dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs)
         train = lambda group: engine.train_group(group, datasets.load_digits(), lambda runs: None, lambda: False)
         results = [result for group in groups for result in train(group)]
-    measure = "loss" if experiment.kind == "mini_gpt" else "accuracy"
     assert results
     for result in results:
-        assert set(result.measures) >= {measure, "validation", "max_load", "dead"}
-        assert np.isfinite([*result.curve["train_loss"], result.measures[measure], result.measures["validation"]]).all()
+        assert set(result.measures) >= {section.measure, "validation", "max_load", "dead"}
+        assert np.isfinite(
+            [*result.curve["train_loss"], result.measures[section.measure], result.measures["validation"]]
+        ).all()
 
 
 def test_the_table_of_the_answer(tmp_path, monkeypatch):
     """It stands between its markers in docs/does-it-help.md, and says so where there is nothing to say."""
-    monkeypatch.setitem(experiments.EXPERIMENTS, "look", STUDY)
-    monkeypatch.setattr(study, "ANSWER", {"Looks": ("look", {}, (0, 100))})
+    monkeypatch.setitem(studies.SECTIONS, "look", dataclasses.replace(STUDY, draw=()))
+    monkeypatch.setattr(answer, "ANSWER", {"Looks": ("look", {}, (0, 100))})
     gain = lambda row, seed: (0.5 + (0.1 + 0.01 * seed) * (row["strategy"] == "zero_sum"), row["learning_rate"])
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -171,8 +172,8 @@ def test_inside_is_that_of_the_models(tmp_path):
     assert outcome["epoch"] == [0, 10]
     assert len(outcome["rows"]) == len(inside.ROWS)
     row = outcome["rows"]["baseline, 0.001"]
-    run = study.STUDIES["deep_digits"].make_run({**inside.ROWS[0], **small}, seed=1)
-    program, _, seeds, on_device = engine.prepare(engine.Group(((run,),)), data)
+    run = STUDIES["deep_digits"].make_run({**inside.ROWS[0], **small}, seed=1)
+    program, _, seeds, on_device, _ = engine.prepare(engine.Group(((run,),)), data)
     model = program.make_model(seeds[0])
     model.eval()
     h = np.asarray(program.normalize(on_device.train_images, on_device)).reshape(64, -1)

@@ -531,5 +531,5 @@ def test_flags_at_the_edge_are_good():
 )
 def test_bad_flags_of_comparisons(kwargs, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        training.ComparisonConfig(**kwargs)
+        comparison.Config(**kwargs)
     assert str(error.value) == message

@@ -29,18 +29,10 @@ NOT_ITS_FAULT = (PermissionError, TimeoutError, ConnectionError, MemoryError, ja
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder that all processes see.
+    """The checkpoints of a run, in a folder that all processes see: a path, or `gs://BUCKET/PATH` with gcsfs.
 
-    Args:
-      folder: a path, or `gs://BUCKET/PATH` where the package gcsfs is installed.
-      config: what must be the same for a run to resume, as JSON: architecture, optimizer, strategy, data.
-      save_every: steps between checkpoints.
-      keep: how many of the newest are kept.
-      may_change: names in `config` that may differ when a run resumes; a change is printed.
-
-    Raises:
-      OSError: if the folder cannot be made.
-      ValueError: if a package for this kind of address is missing.
+    A run resumes if its `config` is the same, but for the names in `may_change`; a change of these is printed. The
+    newest `keep` checkpoints are kept. Raises OSError or ValueError if the folder cannot be opened.
     """
 
     def __init__(
@@ -62,11 +54,7 @@ class Checkpoints:
         self._saving: int | None = None  # a step that `written` has not returned yet
 
     def restore(self, like: Any, shardings: Any) -> tuple[Any, int] | None:
-        """The newest state that can be read, and its step; None if there is no checkpoint.
-
-        Args:
-          like: the shapes of the state.
-          shardings: how its arrays are split, which may differ from how they were split when they were saved.
+        """The newest state that can be read, shaped `like` and split by `shardings`, and its step; otherwise None.
 
         Raises:
           ValueError: if the newest was made with another config, or if there are checkpoints and all are damaged.
@@ -86,8 +74,7 @@ class Checkpoints:
                 config = _read(reader, step, config=ocp.args.JsonRestore())
                 if config is not None and config.get("config_checksum") != config_checksum(config):
                     print(f"checkpoint of step {step}: its config is not the one that was saved", flush=True)
-                    config = None
-                if config is not None:
+                elif config is not None:
                     self._check(config, step)
                     state = _read(reader, step, state=ocp.args.StandardRestore(target))
                     if state is not None:
@@ -113,8 +100,7 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Starts to save, unless this step is there. It is on disk when `wait` returns.
 
-        Raises:
-          OSError, ValueError: if this save, or the one before, failed, as on a full disk; older ones remain.
+        Raises OSError or ValueError if this save, or the one before, failed, as on a full disk; older ones remain.
         """
         if self._manager.latest_step() == step:
             return
@@ -148,10 +134,9 @@ class Checkpoints:
     def _check(self, config: dict[str, Any], step: int) -> None:
         """Raises ValueError if a checkpoint is of another run."""
         names = sorted((config.keys() | self.config.keys()) - SUMS)
+        pairs = {name: (config.get(name), self.config.get(name)) for name in names}
         changed = {
-            name: f"{name}: {config.get(name)!r} there, {self.config.get(name)!r} here"
-            for name in names
-            if config.get(name) != self.config.get(name)
+            name: f"{name}: {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here
         }
         other = [text for name, text in changed.items() if name not in self.may_change]
         if other:

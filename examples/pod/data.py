@@ -32,13 +32,10 @@ class Windows:
 
 
 class Batches:
-    """Global batches `[B, ...]`. A process reads only the rows that it asks for.
+    """Global batches `[B, ...]` of a sequence of examples, in an order that differs in every epoch.
 
-    Args:
-      source: a sequence of examples.
-      batch_size: B.
-      seed: of the order, which differs in every epoch.
-      own: the rows of every batch that come from this source, if each process has a source of its own; by default all.
+    A process reads only the rows that it asks for. If each process has a source of its own, `own` are the rows of every
+    batch that come from this one.
     """
 
     def __init__(self, source: Any, batch_size: int, seed: int, own: Sequence[int] | None = None):
@@ -63,11 +60,7 @@ def prefetch(make: Callable[[int], Any], first: int, last: int) -> Iterator[Any]
 
 
 def files_of_process(folder: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
-    """The files that process i of P reads, where each host stores its own part: numbers i, i + P, ...
-
-    Raises:
-      ValueError: if there are fewer files than processes.
-    """
+    """The files that process i of P reads, where each host stores its own part: numbers i, i + P, ..."""
     files, processes = sorted(p for p in folder.glob(pattern) if p.is_file()), jax.process_count()
     if len(files) < processes:
         raise ValueError(

@@ -10,6 +10,8 @@ Axis letters: B batch, E experts.
 
 import functools
 import math
+import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,47 @@ from examples.training import TrainState
 
 AXES = ("data", "fsdp", "expert")
 MIN_SIZE_TO_SPLIT = 2**10  # smaller parameters, such as biases and norms, stay whole
+
+
+def start_distributed(config: Any) -> None:
+    """Connects to the other processes, if the flags of `train` name any, and gives up in time with a ValueError."""
+    bounds = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
+    if config.coordinator is not None:
+        if config.process != 0:
+            _wait_for(config.coordinator, config.timeout)
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            initialization_timeout=config.timeout,
+            cluster_detection_method="deactivate",  # under Slurm, it would take one of the devices only
+            **bounds,
+        )
+    elif config.cluster:
+        try:
+            jax.distributed.initialize(**bounds)
+        except ValueError as error:
+            raise ValueError(
+                f"--cluster found no other processes ({error}). Start them by srun, by mpirun or on a TPU slice, or "
+                "give --coordinator, --processes and --process."
+            ) from error
+
+
+def _wait_for(coordinator: str, timeout: float) -> None:
+    """Until HOST:PORT accepts a connection."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=timeout).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"No process answers at --coordinator {coordinator} for {timeout} seconds ({error}). Is process 0 "
+                    "running there, and its port open to this machine?"
+                ) from error
+        time.sleep(0.5)
 
 
 def make_mesh(
@@ -53,10 +96,8 @@ def make_mesh(
 def check_sizes(mesh: Mesh, batch_size: int, num_experts: int) -> None:
     """Raises ValueError if a batch, or micro-batch, or the experts cannot be split evenly."""
     if batch_size % mesh.size:
-        raise ValueError(
-            f"A batch of {batch_size} (--batch-size over --micro-batches) cannot be split evenly over {mesh.size} "
-            "devices."
-        )
+        text = f"A batch of {batch_size} (--batch-size over --micro-batches)"
+        raise ValueError(f"{text} cannot be split evenly over {mesh.size} devices.")
     if num_experts % mesh.shape["expert"]:
         raise ValueError(f"{num_experts} experts cannot be split evenly over an expert axis of {mesh.shape['expert']}.")
 
@@ -94,10 +135,8 @@ def gradient(
 ) -> Callable[..., Any]:
     """What `training.train_step` requires, over all devices and in parts.
 
-    Args:
-      loss_fn: as `training.train_step` describes it; gives means over a part of the batch, and `RoutingCounts`.
-      axis_name: under `jax.pmap`, the name of its axis.
-      micro_batches: parts of the batch that are processed one after the other, to save memory.
+    `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch, and `RoutingCounts`.
+    `axis_name` is that of `jax.pmap`. `micro_batches` are processed one after the other, to save memory.
     """
     grad = jax.grad(loss_fn, has_aux=True)
 
@@ -132,10 +171,8 @@ def _accumulated(grad, params, batch, parts):
 class Jit:
     """The main way: the state is split by `shardings` and stays so, and `step` works on global arrays.
 
-    Args:
-      step: `(state, batch, axis_name=None) -> (state, logged)`.
-      init: makes the state. It is compiled, so that no device holds more than its part.
-      mesh: from `make_mesh`.
+    `step` is `(state, batch, axis_name=None) -> (state, logged)`. `init` makes the state; it is compiled, so that no
+    device holds more than its part.
     """
 
     def __init__(self, step: Callable, init: Callable[[], TrainState], mesh: Mesh):
@@ -198,10 +235,8 @@ class Pmap(Jit):
 
     def __init__(self, step: Callable, init: Callable[[], TrainState], mesh: Mesh):
         if mesh.shape["data"] != mesh.size:
-            raise ValueError(
-                "--parallel pmap repeats the model on every device: --fsdp and --expert must be 1; got "
-                f"{dict(mesh.shape)}."
-            )
+            text = "--parallel pmap repeats the model on every device"
+            raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
         super().__init__(step, init, mesh)
         self._replicas: Any = jax.pmap(functools.partial(step, axis_name="data"), axis_name="data", donate_argnums=0)
         self._repeat = jax.pmap(lambda _, state: state, in_axes=(0, None))

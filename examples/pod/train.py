@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import socket
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -179,10 +177,9 @@ def tell(text: str) -> None:
 def main(config: Config) -> training.TrainState:
     """Trains from the newest checkpoint, or from the start, to the last step; returns the state.
 
-    Raises:
-      SystemExit: after SIGTERM, once the state is saved.
+    After SIGTERM, it ends the program once the state is saved.
     """
-    start_distributed(config)
+    parallel.start_distributed(config)
     mesh = parallel.make_mesh(config.data, config.fsdp, config.expert)
     parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
     windows, text = load_text(config)
@@ -265,11 +262,7 @@ def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
 
 
 def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> None:
-    """Logs a step, warns of a collapse, and ends a run that is lost.
-
-    Raises:
-      ValueError: after too many skipped steps in a row, on every process.
-    """
+    """Logs a step, warns of a collapse, and ends a run that is lost, on every process, by a ValueError."""
     speed = log.rate(step * config.batch_size * config.context)
     log.write(step, logged | {"tokens_per_second": speed}, f"loss {logged['loss']:.3f}, {speed:,.0f} tokens/s")
     if logged["dead_experts_worst_layer"] > config.max_dead:
@@ -287,50 +280,5 @@ def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> 
         )
 
 
-def start_distributed(config: Config) -> None:
-    """Connects to the other processes, if there are any.
-
-    Raises:
-      ValueError: if the coordinator cannot be reached in time. (JAX itself would end the process.)
-    """
-    bounds = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
-    if config.coordinator is not None:
-        if config.process != 0:
-            _wait_for(config.coordinator, config.timeout)
-        jax.distributed.initialize(
-            config.coordinator,
-            config.processes,
-            config.process,
-            initialization_timeout=config.timeout,
-            cluster_detection_method="deactivate",  # under Slurm, it would take one of the devices only
-            **bounds,
-        )
-    elif config.cluster:
-        try:
-            jax.distributed.initialize(**bounds)
-        except ValueError as error:
-            raise ValueError(
-                f"--cluster found no other processes ({error}). Start them by srun, by mpirun or on a TPU slice, or "
-                "give --coordinator, --processes and --process."
-            ) from error
-
-
-def _wait_for(coordinator: str, timeout: float) -> None:
-    """Until HOST:PORT accepts a connection."""
-    host, _, port = coordinator.rpartition(":")
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host, int(port)), timeout=timeout).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"No process answers at --coordinator {coordinator} for {timeout} seconds ({error}). Is process 0 "
-                    "running there, and its port open to this machine?"
-                ) from error
-        time.sleep(0.5)
-
-
 if __name__ == "__main__":
-    training.run_program(main, Config, "pod.train")
+    training.run_program(main, Config, "examples.pod.train")

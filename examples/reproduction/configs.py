@@ -1,11 +1,10 @@
-"""A run is a frozen config of everything that its numbers depend on, and has a key that is a hash of it.
+"""A run is a frozen config of everything that its numbers depend on. Its key is a hash of the config.
 
-Tables, figures and studies are views of runs: two views that ask for the same config share the run.
+Tables, figures and studies show runs. Two of them that ask for the same config share the run.
 """
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -22,13 +21,19 @@ _RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
 
 DIGITS = ("svhn_cropped", "digits")  # data sets whose images must not be mirrored
 
+TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257, "digits": 1_437}
+# GPT-2's tokens in a training text; those of WikiText-103 are the paper's ("5 epochs, about 517M tokens").
+TRAINING_TOKENS = {"wikitext-103": 103_400_000, "wikitext-valid": 258_659}
+# Our guess for an H100 that trains such small models with XLA in float32: a tenth of its dense TF32 peak.
+FLOPS_PER_SECOND = 50e12
+
 Strategy = Literal["vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 Component = Literal["both", "direction", "norm"]  # see `excitation_optax.scale_by_excitation`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What runs of every kind have."""
+    """What runs of every kind have. The baseline's strategy is called "vanilla" in the results."""
 
     kind: ClassVar[str]
     # Fields that came after the first results. At their defaults the JSON leaves them out, so that keys stay the same.
@@ -55,9 +60,15 @@ class Run:
                 if value is not None and not holds(value):
                     raise ValueError(f"{type(self).__name__}: {name} must be {rule}; got {value}.")
 
+    def fill_in(self, **values: Any) -> None:
+        """Sets fields that are None."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
     @property
     def key(self) -> str:
-        """Names the run in the results: 16 hexadecimal digits made of all of its config."""
+        """Names the run in the results: 16 hexadecimal digits, a hash of the whole config."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +87,7 @@ class MLPRun(Run):
     added: ClassVar[tuple[str, ...]] = ("component", "residual", "layer_norm", "epsilon")
 
     width: int = 128
-    depth: int = 3  # hidden layers: the paper's "4-layer MLP", its output layer counted (see the report's search)
+    depth: int = 3  # hidden layers: the paper's "4-layer MLP" counts its output layer (see the report's search)
     sparsity: float = 0.9
     optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
     learning_rate: float = 0.01
@@ -92,14 +103,37 @@ class MLPRun(Run):
     epsilon: float = 1e-8  # of Adam and AdamW
 
     def __post_init__(self):
-        if self.augmentation is None:
-            object.__setattr__(self, "augmentation", "none" if self.dataset in DIGITS else "flip")
+        self.fill_in(augmentation="none" if self.dataset in DIGITS else "flip")
         super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTRun(Run):
-    """A MoE-ViT on images (section 4.5, figures 6, 10 and 11).
+class TransformerRun(Run):
+    """The sizes of a transformer with MoE layers (section 4.5)."""
+
+    num_experts: int = 4
+    experts_per_token: int = 2
+    d_ff: int = 256  # the hidden width of an expert
+    d_model: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+    batch_size: int = 64
+    load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
+
+    def gpu_hours(self, examples: int, tokens_of_example: int, vocab_size: int = 0) -> float:
+        """An estimate for one H100: 6 operations per token and active weight, at a guessed `FLOPS_PER_SECOND`.
+
+        It leaves out the products of attention, evaluation and the optimizer. The weights that a token uses are those
+        of attention, the router, K experts in every layer, and the head.
+        """
+        d, tokens = self.d_model, self.epochs * min(examples, self.subset or examples) * tokens_of_example
+        layer = 4 * d * d + d * self.num_experts + self.experts_per_token * 2 * d * self.d_ff
+        return 6 * (self.num_layers * layer + d * vocab_size) * tokens / FLOPS_PER_SECOND / 3600
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTRun(TransformerRun):
+    """A MoE-ViT on images (figures 6, 10 and 11).
 
     The paper gives experts, layers, width and K. Rates and batch size are those of its table 1; cosine decay to zero is
     from table 6; warm-up, heads, the 4M's experts of width 32, random crops and mirroring are our choice.
@@ -109,56 +143,52 @@ class ViTRun(Run):
     RATES: ClassVar[dict[str, float]] = {"sgd": 0.01, "momentum": 0.01, "adam": 1e-4}
 
     num_experts: int = 64
-    experts_per_token: int = 2
     d_model: int = 128
-    d_ff: int = 256  # the hidden width of an expert
     num_layers: int = 4
     num_heads: int = 4
+    batch_size: int = 512
     patch_size: int = 4
     optimizer: Literal["sgd", "momentum", "adam"] = "adam"
     learning_rate: float | None = None  # at its peak; None: that of RATES
     warmup: float = 0.05  # the share of the steps in which the rate rises
-    batch_size: int = 512
-    load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
     flip: bool | None = None  # whether half of the images are mirrored; None: unless they are of digits
 
     def __post_init__(self):
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", self.RATES[self.optimizer])
-        if self.flip is None:
-            object.__setattr__(self, "flip", self.dataset not in DIGITS)
+        self.fill_in(learning_rate=self.RATES[self.optimizer], flip=self.dataset not in DIGITS)
         super().__post_init__()
+
+    @property
+    def hours(self) -> float:
+        """The estimate for its data set."""
+        return self.gpu_hours(TRAINING_IMAGES[self.dataset], (32 // self.patch_size) ** 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTRun(Run):
-    """A GPT-MoE on text (section 4.5, table 2).
+class GPTRun(TransformerRun):
+    """A GPT-MoE on text (table 2).
 
     The paper gives the data, 5 epochs, Adam, E, K and the width of an expert; the other sizes follow from the parameter
-    counts that it prints. Rate (GPT-3's for models of this size), batch size, warm-up and cosine decay to zero are our
-    choice. An example is a sequence of `context` tokens.
+    counts that it prints. The learning rate (GPT-3's for models of this size), batch size, warm-up and cosine decay to
+    zero are our choice. An example is a sequence of `context` tokens.
     """
 
     kind: ClassVar[str] = "gpt"
 
     dataset: str = "wikitext-103"
-    num_experts: int = 4
-    experts_per_token: int = 2
-    d_ff: int = 256  # the hidden width of an expert
-    d_model: int = 512
-    num_layers: int = 12
-    num_heads: int = 8
     context: int = 128
     epochs: int = 5
     learning_rate: float = 3e-4  # of Adam, at its peak
     warmup: float = 0.05  # the share of the steps in which the rate rises
-    batch_size: int = 64
-    load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
     dtype: Literal["float32", "bfloat16"] = "float32"  # what the model computes in; its parameters stay float32
+
+    @property
+    def hours(self) -> float:
+        """The estimate for its data set."""
+        return self.gpu_hours(TRAINING_TOKENS[self.dataset] // self.context, self.context, vocab_size=50_257)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MiniGPTRun(Run):
+class MiniGPTRun(TransformerRun):
     """A GPT-MoE in miniature, on bytes, small enough that a CPU trains it in seconds.
 
     An epoch is 100 batches of random windows. Warm-up over the first 5 % of the steps, then cosine decay to zero.
@@ -168,8 +198,7 @@ class MiniGPTRun(Run):
 
     dataset: str = "python-reference"  # or "tinyshakespeare"
     num_experts: int = 16
-    experts_per_token: int = 2
-    d_ff: int = 128  # the hidden width of an expert
+    d_ff: int = 128
     d_model: int = 64
     num_layers: int = 2
     num_heads: int = 4
@@ -178,7 +207,6 @@ class MiniGPTRun(Run):
     epochs: int = 4
     learning_rate: float = 1e-3  # of AdamW with a weight decay of 0.01, at its peak
     expert_rate: float = 1.0  # a static factor on the updates of the experts
-    load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
     component: Component = "both"
 
 
@@ -199,31 +227,3 @@ def from_json(config: dict[str, Any]) -> Run:
         return KINDS[kind](**config)
     except TypeError as error:
         raise ValueError(f"Not a config of kind {kind!r}: {error}.") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """The runs of a table, a figure or a study: what they have in common, what differs, and how many seeds each has.
-
-    Attributes:
-      claims: statements that the runs can decide, in the form of those in paper.json: `text`, `measure`, `contrast` (a
-        linear combination of rows) and `sign`.
-    """
-
-    name: str
-    title: str
-    kind: str = "mlp"
-    seeds: int = 3
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of every run, such as {"epochs": 30}
-    rows: tuple[dict[str, Any], ...] | None = None  # what differs between runs; by default the rows of paper.json
-    claims: tuple[dict[str, Any], ...] = ()
-
-    def make_run(self, where: dict[str, Any], seed: int) -> Run:
-        """The run of a row: the settings, what the row says, and a seed."""
-        fields: dict[str, Any] = {**self.settings, **where, "seed": seed}
-        return KINDS[self.kind](**fields)
-
-
-def grid(**choices: tuple) -> tuple[dict[str, Any], ...]:
-    """A row for each combination of choices; the last one varies fastest."""
-    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))

@@ -1,20 +1,13 @@
-"""Trains many Top-K MLPs at once: a sweep of strategies, intensities, learning rates and seeds, stacked by `vmap`.
+"""Trains many Top-K MLPs at once, stacked (`stacks`).
 
-The runs of a seed start from the same parameters and see the same batches, cut and mirrored alike, whatever their
-strategy: so differences between strategies can be paired by seed. The data stays on the device as bytes; shuffling,
-augmentation and evaluation happen there too. Groups of runs that cannot be stacked, as their models or batches have
-other shapes, take turns; with several devices (on CPU, one for each core) there is a group on each.
+The data stays on the device as bytes; shuffling, augmentation and evaluation happen there too.
 
 Axis letters: S seeds, M members (the runs of a seed), L hidden layers, E neurons, C classes, B batch.
 """
 
 import dataclasses
 import functools
-import itertools
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,20 +17,20 @@ import optax
 from flax import nnx
 
 import excitation_optax
-from examples import datasets
-from examples.reproduction import configs, store
+from examples import datasets, training
+from examples.reproduction import configs, stacks, store
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import topk_mlp
 
+Group, Member = stacks.Group, stacks.Member
+
 PAD = 4  # pixels on every side, black, for random crops
 HELD_OUT = 5000  # the most images that `validation` is measured on
+ALONG = ("accuracy", "entropy", "specialization")  # measures that are kept along training
 
 # Where Optax's defaults are not those of PyTorch, PyTorch's: the paper names no values, and these are the common ones.
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
-    "adam": optax.adam,
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = training.OPTIMIZERS | {
     "adamw": functools.partial(optax.adamw, weight_decay=0.01),
     "rmsprop": functools.partial(optax.rmsprop, decay=0.99, eps_in_sqrt=False),
     "adagrad": functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-20),  # in the root
@@ -45,63 +38,27 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 ACTIVATIONS = {"relu": nnx.relu, "none": lambda h: h}
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Runs that train stacked: `runs[s][m]`, the same members for every seed."""
-
-    runs: tuple[tuple[configs.MLPRun, ...], ...]
-
-    def __iter__(self):
-        return itertools.chain.from_iterable(self.runs)
-
-    @property
-    def epochs(self) -> int:
-        """Of all its runs together."""
-        return sum(run.epochs for run in self)
-
-
 def plan(runs: Iterable[configs.MLPRun], max_runs: int | None = None, max_epochs: int | None = None) -> list[Group]:
-    """Groups for the runs, in their order: together they hold every run once, and each is small in memory and in time.
+    """Groups for the runs, in their order, each of at most `max_runs` runs, as many as are small in memory and time.
 
-    Args:
-      runs: what to train; repeated ones count once.
-      max_runs: the most that are stacked, by default 18, and 64 on an accelerator, which fewer do not fill.
-      max_epochs: the most epochs of 50,000 images of a group, over all of its runs, by default 300, and no limit on an
-        accelerator. An interruption loses the epochs of the groups that are training.
+    A group has at most `max_epochs` epochs of 50,000 images, over all of its runs: an interruption loses the epochs of
+    the groups that are training. The defaults are 18 and 300; 64 and 2000 on an accelerator, which fewer do not fill.
     """
     on_cpu = jax.default_backend() == "cpu"
-    max_runs = max_runs or (18 if on_cpu else 64)
-    max_epochs = max_epochs or (300 if on_cpu else 10**6)
-    stackable: dict[configs.MLPRun, dict[int, list[configs.MLPRun]]] = {}
-    for run in dict.fromkeys(runs):
-        stackable.setdefault(_shared(run), {}).setdefault(run.seed, []).append(run)
-    groups = []
-    for shared, by_seed in stackable.items():
+    max_runs, max_epochs = max_runs or (18 if on_cpu else 64), max_epochs or (300 if on_cpu else 2000)
+
+    def limits(shared: configs.MLPRun) -> tuple[int, int]:
         images = 1_437 if shared.dataset == "digits" else 50_000
         work = shared.epochs * min(images, shared.subset or images)
         limit = max(1, min(max_runs, 50_000 * max_epochs // work))
-        rows = [tuple(row[i : i + limit]) for row in by_seed.values() for i in range(0, len(row), limit)]
-        alike: dict[tuple, list[tuple[configs.MLPRun, ...]]] = {}
-        for row in rows:
-            alike.setdefault(tuple(dataclasses.replace(run, seed=0) for run in row), []).append(row)
-        for members, rows in alike.items():
-            seeds = max(1, limit // len(members))
-            groups += [Group(tuple(rows[i : i + seeds])) for i in range(0, len(rows), seeds)]
-    return groups
+        return limit, limit
+
+    return stacks.plan(runs, _shared, limits)
 
 
 def _shared(run: configs.MLPRun) -> configs.MLPRun:
     """What runs must have in common to be stacked: everything but what a `Member` and a seed are made of."""
     return dataclasses.replace(run, seed=0, strategy="vanilla", component="both", learning_rate=1.0)
-
-
-class Member(NamedTuple):
-    """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
-
-    strategy: jax.Array  # its number in the program's strategies
-    gamma: jax.Array
-    learning_rate: jax.Array
-    component: jax.Array | None = None  # its number in the program's components, unless there is only one
 
 
 class Data(NamedTuple):
@@ -115,52 +72,6 @@ class Data(NamedTuple):
     deviation: jax.Array  # or 1
     held_out_images: jax.Array | None = None  # uint8, training images that a subset leaves out, at most `HELD_OUT`
     held_out_labels: jax.Array | None = None
-
-
-class Measures(NamedTuple):
-    """Of one model on the test images; in a group every array has leading axes `[S, M]`."""
-
-    accuracy: jax.Array  # NaN for a model that diverged
-    validation: jax.Array | None  # the accuracy on the training images that the runs leave out, if they leave out any
-    entropy: jax.Array  # [L], nats, of the shares of the kept neurons in what a hidden layer passes on
-    specialization: jax.Array  # [L]
-    max_load: jax.Array  # [L], of the busiest neuron, over the mean
-    dead: jax.Array  # [L], the share of neurons that no image activates
-
-
-def any_of(strategies: Sequence[str], number: jax.Array) -> Any:
-    """A strategy that is the one of this number, which may be traced."""
-    functions = [_vanilla if name == "vanilla" else getattr(excitation_optax, name) for name in strategies]
-
-    def chosen(utilization, gamma):
-        return jnp.stack([f(utilization, gamma) for f in functions])[number]
-
-    def chosen_with_key(utilization, gamma, *, key):
-        keyed = [
-            functools.partial(f, key=key) if name == "random_boost" else f
-            for name, f in zip(strategies, functions, strict=True)
-        ]
-        return jnp.stack([f(utilization, gamma) for f in keyed])[number]
-
-    return chosen_with_key if "random_boost" in strategies else chosen
-
-
-def one_of(transforms: Sequence[optax.GradientTransformationExtraArgs], number: jax.Array | None) -> Any:
-    """The transform of this number, which may be traced, or the only one. All of them must have states alike."""
-    if len(transforms) == 1:
-        return transforms[0]
-
-    def update(updates, state, params=None, **extra_args):
-        outcomes = [transform.update(updates, state, params, **extra_args) for transform in transforms]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[number], *outcomes)
-
-    return optax.GradientTransformationExtraArgs(transforms[0].init, update)
-
-
-def _vanilla(utilization, gamma):
-    """No Excitation: a factor of 1."""
-    del gamma
-    return jnp.ones_like(utilization)
 
 
 class VariantMLP(topk_mlp.TopKMLP):
@@ -193,17 +104,8 @@ class VariantMLP(topk_mlp.TopKMLP):
         return self.norms[number](h) if self.norms else h
 
 
-class Program:
-    """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
-
-    Args:
-      shared: the config of every run of the group, but for its `Member` and seed.
-      strategies: the strategies that members choose from, by number.
-      input_dim: values of an image.
-      num_classes: C.
-      steps_per_epoch: full batches in the training images.
-      components: the components that members choose from, by number.
-    """
+class Program(stacks.Program):
+    """The compiled functions of a group."""
 
     def __init__(
         self,
@@ -214,17 +116,14 @@ class Program:
         steps_per_epoch: int,
         components: tuple[configs.Component, ...] = ("both",),
     ):
-        self.shared, self.num_classes, self.steps_per_epoch = shared, num_classes, steps_per_epoch
-        self.strategies, self.components = strategies, components
+        self.num_classes, self.steps_per_epoch = num_classes, steps_per_epoch
         self.model_config = topk_mlp.TopKMLPConfig(
             input_dim, shared.width, shared.depth, num_classes, shared.sparsity, ACTIVATIONS[shared.activation]
         )
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self.make_model(0)))
         # Seeds that take turns leave a CPU's caches to one seed's models; wider devices train them side by side.
         self.wide = jax.default_backend() != "cpu"
-        self.init = jax.jit(self._init)
-        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
-        self.evaluate = jax.jit(self._evaluate)
+        self.shared = shared
+        super().__init__(shared, strategies, components, lambda: self.make_model(0))
 
     def make_model(self, seed) -> VariantMLP:
         """The model that every run of a seed starts from."""
@@ -250,17 +149,10 @@ class Program:
         cosine = self.shared.schedule == "cosine"
         # Optax's own schedule requires a number that is not traced.
         decay = (lambda count: 0.5 * (1 + jnp.cos(jnp.pi * count / steps))) if cosine else (lambda count: 1.0)
-        strategy = any_of(self.strategies, member.strategy)
-        excitations = [
-            excitation_optax.scale_by_excitation(
-                strategy, member.gamma, component=component, expert_axis=topk_mlp.TopKMLP.expert_axis, seed=seed
-            )
-            for component in self.components
-        ]
         epsilon = {"eps": self.shared.epsilon} if self.shared.optimizer in ("adam", "adamw") else {}
         return optax.chain(
             OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count), **epsilon),
-            one_of(excitations, member.component),
+            stacks.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
         )
 
     def _init(self, members: Member, seeds):
@@ -285,28 +177,20 @@ class Program:
             def step(states, batch):
                 indices, key = batch
                 images = self.normalize(self.augment(key, data.train_images, indices), data)
-                labels = data.train_labels[indices]
-                return jax.vmap(lambda state, member: self.train_step(state, member, seed, images, labels))(
-                    states, members
-                )
+                one = lambda state, member: self.train_step(state, member, seed, (images, data.train_labels[indices]))
+                return jax.vmap(one)(states, members)
 
             states, losses = jax.lax.scan(step, states, (order.reshape(-1, batch_size), keys))
             return states, jnp.mean(losses, axis=0)
 
         return jax.lax.map(train_seed, (states, seeds), batch_size=seeds.shape[0] if self.wide else None)
 
-    def train_step(self, state, member: Member, seed, images, labels):
-        """A step of one run: loss, gradient, update."""
-        params, opt_state = state
-
-        def loss_fn(params):
-            logits, utilization = excitation_flax.capture_routing(nnx.merge(self.graphdef, params))(images)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), utilization
-
-        (loss, utilization), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        tx = self.make_optimizer(member, seed)
-        updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    def loss_fn(self, params, member: Member, batch):
+        """What is minimized on images and labels, the loss and the routing."""
+        images, labels = batch
+        logits, utilization = excitation_flax.capture_routing(nnx.merge(self.graphdef, params))(images)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, (loss, utilization)
 
     def augment(self, key, images, indices):
         """The images `[B, H, W, 3]` of a batch, each cut out at random from its border and mirrored at random."""
@@ -331,28 +215,33 @@ class Program:
         """Bytes to floats."""
         return (images.astype(jnp.float32) / 255 - data.mean) / data.deviation
 
-    def _evaluate(self, params, data: Data) -> Measures:
-        """Measures of every run on the test images."""
+    def _evaluate(self, params, data: Data) -> dict[str, jax.Array]:
+        """Measures `[S, M]` and, by layer, `[S, M, L]` of every run on the test images.
+
+        `accuracy` is NaN for a model that diverged; `validation` is the accuracy on training images that the runs leave
+        out, if any; `entropy` (nats) is that of the shares of the kept neurons in what a layer passes on; `max_load` is
+        that of the busiest neuron, over the mean; `dead` is the share of neurons that no image activates.
+        """
         images = self.normalize(data.test_images, data)
 
         def evaluate(params):
             model = nnx.merge(self.graphdef, params)
             hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
-            logits, validation = model.logits(hidden), None
+            logits, validation = model.logits(hidden), {}
             if data.held_out_images is not None:
                 model.eval()
-                validation = _accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
+                found = _accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
+                validation = {"validation": found}
             active = [h != 0 for h in hidden]
             loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
             classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
-            return Measures(
-                accuracy=_accuracy(logits, data.test_labels),
-                validation=validation,
-                entropy=jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
-                specialization=jax.vmap(metrics.specialization_score)(classes),
-                max_load=metrics.max_over_mean_load(loads),
-                dead=metrics.dead_experts(loads),
-            )
+            return validation | {
+                "accuracy": _accuracy(logits, data.test_labels),
+                "entropy": jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
+                "specialization": jax.vmap(metrics.specialization_score)(classes),
+                "max_load": metrics.max_over_mean_load(loads),
+                "dead": metrics.dead_experts(loads),
+            }
 
         return jax.lax.map(jax.vmap(evaluate), params)
 
@@ -386,169 +275,33 @@ def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
     return Data(*map(jnp.asarray, (train_images, train_labels, *test, *channels, *left_out)))
 
 
-def prepare(group: Group, data: datasets.ImageData) -> tuple[Program, Member, jax.Array, Data]:
-    """The program of a group, its members, its seeds, and its data on JAX's default device.
-
-    Raises:
-      ValueError: if there is not a single full batch.
-    """
-    runs, shared = group.runs[0], _shared(group.runs[0][0])
+def prepare(group: Group, data: datasets.ImageData) -> stacks.Prepared:
+    """What a group trains with, on JAX's default device. Raises ValueError if there is not a single full batch."""
+    shared = _shared(group.runs[0][0])
     examples = len(data.train_labels[: shared.subset])
     if shared.batch_size > examples:
         raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
-    strategies = tuple(sorted({run.strategy for run in group}))
-    components = tuple(sorted({run.component for run in group}))
-    members = Member(
-        jnp.array([strategies.index(run.strategy) for run in runs]),
-        jnp.array([run.gamma for run in runs], jnp.float32),
-        jnp.array([run.learning_rate for run in runs], jnp.float32),
-        jnp.array([components.index(run.component) for run in runs]) if len(components) > 1 else None,
-    )
+    strategies, components, members = stacks.choices(group)
     sizes = data.input_dim, data.num_classes, examples // shared.batch_size
     program = program_of(shared, strategies, *sizes, components)
-    return program, members, jnp.array([row[0].seed for row in group.runs]), put(data, shared)
+    about = {"data": f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
+    about |= {"fingerprint": data.fingerprint}
+    return stacks.Prepared(program, members, jnp.array([row[0].seed for row in group.runs]), put(data, shared), about)
 
 
 def train_group(
-    group: Group, data: datasets.ImageData, advance: Callable[[int], None], stopped: Callable[[], bool]
+    group: Group, data: datasets.ImageData, advance: Callable[[int], Any], stopped: Callable[[], bool]
 ) -> list[store.Result] | None:
-    """Trains the runs of a group on JAX's default device.
-
-    Args:
-      group: what to train.
-      data: of all runs of the group.
-      advance: is called after every epoch with the number of runs that have done it.
-      stopped: whether to give up.
-
-    Returns:
-      A result for each run, or None if stopped.
-
-    Raises:
-      ValueError: if there is not a single full batch.
-    """
-    start = time.perf_counter()
-    shared = _shared(group.runs[0][0])
-    program, members, seeds, on_device = prepare(group, data)
-    states = program.init(members, seeds)
-    curve = []
-    for epoch in range(1, shared.epochs + 1):
-        if stopped():
-            return None
-        states, losses = program.train_epoch(states, members, seeds, epoch, on_device)
-        if epoch in evaluated_epochs(shared.epochs):
-            curve.append((epoch, *jax.device_get((losses, program.evaluate(states[0], on_device)))))
-        jax.block_until_ready(losses)
-        advance(len(list(group)))
-    seconds = (time.perf_counter() - start) / len(list(group))
-    about = store.environment() | {
-        "date": store.now(),
-        "data": f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})",
-        "fingerprint": data.fingerprint,
-        "stacked": [len(group.runs), len(group.runs[0])],
-    }
-    return [
-        _result(run, [(epoch, losses[s, m], _at(measures, s, m)) for epoch, losses, measures in curve], seconds, about)
-        for s, row in enumerate(group.runs)
-        for m, run in enumerate(row)
-    ]
-
-
-def _missing(group: Group, results: store.Results) -> Group:
-    """The group without the seeds and the members of which all runs are on file."""
-    rows = [row for row in group.runs if any(run not in results for run in row)]
-    columns = [column for column in zip(*rows, strict=True) if any(run not in results for run in column)]
-    return Group(tuple(zip(*columns, strict=True)))
-
-
-def evaluated_epochs(epochs: int) -> range:
-    """About fifteen epochs, evenly spaced, after which runs are evaluated; the last is one of them."""
-    every = max(1, epochs // 15)
-    return range(epochs - (epochs - 1) // every * every, epochs + 1, every)
-
-
-def _at(measures: Measures, s: int, m: int) -> Measures:
-    return jax.tree.map(lambda value: value[s, m], measures)
-
-
-def _result(run: configs.MLPRun, curve: list, seconds: float, about: dict[str, Any]) -> store.Result:
-    """Four digits of what is measured along the way, all of what is measured at the end."""
-    short = lambda value: float(f"{float(value):.4g}")
-    last = {name: value for name, value in curve[-1][2]._asdict().items() if value is not None}
-    return store.Result(
-        run,
-        {name: np.asarray(value, np.float64).tolist() for name, value in last.items()},
-        {
-            "epoch": [epoch for epoch, _, _ in curve],
-            "train_loss": [short(loss) for _, loss, _ in curve],
-            "accuracy": [short(measures.accuracy) for _, _, measures in curve],
-            "entropy": [short(measures.entropy.mean()) for _, _, measures in curve],
-            "specialization": [short(measures.specialization.mean()) for _, _, measures in curve],
-        },
-        round(seconds, 2),
-        about,
-    )
+    """Trains the runs of a group, as `stacks.train_group` says."""
+    return stacks.train_group(group, lambda: prepare(group, data), ALONG, advance, stopped)
 
 
 def train(
-    runs: Sequence[configs.MLPRun],
-    load: Callable[[str], datasets.ImageData],
+    runs: Iterable[configs.MLPRun],
+    load: Callable[[configs.Run], datasets.ImageData],
     results: store.Results,
     progress: Any,
     **limits: int,
 ) -> None:
-    """Trains what is missing among the runs, group by group, on all devices, and appends what is finished.
-
-    Args:
-      runs: in the order of their importance.
-      load: reads a data set by its name.
-      results: has the finished runs, and gets the new ones.
-      progress: a `tqdm` bar, counting epochs of runs.
-      **limits: of `plan`.
-
-    Raises:
-      OSError: if a result could not be written.
-    """
-    pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    # Groups are planned from all runs, finished or not: a repeated command trains a run beside the same others, and so
-    # gives it the same digits.
-    needed = {}  # data sets
-    for group in plan(runs, **limits):
-        missing = _missing(group, results)
-        progress.update(group.epochs - missing.epochs)
-        if missing.runs:
-            pending.put(missing)
-            needed |= {group.runs[0][0].dataset: None}
-    sets = {name: load(name) for name in needed}
-    stop, lock, errors = threading.Event(), threading.Lock(), []
-
-    def advance(epochs: int):
-        with lock:
-            progress.update(epochs)
-
-    def work(device: jax.Device):
-        try:
-            with jax.default_device(device):
-                while not stop.is_set() and not pending.empty():
-                    group = pending.get_nowait()
-                    finished = train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
-                    with lock:
-                        results.append([r for r in finished or [] if r.run not in results])
-        except queue.Empty:
-            pass
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
-
-    threads = [threading.Thread(target=work, args=(device,)) for device in jax.local_devices()]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:  # interrupted: let every group end its epoch
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:  # it was started
-                thread.join()
-    if errors:
-        raise errors[0]
+    """Trains what is missing among the runs, as `stacks.train` says; limits are those of `plan`."""
+    stacks.train(plan(runs, **limits), train_group, load, results, progress)

@@ -18,16 +18,17 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets
-from examples.reproduction import configs, engine, store, study
+from examples.reproduction import configs, engine, store, studies
+from examples.reproduction.sections import Row, words
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 
 FILE = pathlib.Path("inside/deep_digits.json")  # in the folder of results
 SEEDS = 3
 EVERY = 10  # epochs
-ROWS: tuple[study.Row, ...] = (
+ROWS: tuple[Row, ...] = (
     *({"strategy": "vanilla", "learning_rate": rate} for rate in (1e-3, 3e-3)),
-    *({"strategy": "zero_sum", "component": c, "learning_rate": 1e-3} for c in study.COMPONENTS),
+    *({"strategy": "zero_sum", "component": c, "learning_rate": 1e-3} for c in studies.COMPONENTS),
     {"strategy": "zero_sum", "component": "direction", "learning_rate": 3e-3},
 )
 
@@ -69,10 +70,10 @@ def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str
       `epoch`, and for each row, by its label and learning rate: `accuracy` by epoch and seed; the measures of `Inside`
       by epoch, seed and layer; and `step`, the length of the change of each layer's kernel in the epoch before.
     """
-    settings: dict[str, Any] = study.STUDIES["deep_digits"].settings | {"epochs": epochs} | changes
+    settings: dict[str, Any] = studies.SECTIONS["deep_digits"].settings | {"epochs": epochs} | changes
     make = lambda row, seed: configs.MLPRun(**{**settings, **row, "seed": seed})
     group = engine.Group(tuple(tuple(make(row, seed) for row in ROWS) for seed in range(SEEDS)))
-    program, members, seeds, on_device = engine.prepare(group, data)
+    program, members, seeds, on_device, _ = engine.prepare(group, data)
     measure = jax.jit(lambda params: jax.vmap(jax.vmap(functools.partial(look, program, data=on_device)))(params))
     kernels = lambda params: [np.asarray(params["layers"][i]["kernel"][...]) for i in range(settings["depth"])]
     states = program.init(members, seeds)
@@ -84,9 +85,9 @@ def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str
         if epoch % EVERY == 0:
             after = kernels(states[0])
             step = [np.sqrt(np.sum((a - b) ** 2, axis=(-1, -2))) for a, b in zip(after, before, strict=True)]
-            accuracy = program.evaluate(states[0], on_device).accuracy
+            accuracy = program.evaluate(states[0], on_device)["accuracy"]
             seen.append({"accuracy": accuracy, "step": np.stack(step, axis=-1), **measure(states[0])._asdict()})
-    label = lambda row: f"{study.label(row)}, {row['learning_rate']:g}"
+    label = lambda row: f"{words(row)}, {row['learning_rate']:g}"
     rounded = lambda x: np.vectorize(lambda v: float(f"{v:.3g}"))(np.asarray(x, float)).tolist()
     rows = {
         label(row): {name: [rounded(at[name][:, m]) for at in seen] for name in seen[0]} for m, row in enumerate(ROWS)

@@ -1,7 +1,6 @@
-"""Trains GPT-MoEs in miniature: a program for all runs that differ in their optimizer alone, seconds for each run.
+"""Trains GPT-MoEs in miniature, stacked (`stacks`): a program for all runs that differ in their optimizer alone.
 
-The runs of a seed start from the same parameters and see the same windows of text, so that differences can be paired by
-seed.
+A group has one seed. Its runs start from the same parameters and see the same windows of text.
 
 Axis letters: M members (the runs of a seed), B batch, S sequence, L layers, E experts.
 """
@@ -9,8 +8,6 @@ Axis letters: M members (the runs of a seed), B batch, S sequence, L layers, E e
 import dataclasses
 import functools
 import pathlib
-import time
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -21,27 +18,20 @@ import optax
 from flax import nnx
 
 import excitation_optax
-from examples import texts
-from examples.reproduction import configs, engine, store
+from examples import texts, train_gpt_moe
+from examples.reproduction import configs, stacks, store
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import gpt_moe, moe
 
+Member = stacks.Member
 STEPS = 100  # batches of an epoch
 WINDOWS = 512  # of the evaluation text, evenly spaced; as many of the validation text
 EVALUATION_BATCH = 64
 FILES = {"tinyshakespeare": "tinyshakespeare.txt", "python-reference": None}  # None: it comes with Python
-
-
-class Member(NamedTuple):
-    """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
-
-    strategy: jax.Array  # its number in the program's strategies
-    gamma: jax.Array
-    learning_rate: jax.Array
-    expert_rate: jax.Array
-    load_balancing: jax.Array
-    component: jax.Array  # its number in the program's components
+# Losses in nats per byte; by layer, the load of the busiest expert over the mean, and the share of dead experts.
+MEASURES = ("loss", "validation", "max_load", "dead")
+DIFFER = ("expert_rate", "load_balancing")  # between members, beside what all stacks may differ in
 
 
 class Text(NamedTuple):
@@ -54,94 +44,64 @@ class Text(NamedTuple):
 
 def make_model(run: configs.MiniGPTRun, seed: Any) -> gpt_moe.GPTMoE:
     """The model that every run of a seed starts from."""
-    config = gpt_moe.GPTMoEConfig(
-        moe=moe.MoEConfig(
-            d_model=run.d_model, d_ff=run.d_ff, num_experts=run.num_experts, experts_per_token=run.experts_per_token
-        ),
-        num_layers=run.num_layers,
-        num_heads=run.num_heads,
-        context=run.context,
-        vocab_size=texts.VOCAB_SIZE["bytes"],
-    )
+    config = train_gpt_moe.model_config(run, texts.VOCAB_SIZE["bytes"])
     return gpt_moe.GPTMoE(config, rngs=nnx.Rngs(jax.random.key(seed)))
 
 
 def shared_of(run: configs.MiniGPTRun) -> configs.MiniGPTRun:
-    """The config that the runs of a group have in common."""
+    """The config that the runs of a group have in common, without the seed."""
     default = configs.MiniGPTRun()
-    names = ("seed", "strategy", "component", "gamma", "learning_rate", "expert_rate", "load_balancing")
+    names = ("seed", "strategy", "component", "gamma", "learning_rate", *DIFFER)
     return dataclasses.replace(run, **{name: getattr(default, name) for name in names})
 
 
-def plan(runs: Iterable[configs.MiniGPTRun], max_runs: int | None = None) -> list[list[configs.MiniGPTRun]]:
-    """Groups of runs that have a seed and a model in common, in the order of the runs.
-
-    By default a group has at most 16 runs, and 64 on an accelerator.
-    """
+def plan(runs: Iterable[configs.MiniGPTRun], max_runs: int | None = None) -> list[stacks.Group]:
+    """Groups of at most 16 runs (64 on an accelerator) that have a seed and a model in common, in their order."""
     max_runs = max_runs or (16 if jax.default_backend() == "cpu" else 64)
-    groups: dict[tuple, list[configs.MiniGPTRun]] = {}
-    for run in dict.fromkeys(runs):
-        groups.setdefault((shared_of(run), run.seed), []).append(run)
-    return [group[i : i + max_runs] for group in groups.values() for i in range(0, len(group), max_runs)]
+    return stacks.plan(runs, shared_of, lambda shared: (max_runs, 1))
 
 
-class Program:
-    """The compiled functions of a group: `init`, `train_epoch` and `evaluate`."""
+class Program(stacks.Program):
+    """The compiled functions of a group."""
 
     def __init__(
         self, shared: configs.MiniGPTRun, strategies: tuple[str, ...], components: tuple[configs.Component, ...]
     ):
-        self.shared, self.strategies, self.components = shared, strategies, components
-        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(shared, 0)))
-        self.init = jax.jit(self._init)
-        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
-        self.evaluate = jax.jit(self._evaluate)
+        super().__init__(shared, strategies, components, lambda: make_model(shared, 0))
 
     def make_optimizer(self, member: Member, seed: Any) -> optax.GradientTransformationExtraArgs:
         """AdamW with its schedule, then Excitation, then the static factor on the experts' updates."""
-        steps = STEPS * self.shared.epochs
+        steps, expert_axis = STEPS * self.shared.epochs, gpt_moe.GPTMoE.expert_axis
         shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 20), steps)
-        strategy = engine.any_of(self.strategies, member.strategy)
-        excite = functools.partial(excitation_optax.scale_by_excitation, expert_axis=gpt_moe.GPTMoE.expert_axis)
-        excitations = [excite(strategy, member.gamma, component=c, seed=seed) for c in self.components]
         return optax.chain(
             optax.adamw(lambda count: member.learning_rate * shape(count), weight_decay=0.01),
-            engine.one_of(excitations, member.component),
-            excite(jnp.full_like, member.expert_rate),
+            stacks.excite(self.strategies, self.components, member, expert_axis, seed),
+            excitation_optax.scale_by_excitation(jnp.full_like, member.expert_rate, expert_axis=expert_axis),
         )
 
-    def _init(self, members: Member, seed):
-        params = nnx.state(make_model(self.shared, seed))
-        return jax.vmap(lambda member: (params, self.make_optimizer(member, seed).init(params)))(members)
+    def _init(self, members: Member, seeds):
+        params = nnx.state(make_model(self.shared, seeds[0]))
+        return jax.vmap(lambda member: (params, self.make_optimizer(member, seeds[0]).init(params)))(members)
 
-    def _train_epoch(self, states, members: Member, seed, epoch, text: Text):
-        """The states after an epoch, and the mean loss of each member, in nats per byte."""
+    def _train_epoch(self, states, members: Member, seeds, epoch, text: Text):
+        """The states after an epoch, and the mean loss of each member `[1, M]`, in nats per byte."""
+        seed, length = seeds[0], self.shared.context + 1
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
-        length = self.shared.context + 1
         starts = jax.random.randint(key, (STEPS, self.shared.batch_size), 0, len(text.train) - length)
 
         def train(operands):
             state, member = operands
-            step = lambda state, starts: self.train_step(
-                state, member, seed, text.train[starts[:, None] + jnp.arange(length)]
-            )
+            batch = lambda starts: text.train[starts[:, None] + jnp.arange(length)]
+            step = lambda state, starts: self.train_step(state, member, seed, batch(starts))
             return jax.lax.scan(step, state, starts)
 
         states, losses = jax.lax.map(train, (states, members))
-        return states, jnp.mean(losses, axis=-1)
+        return states, jnp.mean(losses, axis=-1)[None]
 
-    def train_step(self, state, member: Member, seed, tokens):
-        """A step of one run on tokens `[B, S + 1]`: loss, gradient, update."""
-        params, opt_state = state
-
-        def loss_fn(params):
-            loss, utilization, sown = self.loss(params, tokens)
-            total = loss + member.load_balancing * moe.auxiliary_losses(sown).load_balancing
-            return total, (loss, utilization)
-
-        grads, (loss, utilization) = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = self.make_optimizer(member, seed).update(grads, opt_state, params, utilization=utilization)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    def loss_fn(self, params, member: Member, tokens):
+        """What is minimized on tokens `[B, S + 1]`, the loss and the routing."""
+        loss, utilization, sown = self.loss(params, tokens)
+        return loss + member.load_balancing * moe.auxiliary_losses(sown).load_balancing, (loss, utilization)
 
     def loss(self, params, tokens):
         """The mean loss in nats per byte of tokens `[B, S + 1]`, the routing, and the routers' losses."""
@@ -152,37 +112,30 @@ class Program:
         return jnp.mean(loss), utilization, sown
 
     def _evaluate(self, params, text: Text):
-        """Measures of every member on the windows that are not trained on."""
+        """`MEASURES` of every member on the windows that are not trained on, with axes `[1, M]`."""
 
         def batches(params, windows):
             def one(tokens):
                 loss, utilization, _ = self.loss(params, tokens)
-                return loss, jax.tree.leaves(utilization, is_leaf=_is_counts)[0]
+                is_counts = lambda node: isinstance(node, excitation_optax.RoutingCounts)
+                return loss, jax.tree.leaves(utilization, is_leaf=is_counts)[0]
 
             losses, counts = jax.lax.map(one, windows.reshape(-1, EVALUATION_BATCH, windows.shape[-1]))
             return jnp.mean(losses), jax.tree.map(functools.partial(jnp.sum, axis=0), counts)
 
         def evaluate(params):
-            loss, counts = batches(params, text.test)
-            return {
-                "loss": loss,
-                "validation": batches(params, text.validation)[0],
-                "max_load": metrics.max_over_mean_load(counts),
-                "dead": metrics.dead_experts(counts),
-            }
+            (loss, counts), (validation, _) = batches(params, text.test), batches(params, text.validation)
+            found = loss, validation, metrics.max_over_mean_load(counts), metrics.dead_experts(counts)
+            return dict(zip(MEASURES, found, strict=True))
 
-        return jax.lax.map(evaluate, params)
+        return jax.tree.map(lambda value: value[None], jax.lax.map(evaluate, params))
 
 
 program_of = functools.cache(Program)  # groups that differ in members and seeds alone share one
 
 
 def load_text(dataset: str, folder: pathlib.Path | None) -> texts.Text:
-    """Reads a text of `FILES` as bytes.
-
-    Raises:
-      FileNotFoundError: if the folder lacks the file.
-    """
+    """Reads a text of `FILES` as bytes. Raises FileNotFoundError if the folder lacks the file."""
     name = FILES[dataset]
     path = None if name is None else (folder or pathlib.Path()) / name
     if path is not None and not path.is_file():
@@ -202,76 +155,24 @@ def put(text: texts.Text, context: int) -> Text:
     return Text(*(jnp.asarray(part, jnp.int32) for part in parts))
 
 
-def train_group(group: list[configs.MiniGPTRun], text: texts.Text, advance: Callable[[int], Any]) -> list[store.Result]:
-    """Trains the runs of a group, which have a seed and a model in common.
-
-    Args:
-      group: one of `plan`.
-      text: the data set of its runs.
-      advance: is called after every epoch with the number of runs that have done it.
-
-    Returns:
-      A result for each run. Measures are the `loss` in nats per byte, the loss on the `validation` text, and for each
-      layer `max_load` (of the busiest expert, over the mean) and `dead` (the share of experts that no token goes to).
-    """
-    start = time.perf_counter()
-    shared, seed = shared_of(group[0]), group[0].seed
-    strategies = tuple(sorted({run.strategy for run in group}))
-    components = tuple(sorted({run.component for run in group}))
-    numbers = lambda name: jnp.array([getattr(run, name) for run in group], jnp.float32)
-    members = Member(
-        jnp.array([strategies.index(run.strategy) for run in group]),
-        numbers("gamma"),
-        numbers("learning_rate"),
-        numbers("expert_rate"),
-        numbers("load_balancing"),
-        jnp.array([components.index(run.component) for run in group]),
-    )
-    program, on_device = program_of(shared, strategies, components), put(text, shared.context)
-    states, curve = program.init(members, seed), []
-    for epoch in range(1, shared.epochs + 1):
-        states, losses = program.train_epoch(states, members, seed, epoch, on_device)
-        if epoch in engine.evaluated_epochs(shared.epochs):
-            curve.append((epoch, *jax.device_get((losses, program.evaluate(states[0], on_device)))))
-        jax.block_until_ready(losses)
-        advance(len(group))
-    fingerprint = f"{zlib.crc32(text.train.tobytes() + text.evaluation.tobytes()):08x}"
-    about = store.environment() | {"date": store.now(), "data": f"{shared.dataset}, as bytes"}
-    about |= {"fingerprint": fingerprint, "stacked": [1, len(group)]}
-    seconds = round((time.perf_counter() - start) / len(group), 2)
-    return [_result(run, m, curve, seconds, about) for m, run in enumerate(group)]
+def prepare(group: stacks.Group, text: texts.Text) -> stacks.Prepared:
+    """What a group trains with, on JAX's default device."""
+    shared = shared_of(group.runs[0][0])
+    strategies, components, members = stacks.choices(group, component=True, also=DIFFER)
+    about = {"data": f"{shared.dataset}, as bytes", "fingerprint": text.fingerprint}
+    seeds = jnp.array([row[0].seed for row in group.runs])
+    return stacks.Prepared(program_of(shared, strategies, components), members, seeds, put(text, shared.context), about)
 
 
-def _result(run: configs.MiniGPTRun, m: int, curve: list, seconds: float, about: dict[str, Any]) -> store.Result:
-    along: dict[str, list[float]] = {"epoch": [], "train_loss": []}
-    for epoch, losses, measures in curve:
-        along["epoch"].append(epoch)
-        along["train_loss"].append(float(f"{losses[m]:.4g}"))
-        for name, values in measures.items():
-            along.setdefault(name, []).append(float(f"{np.mean(values[m]):.4g}"))
-    last = {name: np.asarray(values[m], np.float64).tolist() for name, values in curve[-1][2].items()}
-    return store.Result(run, last, along, seconds, about)
+def train_group(
+    group: stacks.Group, text: texts.Text, advance: Callable[[int], Any], stopped: Callable[[], bool]
+) -> list[store.Result] | None:
+    """Trains the runs of a group, as `stacks.train_group` says."""
+    return stacks.train_group(group, lambda: prepare(group, text), MEASURES, advance, stopped)
 
 
 def train(
-    runs: Iterable[configs.MiniGPTRun],
-    load: Callable[[str], texts.Text],
-    results: store.Results,
-    advance: Callable[[int], Any],
+    runs: Iterable[configs.MiniGPTRun], load: Callable[[configs.Run], texts.Text], results: store.Results, progress: Any
 ) -> None:
-    """Trains what is missing among the runs, group by group, and appends every group that is finished.
-
-    Raises:
-      OSError: if a result could not be written.
-    """
-    load = functools.cache(load)
-    for group in plan(runs):
-        if any(run not in results for run in group):
-            finished = train_group(group, load(group[0].dataset), advance)
-            results.append([result for result in finished if result.run not in results])
-        else:
-            advance(len(group) * group[0].epochs)
-
-
-def _is_counts(node: Any) -> bool:
-    return isinstance(node, excitation_optax.RoutingCounts)
+    """Trains what is missing among the runs, as `stacks.train` says."""
+    stacks.train(plan(runs), train_group, load, results, progress)

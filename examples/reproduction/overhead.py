@@ -1,4 +1,4 @@
-"""Table 8, what Excitation adds to a training step: the paper's numbers, our measurements on file, and both as a table.
+"""Table 8, what Excitation adds to a training step: the measurements on file, and their table.
 
 `python -m benchmarks.overhead` measures and writes here, to a folder inside the one of the runs.
 """
@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-from examples.reproduction import experiments
+from examples.reproduction import sections
 
 
 class Printed(NamedTuple):
@@ -22,8 +22,10 @@ class Printed(NamedTuple):
 
 PAPER = {
     row["where"]["row"]: Printed(row["label"], row["column"], row["value"], row["spread"])
-    for row in experiments.paper()["table8"]["rows"]
+    for row in sections.paper()["table8"].rows
 }
+HEADER = ("model", "parameters", "device", "batch", "paper, %", "ours, % [95 %]", "bytes", "FLOPs")
+HEADER += ("peak GiB, baseline", "excited")
 
 
 def path(folder: pathlib.Path) -> pathlib.Path:
@@ -39,15 +41,10 @@ def append(folder: pathlib.Path, entry: dict[str, Any]) -> None:
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The newest entry of each row on each device, in the order of the paper.
-
-    A damaged line is skipped, with a message on standard error.
-    """
+    """The newest entry of each row on each device, in the paper's order. A damaged line is reported and skipped."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     lines = path(folder).read_bytes().split(b"\n") if path(folder).exists() else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
         try:
             entry = json.loads(line)
             _cells(entry)  # has all that the table needs
@@ -59,22 +56,8 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
     return sorted(newest.values(), key=lambda entry: (entry["about"]["device"], list(PAPER).index(entry["row"])))
 
 
-HEADER = (
-    "model",
-    "parameters",
-    "device",
-    "batch",
-    "paper, %",
-    "ours, % [95 %]",
-    "bytes",
-    "FLOPs",
-    "peak GiB, vanilla",
-    "excited",
-)
-
-
 def table(entries: list[dict[str, Any]]) -> str:
-    """A Markdown table. Bytes and FLOPs are ratios of the excited step to the vanilla one."""
+    """A Markdown table. Bytes and FLOPs are ratios of the excited step to the baseline's."""
     rows = [HEADER, *map(_cells, entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
@@ -83,11 +66,10 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
-    printed, peak = PAPER[entry["row"]], entry["peak_bytes"]
+    printed, low_high = PAPER[entry["row"]], entry["interval"]
     ours = "not run"
     if entry["rounds"] is not None:
-        low, high = entry["interval"]
-        ours = f"{entry['overhead_percent']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        ours = f"{entry['overhead_percent']:+.2f} [{low_high[0]:+.2f}, {low_high[1]:+.2f}]"
     return (
         printed.name,
         f"{entry['parameters'] / 1e6:.1f}M",
@@ -95,8 +77,6 @@ def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
         str(entry["batch_size"]),
         f"{printed.percent:+.1f} ± {printed.spread:.1f}",
         ours,
-        f"{entry['bytes_ratio']:.4f}",
-        f"{entry['flops_ratio']:.4f}",
-        f"{peak['vanilla'] / 2**30:.2f}",
-        f"{peak['excited'] / 2**30:.2f}",
+        *(f"{entry[name]:.4f}" for name in ("bytes_ratio", "flops_ratio")),
+        *(f"{entry['peak_bytes'][name] / 2**30:.2f}" for name in ("vanilla", "excited")),
     )

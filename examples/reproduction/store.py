@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -37,31 +38,20 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """A line of the results file, as a dict."""
-        return {
-            "key": self.run.key,
-            "config": self.run.to_json(),
-            "measures": self.measures,
-            "seconds": self.seconds,
-            "about": self.about,
-            "curve": self.curve,
-        }
+        names = ("measures", "seconds", "about", "curve")
+        return {"key": self.run.key, "config": self.run.to_json()} | {name: getattr(self, name) for name in names}
 
 
 class Results:
-    """The finished runs in a folder of JSON lines files.
-
-    Args:
-      folder: has the files. It is made when there is something to write.
-    """
+    """The finished runs in a folder of JSON lines files, which is made when there is something to write."""
 
     def __init__(self, folder: pathlib.Path = FOLDER):
         self.folder = folder
         self.damaged: list[str] = []  # a message for each line that could not be read
         self._results: dict[str, Result] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-                if not line.strip():
-                    continue
+            lines = enumerate(path.read_bytes().split(b"\n"), 1)
+            for number, line in ((number, line) for number, line in lines if line.strip()):
                 try:
                     result = _parse(line)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -114,7 +104,7 @@ def _append(path: pathlib.Path, text: bytes) -> None:
     with path.open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
-        if end and not _ends_with_newline(path):
+        if end and not path.read_bytes().endswith(b"\n"):
             text = b"\n" + text  # the last writer was cut off: its line stays apart
         try:
             written = 0
@@ -125,12 +115,6 @@ def _append(path: pathlib.Path, text: bytes) -> None:
             file.truncate(end)
             message = f"{error.strerror}; results on file are kept, new ones are lost"
             raise OSError(error.errno, message, path) from error
-
-
-def _ends_with_newline(path: pathlib.Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def _checksum(record: dict[str, Any]) -> str:
@@ -150,32 +134,23 @@ def _parse(line: bytes) -> Result:
     return Result(run, measures, curve, record["seconds"], record["about"])
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nan(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+def _without_nan(tree: Any) -> Any:
+    return jax.tree.map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, tree)
 
 
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _with_nan(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_with_nan(v) for v in value]
-    return float("nan") if value is None else value
+def _with_nan(tree: Any) -> Any:
+    return jax.tree.map(lambda x: math.nan if x is None else x, tree, is_leaf=lambda x: x is None)
 
 
 @functools.cache
 def environment() -> dict[str, Any]:
     """The software and the machine that make a result."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    kind, on_cpu = jax.devices()[0].device_kind, jax.default_backend() == "cpu"
     return {
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": f"{jax.devices()[0].device_kind}, {cores()} CPU cores"
-        if jax.default_backend() == "cpu"
-        else f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": f"{kind}, {cores()} CPU cores" if on_cpu else f"{jax.device_count()} x {kind}",
         "revision": _revision(),
     }
 

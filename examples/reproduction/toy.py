@@ -1,7 +1,7 @@
-"""Figure 1, bottom: two experts of one weight each, a batch that is routed 75 % to 25 %, and who is fastest.
+"""Figure 1, bottom: two experts of one weight each, a batch that is routed 75 % to 25 %, and which method is fastest.
 
 The paper gives neither loss nor learning rate nor start. Ours: a bowl, (h0 w0^2 + h1 w1^2) / 2, from (1, 1), where w0
-is the weight of the busy expert, which zero-sum moves by 1.5 times its update, and w1 that of the idle one, by 0.5.
+is the weight of the busy expert, which zero_sum moves by 1.5 times its update, and w1 that of the idle one, by 0.5.
 Whether that helps depends on which weight lies along the long axis of the bowl, so there are three bowls. On each, all
 methods have the same learning rate, 1 over the larger curvature, the largest at which SGD overshoots nowhere; and then
 each has the best of a sweep.
@@ -32,41 +32,27 @@ TOLERANCE = 1e-4  # of the loss, over that at the start
 STEPS = 3000
 SHOWN = 30  # steps of a trajectory that are kept
 RATES = np.geomspace(0.05, 4.0, 201)  # of the sweep, over that of all
-
-
-def make_optimizer(method: str, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
-    """The method's name says what it is; momentum is 0.9."""
-    transforms = [training.OPTIMIZERS["momentum" if "momentum" in method else "sgd"](learning_rate)]
-    if "zero_sum" in method:
-        transforms.append(excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
-    return optax.chain(*transforms)
-
-
-def utilization() -> jax.Array:
-    """Of a batch of four, of which three go to the first expert."""
-    return excitation_optax.count_routing(jnp.array([[0], [0], [0], [1]]), 2).utilization
-
-
-def loss(curvature: jax.Array, weights: jax.Array) -> jax.Array:
-    """(h0 w0^2 + h1 w1^2) / 2."""
-    return 0.5 * jnp.sum(curvature * weights**2)
+# Of a batch of four examples, three go to the first expert.
+UTILIZATION = np.array([0.75, 0.25], np.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "steps"))
 def descend(method: str, curvature: jax.Array, learning_rate: jax.Array, steps: int = STEPS):
-    """Weights `[steps + 1, 2]` and losses `[steps + 1]` from the start on."""
-    tx = make_optimizer(method, learning_rate)
-    params = {"experts": jnp.array(START)}
-    routed = {"experts": utilization()}
+    """Weights `[steps + 1, 2]` and losses `[steps + 1]` from the start on. Momentum is 0.9."""
+    tx = training.OPTIMIZERS["momentum" if "momentum" in method else "sgd"](learning_rate)
+    excite = excitation_optax.scale_by_excitation(excitation_optax.zero_sum)
+    tx = optax.chain(tx, excite) if "zero_sum" in method else optax.with_extra_args_support(tx)
+    params, routed = {"experts": jnp.array(START)}, {"experts": jnp.asarray(UTILIZATION)}
+    loss = lambda weights: 0.5 * jnp.sum(curvature * weights**2)
 
     def step(carry, _):
         params, state = carry
-        grads = jax.grad(lambda params: loss(curvature, params["experts"]))(params)
+        grads = jax.grad(lambda params: loss(params["experts"]))(params)
         updates, state = tx.update(grads, state, params, utilization=routed)
         return (optax.apply_updates(params, updates), state), params["experts"]
 
     _, weights = jax.lax.scan(step, (params, tx.init(params)), length=steps + 1)
-    return weights, jax.vmap(functools.partial(loss, curvature))(weights)
+    return weights, jax.vmap(loss)(weights)
 
 
 def steps_to_tolerance(losses: np.ndarray) -> int | None:
@@ -79,8 +65,7 @@ def run() -> dict[str, Any]:
     """Every method on every bowl: trajectories, and steps to the tolerance at the common rate and at the best one."""
     bowls = {}
     for name, (h0, h1) in BOWLS.items():
-        curvature, rate = jnp.array([h0, h1]), 1 / max(h0, h1)
-        methods = {}
+        curvature, rate, methods = jnp.array([h0, h1]), 1 / max(h0, h1), {}
         for method in METHODS:
             weights, losses = descend(method, curvature, jnp.float32(rate))
             rates = jnp.asarray(rate * RATES, jnp.float32)
@@ -95,8 +80,8 @@ def run() -> dict[str, Any]:
             }
         bowls[name] = {"curvature": [h0, h1], "learning_rate": rate, "methods": methods}
     return {
-        "utilization": utilization().tolist(),
-        "excitation": excitation_optax.zero_sum(utilization(), 1.0).tolist(),
+        "utilization": UTILIZATION.tolist(),
+        "excitation": excitation_optax.zero_sum(jnp.asarray(UTILIZATION), 1.0).tolist(),
         "start": list(START),
         "tolerance": TOLERANCE,
         "most_steps": STEPS,
@@ -114,11 +99,7 @@ def save(outcome: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
 
 
 def load(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The outcome that was saved there, if any.
-
-    Raises:
-      ValueError: if the file is damaged.
-    """
+    """The outcome that was saved there, if any. Raises ValueError if the file is damaged."""
     path = folder / "toy.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -128,45 +109,44 @@ def load(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def markdown(outcome: dict[str, Any]) -> str:
     """A table of steps, and what was chosen."""
-    phi = outcome["excitation"]
-    lines = [
-        f"Two experts, utilization {outcome['utilization']}: the excitation of zero_sum is {phi}. The paper does not "
-        "give the loss; ours is (h0 w0² + h1 w1²) / 2, where the busy expert has w0. The learning rate of all methods "
-        "is 1 / max(h0, h1), chosen before any was run; beside it, the best of each in a sweep. Steps until the loss "
-        f"stays under {outcome['tolerance']:g} of its start, at most {outcome['most_steps']}:",
-        "",
-        "| bowl | h0, h1 | method | steps at the same rate | steps at its own best rate | that rate |",
-        "|---|---|---|---|---|---|",
-    ]
+    phi, rows = outcome["excitation"], []
     for name, bowl in outcome["bowls"].items():
         curvature = ", ".join(f"{h:g}" for h in bowl["curvature"])
         for method, found in bowl["methods"].items():
             steps = "never" if found["steps"] is None else found["steps"]
-            rate = f"{found['best_rate']:.3g}"
-            lines.append(f"| {name} | {curvature} | {method} | {steps} | {found['best_steps']} | {rate} |")
-    lines += [
-        "",
-        f"Here zero_sum is a fixed preconditioner: it multiplies h0 / h1 by {phi[0] / phi[1]:g}, which makes a bowl "
-        "rounder or longer, whatever the learning rate. With the busy expert along the long axis the bowl gets "
-        "rounder, and zero_sum is faster than SGD; along the short axis it gets longer, and zero_sum is slower. In a "
-        "real batch a busy expert sums over more examples, which makes its h the larger one: that is the short axis.",
-    ]
-    return "\n".join(lines) + "\n"
+            rows.append(
+                f"| {name} | {curvature} | {method} | {steps} | {found['best_steps']} | {found['best_rate']:.3g} |"
+            )
+    table = "\n".join(rows)
+    return f"""\
+Two experts, utilization {outcome["utilization"]}: the excitation of zero_sum is {phi}. The paper does not \
+give the loss; ours is (h0 w0² + h1 w1²) / 2, where the busy expert has w0. The learning rate of all methods \
+is 1 / max(h0, h1), chosen before any was run; beside it, the best of each in a sweep. Steps until the loss \
+stays under {outcome["tolerance"]:g} of its start, at most {outcome["most_steps"]}:
+
+| bowl | h0, h1 | method | steps at the same rate | steps at its own best rate | that rate |
+|---|---|---|---|---|---|
+{table}
+
+Here zero_sum is a fixed preconditioner: it multiplies h0 / h1 by {phi[0] / phi[1]:g}, which makes a bowl \
+rounder or longer, whatever the learning rate. With the busy expert along the long axis the bowl gets \
+rounder, and zero_sum is faster than SGD; along the short axis it gets longer, and zero_sum is slower. In a \
+real batch a busy expert sums over more examples, which makes its h the larger one: that is the short axis.
+"""
 
 
 def draw(outcome: dict[str, Any], figure: Any) -> None:
     """Fills a matplotlib figure with the trajectories at the same learning rate, over the loss, bowl by bowl."""
-    colors = dict(zip(METHODS, ("gray", "tab:cyan", "tab:pink"), strict=True))
     figure.set_size_inches(12, 4)
     panels = figure.subplots(1, len(outcome["bowls"]), sharey=True)
     w0, w1 = np.meshgrid(np.linspace(-1.2, 1.2, 25), np.linspace(-1.2, 1.2, 25))
     for axes, (name, bowl) in zip(panels, outcome["bowls"].items(), strict=True):
         h0, h1 = bowl["curvature"]
         axes.contour(w0, w1, np.sqrt(h0 * w0**2 + h1 * w1**2), levels=6, cmap="Greys", linewidths=0.6, alpha=0.6)
-        for method, found in bowl["methods"].items():
+        for (method, found), color in zip(bowl["methods"].items(), ("gray", "tab:cyan", "tab:pink"), strict=True):
             steps = "never there" if found["steps"] is None else f"{found['steps']} steps"
             x, y = np.array(found["trajectory"]).T
-            axes.plot(x, y, ".-", color=colors[method], markersize=4, linewidth=1, label=f"{method}: {steps}")
+            axes.plot(x, y, ".-", color=color, markersize=4, linewidth=1, label=f"{method}: {steps}")
         axes.plot(0, 0, "k*")
         axes.set(xlabel="w0, of the expert with 75 %", title=f"{name} (h = {h0:g}, {h1:g})", xlim=(-1.2, 1.2))
         axes.title.set_fontsize("small")

@@ -14,7 +14,6 @@ import os
 import pathlib
 import time
 import warnings
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,39 +37,43 @@ EVALUATE_EVERY = 1000  # steps, and at the end of every epoch
 CHECKPOINT_SECONDS = 600
 EVALUATION_BATCH = 500  # images
 
-# The files of a text in its folder, and the number of GPT-2's tokens in the first, as `GPTRun` counts them. That of
-# WikiText-103's training split is the paper's ("5 epochs, about 517M tokens").
+# The files of a text in its folder: the training text, and the one that is measured.
 TEXTS = {
-    "wikitext-103": ("wiki.train.tokens", "wiki.test.tokens", 103_400_000),
-    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt", 258_659),  # WikiText's two small splits
+    "wikitext-103": ("wiki.train.tokens", "wiki.test.tokens"),
+    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt"),  # WikiText's two small splits
 }
-TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257, "digits": 1_437}
+
+
+def train(run: configs.Run, data: Any, progress: Progress | None = None, folder: pathlib.Path | None = None):
+    """Trains a run on its data set. Call `forget` once the result is on file.
+
+    Args:
+      run: what to train, a `ViTRun` on images or a `GPTRun` on a text.
+      data: the data set `run.dataset`, from `datasets.load_images` or `load_text`.
+      progress: is called after every chunk of steps.
+      folder: for the checkpoint of a long run. None writes none.
+
+    Raises:
+      ValueError: if there is not a single full batch, or a size does not fit.
+    """
+    if isinstance(run, configs.ViTRun):
+        return train_vit(run, data, progress, folder)
+    assert isinstance(run, configs.GPTRun)
+    return train_gpt(run, data, progress, folder)
 
 
 def train_vit(
     run: configs.ViTRun, data: datasets.ImageData, progress: Progress | None = None, folder: pathlib.Path | None = None
 ) -> store.Result:
-    """Trains a MoE-ViT and measures it on the test images after every epoch.
+    """Trains a MoE-ViT and measures it on the test images after every epoch. Gray images are repeated in 3 channels.
 
-    Args:
-      run: what to train.
-      data: the data set `run.dataset`; gray images are repeated in three channels.
-      progress: is called after every chunk of steps.
-      folder: for the checkpoint of a long run. Call `forget` once the result is on file. None writes none.
-
-    Returns:
-      The result. Measures are the accuracy, and for each layer `entropy` (nats, of the router's probabilities),
-      `max_load` (of the busiest expert, over the mean) and `dead` (the fraction of experts that no patch goes to).
-
-    Raises:
-      ValueError: if there is not a single full batch, or a size does not fit.
+    Measures are the accuracy, and for each layer `entropy` (nats, of the router's probabilities), `max_load` (of the
+    busiest expert, over the mean) and `dead` (the fraction of experts that no patch goes to).
     """
-    config = vit_config(run, data.train_images.shape[1], data.num_classes)
-    train_images, test_images = (
-        jnp.broadcast_to(images, (*images.shape[:-1], 3))
-        for images in (data.train_images[: run.subset], data.test_images)
-    )
-    loss_fn = functools.partial(train_moe_vit.loss_fn, flip=bool(run.flip))
+    sizes = {"image_size": data.train_images.shape[1], "num_classes": data.num_classes}
+    config = train_moe_vit.model_config(run, **sizes, patch_size=run.patch_size)
+    rgb = lambda images: jnp.broadcast_to(images, (*images.shape[:-1], 3))
+    train_images, test_images = rgb(data.train_images[: run.subset]), rgb(data.test_images)
 
     def batch(number, train, indices):
         images, labels, augmentation_key = train
@@ -107,11 +110,13 @@ def train_vit(
         return {"accuracy": accuracy} | {name: np.asarray(value).tolist() for name, value in per_layer.items()}
 
     # The key is data, so that all seeds are the same program. It is apart from the keys of random strategies.
-    train = train_images, jnp.asarray(data.train_labels), jax.random.fold_in(jax.random.key(run.seed), 1)
+    on_device = train_images, jnp.asarray(data.train_labels), jax.random.fold_in(jax.random.key(run.seed), 1)
+    loss_fn = functools.partial(train_moe_vit.loss_fn, flip=bool(run.flip))
     model = Model(graphdef, params, moe_vit.MoEViT.expert_axis, loss_fn)
-    task = Task(run, train, len(train_images), "training images", batch, measure)
     about = {"data": f"{run.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
-    return fit(task, model, about | {"fingerprint": data.fingerprint}, progress, folder)
+    about |= {"fingerprint": data.fingerprint}
+    task = Task(run, on_device, len(train_images), "training images", batch, measure, about)
+    return fit(task, model, progress, folder)
 
 
 def train_gpt(
@@ -119,17 +124,12 @@ def train_gpt(
 ) -> store.Result:
     """Trains a GPT-MoE and measures it on the held-out text, after every epoch and every thousand steps.
 
-    Args: as `train_vit`, with the text `run.dataset`, from `load_text`.
-
-    Returns:
-      The result. Measures are the `perplexity` per token and the `bits_per_byte`.
-
-    Raises:
-      ValueError: if there is not a single full batch, or a size does not fit.
+    Measures are the `perplexity` per token and the `bits_per_byte`.
     """
     examples = (len(text.train) - 1) // run.context
     examples = examples if run.subset is None else min(examples, run.subset)
-    graphdef, params = nnx.split(gpt_moe.GPTMoE(gpt_config(run, text.vocab_size), rngs=nnx.Rngs(run.seed)))
+    config = train_gpt_moe.model_config(run, text.vocab_size, dtype=run.dtype)
+    graphdef, params = nnx.split(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)))
     total_loss = train_gpt_moe.make_total_loss(graphdef)
 
     def batch(number, train, indices):
@@ -142,61 +142,23 @@ def train_gpt(
         return {name: found[name] for name in ("perplexity", "bits_per_byte")}
 
     model = Model(graphdef, params, gpt_moe.GPTMoE.expert_axis, train_gpt_moe.loss_fn)
-    task = Task(run, jnp.asarray(text.train), examples, f"sequences of {run.context} tokens", batch, measure)
-    fingerprint = f"{zlib.crc32(text.train.tobytes() + text.evaluation.tobytes()):08x}"
-    return fit(task, model, {"data": run.dataset, "fingerprint": fingerprint}, progress, folder)
-
-
-def vit_config(run: configs.ViTRun, image_size: int = 32, num_classes: int = 10) -> moe_vit.MoEViTConfig:
-    """The config of the run's model."""
-    return moe_vit.MoEViTConfig(
-        moe=moe.MoEConfig(
-            d_model=run.d_model,
-            d_ff=run.d_ff,
-            num_experts=run.num_experts,
-            experts_per_token=run.experts_per_token,
-        ),
-        num_layers=run.num_layers,
-        num_heads=run.num_heads,
-        image_size=image_size,
-        patch_size=run.patch_size,
-        num_classes=num_classes,
-    )
-
-
-def gpt_config(run: configs.GPTRun, vocab_size: int = texts.VOCAB_SIZE["gpt2"]) -> gpt_moe.GPTMoEConfig:
-    """The config of the run's model."""
-    return gpt_moe.GPTMoEConfig(
-        moe=moe.MoEConfig(
-            d_model=run.d_model,
-            d_ff=run.d_ff,
-            num_experts=run.num_experts,
-            experts_per_token=run.experts_per_token,
-            dtype=jnp.dtype(run.dtype),
-        ),
-        num_layers=run.num_layers,
-        num_heads=run.num_heads,
-        context=run.context,
-        vocab_size=vocab_size,
-    )
+    about = {"data": run.dataset, "fingerprint": text.fingerprint}
+    unit = f"sequences of {run.context} tokens"
+    return fit(Task(run, jnp.asarray(text.train), examples, unit, batch, measure, about), model, progress, folder)
 
 
 def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
     """Reads a text of `TEXTS` as GPT-2's tokens. It takes minutes for WikiText-103, so load it once for many runs.
 
-    Raises:
-      ValueError: if there is no text of this name.
-      FileNotFoundError: if the folder lacks a file of it.
+    Raises ValueError if there is no text of this name, and FileNotFoundError if the folder lacks a file of it.
     """
     if dataset not in TEXTS:
         raise ValueError(f"The texts are {', '.join(TEXTS)}; got {dataset!r}.")
-    train, evaluation, _ = TEXTS[dataset]
-    missing = [name for name in (train, evaluation) if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{dataset} is read from {train} and {evaluation}; {folder} lacks {' and '.join(missing)}."
-        )
-    parts = [(folder / name).read_bytes() for name in (train, evaluation)]
+    names = TEXTS[dataset]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        read, lacks = " and ".join(names), " and ".join(missing)
+        raise FileNotFoundError(f"{dataset} is read from {read}; {folder} lacks {lacks}.")
+    parts = [(folder / name).read_bytes() for name in names]
     train_tokens, evaluation_tokens = (texts.encode(part, "gpt2") for part in parts)
     return texts.Text(train_tokens, evaluation_tokens, parts[1], texts.VOCAB_SIZE["gpt2"], dataset)
 
@@ -231,20 +193,14 @@ class Task(NamedTuple):
     examples: int
     unit: str  # what the examples are
     batch: Callable[..., Any]  # (number of the step, data, indices of examples [B]) -> a batch of `loss_fn`
-    measure: Callable[[Any], dict[str, Any]]  # of params, on what is held out
+    measure: Callable[[Any], dict[str, Any]]  # of params, on held-out data
+    about: dict[str, Any]  # the data
 
 
-def fit(
-    task: Task,
-    model: Model,
-    about: dict[str, Any],
-    progress: Progress | None = None,
-    folder: pathlib.Path | None = None,
-) -> store.Result:
+def fit(task: Task, model: Model, progress: Progress | None, folder: pathlib.Path | None) -> store.Result:
     """Trains in epochs over shuffled examples, measures along the way, and writes checkpoints.
 
-    Returns:
-      The result: the last measures, and curves of the training loss and all measures, means over the layers.
+    The result has the last measures, and curves of the training loss and all measures, means over the layers.
     """
     start = saved = time.monotonic()
     run, steps_per_epoch = task.run, task.examples // task.run.batch_size
@@ -294,7 +250,7 @@ def fit(
         if checkpoint is not None and reached < stops[-1] and time.monotonic() - saved >= CHECKPOINT_SECONDS:
             _save(checkpoint, state, (reached, curve, seconds + time.monotonic() - start))
             saved = time.monotonic()
-    about = store.environment() | {"date": store.now(), **about, "parameters": parameters}
+    about = store.environment() | {"date": store.now(), **task.about, "parameters": parameters}
     return store.Result(run, measures, curve, round(seconds + time.monotonic() - start, 2), about)
 
 
@@ -336,27 +292,3 @@ def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
         )
         return None
     return jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays]), reached
-
-
-# Our guess for an H100 that trains such small models with XLA in float32: a tenth of its dense TF32 peak.
-FLOPS_PER_SECOND = 50e12
-
-
-def estimate_gpu_hours(run: configs.ViTRun | configs.GPTRun) -> float:
-    """An estimate for one H100: 6 operations per token and active weight, at a guessed `FLOPS_PER_SECOND`.
-
-    It leaves out the products of attention, evaluation and the optimizer.
-    """
-    if isinstance(run, configs.ViTRun):
-        tokens_of_example, examples = (32 // run.patch_size) ** 2, TRAINING_IMAGES[run.dataset]
-    else:
-        tokens_of_example, examples = run.context, TEXTS[run.dataset][2] // run.context
-    tokens = run.epochs * min(examples, run.subset or examples) * tokens_of_example
-    return 6 * active_weights(run) * tokens / FLOPS_PER_SECOND / 3600
-
-
-def active_weights(run: configs.ViTRun | configs.GPTRun) -> int:
-    """The weights that a token uses: attention, the router, K experts in every layer, and a GPT's head."""
-    d = run.d_model
-    layer = 4 * d * d + d * run.num_experts + run.experts_per_token * 2 * d * run.d_ff
-    return run.num_layers * layer + (d * texts.VOCAB_SIZE["gpt2"] if isinstance(run, configs.GPTRun) else 0)

@@ -1,7 +1,7 @@
 """Whether a training step fits a TPU slice, and what it sends: compiled ahead of time, without the slice.
 
-    python -m examples.pod.fit --topology v5e:4x4 --expert 4
-    python -m examples.pod.fit --topology v5p:8x8x8 --expert 8 --fsdp 8 --num-experts 64 --batch-size 4096
+    python -m benchmarks.pod_fit --topology v5e:4x4 --expert 4
+    python -m benchmarks.pod_fit --topology v5p:8x8x8 --expert 8 --fsdp 8 --num-experts 64 --batch-size 4096
 
 Prints memory per chip, FLOPs, and the collectives with their bytes, of the step without and with Excitation; both log
 the loss only. Requires the TPU compiler, on any Linux machine: uv sync --locked --extra examples --extra tpu.
@@ -201,4 +201,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    training.run_program(main, Config, "pod.fit")
+    training.run_program(main, Config, "benchmarks.pod_fit")

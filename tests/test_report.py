@@ -358,8 +358,8 @@ def test_the_table_in_the_readme(tmp_path, use):
         assert text.endswith(" were not run.\n<!-- /reproduction -->\nAfter.\n")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows[2] == "| SGD, 5 epochs | +5.57 | +10.00 [+10.00, +10.00] | +5.58 | +0.00 [+0.00, +0.00] |"
-    assert [row.split(",")[0] for row in rows[2:6]] == ["| SGD", "| Adam", "| SGD", "| SGD (momentum 0.9)"]
-    assert len(rows) == 2 + 2 + 6
+    assert [row.split(",")[0] for row in rows[2:10]][::6] == ["| SGD", "| SGD"]
+    assert len(rows) == 2 + 6 + 6
 
 
 def test_the_readme_without_runs_or_markers(tmp_path, use):

@@ -54,5 +54,6 @@ def draw(results: store.Results, figure: Any) -> None:
             color = {"both": "C0", "direction": "C2", "norm": "C3"}.get(variant.get("component", ""), "0.4")
             pictures.reached(axes, rates, results, section, specs, sections.words(variant), color=color)
         axes.set_ylim(*(limits or (None, None)))
-        if axes.containers:
-            axes.legend(fontsize="x-small", loc="lower center")
+    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from examples import logs, training
+from excitation_optax import plotting
 
 Runs = dict[str, list[list[dict[str, Any]]]]  # by strategy, for each seed, the lines of its log
 LOAD = "max_over_mean_load"
@@ -99,7 +100,7 @@ def figure(path: pathlib.Path, width: float, height: float = 4.2) -> Iterator[An
 
 def curve(axes: Any, x: Any, values: Any, label: str) -> None:
     """The mean over seeds of `values` `[len(x), seeds]`, with a band from the lowest to the highest seed."""
-    (line,) = axes.plot(x, values.mean(1), label=label)
+    (line,) = axes.plot(x, values.mean(1), label=label, color=plotting.COLORS.get(label))
     axes.fill_between(x, values.min(1), values.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
     axes.grid(alpha=0.3)
 

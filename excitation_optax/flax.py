@@ -105,7 +105,10 @@ def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..
             f"got {type(model).__name__}. In Linen, use routing_from_intermediates."
         )
     if not all(isinstance(other, type) and issubclass(other, nnx.Variable) for other in other_types):
-        raise ValueError(f"capture_routing: the other types must be subclasses of nnx.Variable; got {other_types}.")
+        raise ValueError(
+            f"capture_routing: the other types must be subclasses of nnx.Variable; "
+            f"got {reprlib.repr(other_types)}. To call the model: capture_routing(model)(x)."
+        )
 
     @functools.wraps(model, updated=())
     def with_routing(*args, **kwargs):

@@ -192,7 +192,7 @@ def test_table_1_on_the_page(tmp_path, use):
     assert "* cifar10 (a copy)\n" in section(page, "The data")
     summary = section(page, "Summary")
     assert "| [Table 1](#table-1-six-optimizers-on-cifar-10) | Six optimizers on CIFAR-10 | 54 of 54 |" in summary
-    assert "66 runs, 66.0 device minutes" in summary  # 12 runs of Figure 2 are not in Table 1
+    assert "The paper's runs: 66, 66.0 device minutes" in summary  # 12 runs of Figure 2 are not in Table 1
     rows = [line.split(" | ") for line in summary.splitlines() if line.startswith("| [")]
     assert len(rows) == len(PAPER)
     total = next(line for line in summary.splitlines() if line.startswith("| all of the paper's |"))

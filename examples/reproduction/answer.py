@@ -4,6 +4,7 @@ from typing import Any
 
 from examples.reproduction import evidence, pictures, sections, store, studies, tables
 from examples.reproduction.sections import Row
+from excitation_optax import plotting
 
 # Rows of the table: a study, what the row's runs have in common, and the range of the picture.
 ANSWER: dict[str, tuple[str, Row, tuple[float, float] | None]] = {
@@ -51,7 +52,7 @@ def draw(results: store.Results, figure: Any) -> None:
         )
         for variant in variants:
             specs = [sections.row({**common, **variant, "learning_rate": r}, section.measure) for r in rates]
-            color = {"both": "C0", "direction": "C2", "norm": "C3"}.get(variant.get("component", ""), "0.4")
+            color = plotting.COLORS[variant.get("component", "baseline")]
             pictures.reached(axes, rates, results, section, specs, sections.words(variant), color=color)
         axes.set_ylim(*(limits or (None, None)))
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}

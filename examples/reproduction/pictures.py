@@ -9,22 +9,14 @@ import numpy as np
 from examples.reproduction import evidence, sections, store
 from examples.reproduction.sections import Row, Section, words
 from examples.reproduction.tables import SHOWN, UNIT
+from excitation_optax import plotting
 
-COLORS = {
-    "baseline": "0.4",
-    "zero_sum": "C0",
-    "positive_sum": "C1",
-    "exp_diff": "C2",
-    "global_exp": "C4",
-    "random_boost": "C5",
-    "inverted": "C3",
-}
 VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing")  # lines of a picture, not panels
-STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": COLORS["baseline"]}}
+STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}}
 for strategy in ("zero_sum", "positive_sum"):
-    STYLES[strategy] = {"color": COLORS[strategy]}
+    STYLES[strategy] = {"color": plotting.COLORS[strategy]}
     for component, line in (("both", "-"), ("direction", "--"), ("norm", ":")):
-        STYLES[f"{strategy}, {component}"] = {"color": COLORS[strategy], "linestyle": line}
+        STYLES[f"{strategy}, {component}"] = {"color": plotting.COLORS[strategy], "linestyle": line}
 
 
 def curves(results: store.Results, section: Section, figure: Any) -> None:
@@ -58,7 +50,7 @@ def _bands(results: store.Results, section: Section, figure: Any, xlabel: str, o
             if (found := of([results[run] for run in runs if run in results])) is None:
                 continue
             x, values = found
-            count, color = np.isfinite(values).sum(0), COLORS[row["column"]]
+            count, color = np.isfinite(values).sum(0), plotting.COLORS[row["column"]]
             mean = np.where(count > 0, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
             axes.plot(x, mean, label=row["column"], color=color, linewidth=1.2, **style)
             low, high = np.fmin.reduce(values, axis=0), np.fmax.reduce(values, axis=0)
@@ -72,8 +64,8 @@ def learning_rates(results: store.Results, section: Section, figure: Any) -> Non
         axes.set(title=optimizer, xscale="log", xlabel="learning rate", ylabel=UNIT[section.measure])
         for strategy, line in grouped(rows, lambda row: row["column"]).items():
             rates = [row["where"]["learning_rate"] for row in line]
-            reached(axes, rates, results, section, line, strategy, color=COLORS[strategy])
-            _papers(axes, rates, [row["value"] for row in line], color=COLORS[strategy])
+            reached(axes, rates, results, section, line, strategy, color=plotting.COLORS[strategy])
+            _papers(axes, rates, [row["value"] for row in line], color=plotting.COLORS[strategy])
         axes.legend(fontsize="x-small")
 
 
@@ -97,7 +89,7 @@ def over_depth(results: store.Results, section: Section, figure: Any) -> None:
     for strategy in ("vanilla", "zero_sum", "positive_sum"):
         line = [sections.row({"strategy": strategy, "depth": depth, "learning_rate": "best"}) for depth in depths]
         name = words({"strategy": strategy})
-        reached(axes, depths, results, section, line, name, color=COLORS[name])
+        reached(axes, depths, results, section, line, name, color=plotting.COLORS[name])
     axes.legend(fontsize="x-small")
 
 
@@ -139,7 +131,7 @@ def summary(results: store.Results, section: Section, figure: Any) -> None:
     for strategy in ("zero_sum", "positive_sum"):
         chosen = [i for i, claim in enumerate(claims) if claim["contrast"][0][1]["strategy"] == strategy]
         means, halves = _intervals(results, section, [claims[i] for i in chosen])
-        style = {"color": COLORS[strategy], "linestyle": "none", "marker": "o", "markersize": 6}
+        style = {"color": plotting.COLORS[strategy], "linestyle": "none", "marker": "o", "markersize": 6}
         axes.errorbar(means, chosen, xerr=halves, capsize=2, label=f"{strategy}, here", **style)
         paper = [claims[i]["printed"] for i in chosen]
         axes.plot(paper, chosen, label=f"{strategy}, paper", fillstyle="none", **style)

@@ -58,7 +58,7 @@ def markdown(results: store.Results) -> str:
         states = {_describe(results[run].about.get("data", "not recorded")) for run in found}
         data = "\n".join(f"* {state}" for state in sorted(states))
         summary = ["## The data", "What the results say of the data that they come from:", data, *summary]
-        summary.append(f"{tables.plural(len(found), 'run')}, {_total_time(found, results)}.")
+        summary.append(f"The paper's runs: {len(found)}, {_total_time(found, results)}.")
     return "\n\n".join([INTRODUCTION, *summary, *(section(results, s) for s in everything)]) + "\n"
 
 

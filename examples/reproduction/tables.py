@@ -78,7 +78,8 @@ def by_rate(results: store.Results, section: Section) -> str:
     for optimizer, lines in grouped.items():
         rates = sorted({rate for cells in lines.values() for rate in cells})
         head = (UNIT[section.measure] + (f", {optimizer}" if optimizer else ""), *(f"{rate:g}" for rate in rates))
-        rows = [(label, *(cells.get(rate, "") for rate in rates)) for label, cells in lines.items()]
+        found = {label: cells for label, cells in lines.items() if any(cells.values())}
+        rows = [(label, *(cells.get(rate, "") for rate in rates)) for label, cells in found.items()]
         tables.append(table(head, rows, text=1, numbers=len(rates)))
     return "\n\n".join(tables)
 

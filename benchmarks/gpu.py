@@ -103,12 +103,11 @@ class Config:
     """Which parts; timed ones run first, one by one, and the others after them, side by side."""
     minutes: float = 8.0
     """The time for all parts; those that it does not reach are left out."""
-    logs: pathlib.Path = store.FOLDER / "gpu"
-    """The folder for the output of each part."""
     data: pathlib.Path = pathlib.Path(".gpu/data")
     """The folder with CIFAR-10, as TensorFlow Datasets prepares it."""
-    results: pathlib.Path = store.FOLDER
-    """The folder of the results, which get new lines."""
+    results: pathlib.Path | None = None
+    """The folder of the results, which get new lines; the output of each part goes to gpu in it. By default results, or
+    out/gpu-tiny at toy sizes."""
     tiny: bool = False
     """Toy sizes, to see on any machine that every part runs."""
 
@@ -116,13 +115,23 @@ class Config:
         if unknown := set(self.parts) - set(PARTS):
             raise ValueError(f"--parts can name {', '.join(PARTS)}; got {', '.join(sorted(unknown))}.")
 
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder of the results."""
+        return self.results or (pathlib.Path("out/gpu-tiny") if self.tiny else store.FOLDER)
+
+    @property
+    def logs(self) -> pathlib.Path:
+        """The folder for the output of each part."""
+        return self.folder / "gpu"
+
 
 def run_part(name: str, config: Config, deadline: float) -> str:
     """Runs a part until its limit or the deadline, and returns how it ended."""
     part, start = PARTS[name], time.monotonic()
     if deadline - start < 5:
         return f"{name}: no time was left"
-    command = (part.tiny if config.tiny else part.command).format(data=config.data, results=config.results)
+    command = (part.tiny if config.tiny else part.command).format(data=config.data, results=config.folder)
     with (config.logs / f"{name}.txt").open("w", encoding="utf-8") as log:
         print(command, file=log, flush=True)
         try:

@@ -106,7 +106,7 @@ def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..
         )
     if not all(isinstance(other, type) and issubclass(other, nnx.Variable) for other in other_types):
         raise ValueError(
-            f"capture_routing: the other types must be subclasses of nnx.Variable; "
+            "capture_routing: the other types must be subclasses of nnx.Variable; "
             f"got {reprlib.repr(other_types)}. To call the model: capture_routing(model)(x)."
         )
 

@@ -9,7 +9,7 @@ from examples.reproduction import store
 
 
 def config(tmp_path, tiny=True, **options):
-    return gpu.Config(logs=tmp_path / "logs", results=tmp_path / "results", tiny=tiny, **options)
+    return gpu.Config(results=tmp_path, tiny=tiny, **options)
 
 
 def test_a_part_that_fails_or_hangs_costs_the_others_nothing(tmp_path, monkeypatch):
@@ -25,8 +25,8 @@ def test_a_part_that_fails_or_hangs_costs_the_others_nothing(tmp_path, monkeypat
         "fails: failed with code 1",
         "works: finished",
     ]
-    assert platform.platform() in (tmp_path / "logs" / "works.txt").read_text()
-    assert "No module named no_such_module" in (tmp_path / "logs" / "fails.txt").read_text()
+    assert platform.platform() in (tmp_path / "gpu" / "works.txt").read_text()
+    assert "No module named no_such_module" in (tmp_path / "gpu" / "fails.txt").read_text()
 
 
 def test_parts_without_time_are_not_started(tmp_path):
@@ -42,7 +42,7 @@ def test_unknown_parts():
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_parts(part, tmp_path):
     (outcome,) = gpu.main(config(tmp_path, parts=(part,), minutes=20))
-    assert outcome.startswith(f"{part}: finished"), (tmp_path / "logs" / f"{part}.txt").read_text()[-2000:]
+    assert outcome.startswith(f"{part}: finished"), (tmp_path / "gpu" / f"{part}.txt").read_text()[-2000:]
 
 
 def test_the_revision_travels(monkeypatch):

@@ -50,7 +50,7 @@ lint: $(UV)  ## ruff
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 
-format: $(UV)  ## let ruff mend what it can
+format: $(UV)  ## let ruff fix what it can
 	$(RUN) ruff check --fix
 	$(RUN) ruff format
 
@@ -58,12 +58,11 @@ types: $(UV)  ## pyrefly
 	$(RUN) pyrefly check
 
 docs: $(UV)  ## write docs/compatibility.md, docs/reproduction.md, the table of docs/results.md, and pictures
-	$(RUN) python tests/optimizer_table.py > docs/compatibility.md
+	$(RUN) python -m tools.optimizer_table > docs/compatibility.md
 	$(RUN) python -m examples.reproduce report
 
-site: $(UV)  ## build the documentation into out/site, and check its links
+site: $(UV)  ## build the documentation into out/site; a broken link is an error
 	$(RUN) sphinx-build -W --keep-going -q -b html -d out/doctrees docs out/site
-	$(RUN) python tests/site_check.py out/site
 
 docs-test: $(UV)  ## run every example of the docstrings, the README and docs/
 	$(RUN) pytest --doctest-modules excitation_optax models
@@ -74,10 +73,10 @@ notebooks: $(UV)  ## write examples/notebooks/*.ipynb from docs/notebooks/*.md
 
 notebooks-test: $(UV)  ## run the notebooks, here and as Colab does, from an empty environment
 	$(RUN) pytest -m "slow or not slow" tests/test_notebooks.py
-	UV=$(UV) sh tests/colab.sh
+	UV=$(UV) sh tools/colab.sh
 
 wheel-test: $(UV)  ## build the wheel and try it in an empty environment, outside of this folder
-	UV=$(UV) sh tests/wheel.sh
+	UV=$(UV) sh tools/wheel.sh
 
 gpu-wheels:  ## pack what make gpu needs on a machine without a network: packages, and CIFAR-10 from the folder DATA
 	sh benchmarks/gpu.sh pack $(DATA)

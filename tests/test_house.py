@@ -17,6 +17,7 @@ MAY_IMPORT = {  # of our own packages
     "models": {"excitation_optax", "models"},
     "examples": {"excitation_optax", "models", "examples"},
     "benchmarks": {"excitation_optax", "models", "examples", "benchmarks"},
+    "tools": {"excitation_optax", "models", "examples", "tools"},
 }
 
 
@@ -106,7 +107,7 @@ def test_contributing_lists_targets_and_paths():
     targets = re.findall(r"^([a-z -]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in targets:
         assert any(f"`make {name}`" in text for name in target.split()) or target in ("help", "clean"), target
-    for path in re.findall(r"`((?:tests|docs|examples|excitation_optax|results|\.ci|\.github)/[\w./]*)`", text):
+    for path in re.findall(r"`((?:tests|tools|docs|examples|excitation_optax|results|\.ci|\.github)/[\w./]*)`", text):
         assert "NAME" in path or (ROOT / path).exists(), path
     for path in (ROOT / "excitation_optax").glob("[!_]*.py"):
         assert path.name in text, path

@@ -11,10 +11,10 @@ import tomllib
 import zipfile
 
 import pytest
-import release_check
 import yaml
 
 import excitation_optax
+from tools import release_check
 
 ROOT = pathlib.Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -85,14 +85,33 @@ def test_one_forgotten_file(released, file, pattern, replacement, message):
 
 def test_the_build_reads_the_version_from_the_package():
     assert "version" not in PROJECT
-    assert PROJECT["dynamic"] == ["version"]
+    assert "version" in PROJECT["dynamic"]
     assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "excitation_optax/__init__.py"
+
+
+def test_the_package_page_has_absolute_links_that_hold():
+    page = (ROOT / "README.md").read_text()
+    for rule in PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(rule["pattern"], rule["replacement"], page)
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert all(link.startswith("https://") for link in links)
+    paths = [re.split(r"/main/|#", link)[1] for link in links if "/main/" in link]
+    assert len(paths) > 20
+    assert all((ROOT / path).exists() for path in paths)
+    repository = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
+    assert all(f"/{repository}/" in link for link in links if "/main/" in link)
+
+
+def test_an_editable_install_exposes_the_library_and_the_models():
+    (folder,) = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["dev-mode-dirs"]
+    exposed = {path.name: path.resolve() for path in (ROOT / folder).iterdir()}
+    assert exposed == {name: ROOT / name for name in ("excitation_optax", "models")}
 
 
 # Dependencies.
 
 NAMES = {"PIL": "pillow", "haiku": "dm-haiku", "orbax": "orbax-checkpoint", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-OWN = {"benchmarks", "examples", "excitation_optax", "models", "tests"} | {
+OWN = {"benchmarks", "examples", "excitation_optax", "models", "tests", "tools"} | {
     path.stem for folder in ("tests", "tests/integrations") for path in (ROOT / folder).glob("*.py")
 }
 ELSEWHERE = {
@@ -127,6 +146,7 @@ CORE, EXTRAS, GROUPS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
         ("models/*.py", [CORE, EXTRAS["flax"], EXTRAS["tokamax"]]),
         ("examples/**/*.py", [CORE, EXTRAS["examples"], EXTRAS["telemetry"], GROUPS["docs"]]),
         ("benchmarks/*.py", [CORE, EXTRAS["examples"], EXTRAS["tokamax"], EXTRAS["torch"]]),
+        ("tools/*.py", [CORE, EXTRAS["examples"], GROUPS["test"]]),
         ("tests/*.py", [CORE, EXTRAS["examples"], EXTRAS["torch"], GROUPS["core-test"], GROUPS["test"]]),
     ],
 )
@@ -200,7 +220,7 @@ def test_workflows(path):
             assert ("uses" in step) != ("run" in step)
             command = step.get("run", "").split()
             for word in command:
-                assert not word.startswith((".ci/", "tests/")) or (ROOT / word).exists(), word
+                assert not word.startswith((".ci/", "tools/")) or (ROOT / word).exists(), word
             if command[:1] == ["make"]:
                 of_matrix = command[1:] == ["${{", "matrix.target", "}}"]
                 made = job["strategy"]["matrix"]["target"] if of_matrix else command[1:]

@@ -1,6 +1,6 @@
 """Twenty steps of a small model on a mesh, by the parts of examples.pod; all meshes must give the same numbers.
 
-`python tests/pod_job.py` prints the table of docs/scaling.md. With arguments it is one of two processes of a run.
+`python -m tools.mesh_numbers` prints the table of docs/scaling.md. With arguments it is one of two processes of a run.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Checks before a release: `python tests/release_check.py v1.2.3`, and `--built dist` after the build.
+"""Checks before a release: `python tools/release_check.py v1.2.3`, and `--built dist` after the build.
 
 Requires only Python. It prints one line for each problem and exits with 1.
 """

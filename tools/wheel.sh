@@ -6,7 +6,7 @@ set -eu
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 "$UV" build --quiet --wheel --out-dir "$dir" .
-cp tests/wheel_check.py "$dir"
+cp tools/wheel_check.py "$dir"
 cd "$dir"
 "$UV" venv --quiet env
 for extra in "" "[flax]" "[telemetry]"; do

@@ -14,5 +14,5 @@ export GIT_CONFIG_VALUE_0
 unset PYTHONPATH
 for name in your_own_moe quickstart what_happens_inside; do  # the first installs the package, the others what it lacks
     mkdir "$dir/$name"
-    "$dir/env/bin/python" tests/colab_check.py "$here/examples/notebooks/$name.ipynb" "$dir/$name"
+    "$dir/env/bin/python" tools/colab_check.py "$here/examples/notebooks/$name.ipynb" "$dir/$name"
 done

@@ -1,17 +1,22 @@
-"""What the programs that compare strategies share: flags, and the table and the picture at the end."""
+"""What the programs that compare strategies share: flags, the training loop, and the final table and picture."""
 
 import contextlib
 import dataclasses
+import functools
+import json
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 
 from examples import logs, training
 from excitation_optax import plotting
 
 Runs = dict[str, list[list[dict[str, Any]]]]  # by strategy, for each seed, the lines of its log
+Measures = dict[str, tuple[str, int, int]]  # by label, the name in the log, a factor, and digits
 LOAD = "max_over_mean_load"
 
 
@@ -41,8 +46,79 @@ def check(config: Any) -> None:
         raise ValueError(f"--output must name a .png, .pdf or .svg file; got {config.output}.")
 
 
+class Task(NamedTuple):
+    """What a program trains, and on what data."""
+
+    name: str  # of the model, for the picture
+    data: str  # a line that describes the data
+    model: Callable[[int], nnx.Module]  # of a seed
+    expert_axis: Any
+    loss_fn: Callable[..., Any]  # (graphdef, params, batch), as `training.train_step` requires it
+    batch: Callable[[int, int], Any]  # of a seed and a step, counted from 0
+    evaluate: Callable[[Any], Callable[[Any], dict[str, float]]]  # of the graph definition, then of parameters
+    steps: int
+    evaluate_every: int  # steps; there is an evaluation at the end in any case
+    batch_items: int  # tokens or images of a batch
+    items: str  # "tokens" or "images"
+    measures: Measures  # the first is drawn too
+
+
+def train(config: Config, task: Task, strategy: training.Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
+    """Trains one model. Returns it, and the lines of its log but for the first."""
+    graphdef, params = nnx.split(task.model(seed))
+    excite: Any = {"strategy": strategy, "gamma": config.gamma, "seed": seed}
+    base = training.base_optimizer(config, task.steps)
+    tx = training.make_optimizer(base, expert_axis=task.expert_axis, **excite)
+    gradient = jax.grad(functools.partial(task.loss_fn, graphdef), has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, batch):
+        new_state, logged, utilization = training.train_step(gradient, tx, state, batch)
+        whole = bool(config.tensorboard or config.wandb)
+        return new_state, logged | training.routing_metrics(utilization, step=state.step, whole=whole, **excite)
+
+    evaluate, state = task.evaluate(graphdef), training.TrainState.create(params, tx)
+    name = f"{strategy}-{seed}"
+    path = config.output.with_name(f"{config.output.stem}-{name}.jsonl")
+    with contextlib.closing(logs.Log(path, task.steps, config, label=name)) as log:
+        compiled = step.lower(state, task.batch(seed, 0)).compile()
+        log.start(0, 0)
+        for number in range(1, task.steps + 1):
+            state, logged = compiled(state, task.batch(seed, number - 1))
+            if number % config.log_every == 0 or number == task.steps:
+                logged = jax.device_get(logged)  # waits for it
+                rate = {f"{task.items}_per_second": log.rate(number * task.batch_items)}
+                log.write(number, logged | rate, f"loss {logged['loss']:.3f}")
+            if number % task.evaluate_every == 0 or number == task.steps:
+                found = evaluate(state.params)
+                log.write(number, found, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+                log.skip(number * task.batch_items)
+            log.advance()
+    return nnx.merge(graphdef, state.params), [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def compare(config: Config, task: Task, show: Callable[[str, Any], None] = lambda strategy, model: None) -> Runs:
+    """Trains every strategy with every seed, prints the table and draws the picture.
+
+    `show` is called with each strategy and its first model.
+    """
+    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
+    print(f"{task.data}; {size:,} parameters; {task.steps} steps", flush=True)
+    runs: Runs = {strategy: [] for strategy in config.strategy}
+    for strategy in config.strategy:
+        for seed in range(config.seed, config.seed + config.seeds):
+            model, written = train(config, task, strategy, seed)
+            runs[strategy].append(written)
+            if seed == config.seed:
+                show(strategy, model)
+    print(table(runs, task.measures))
+    picture(runs, config.output, task.measures, f"{task.name}, {size:,} parameters")
+    print(f"picture: {config.output.resolve()}, with the logs beside it")
+    return runs
+
+
 def spread(values: Any, digits: int) -> str:
-    """The mean and the standard deviation over seeds, `[seeds]`; models that diverged (NaN) are counted apart."""
+    """The mean and the standard deviation over seeds, `[seeds]`. Models that diverged (NaN) are counted separately."""
     values = np.asarray(values, float)
     finite = values[np.isfinite(values)]
     deviation = f" ± {finite.std(ddof=1):.{digits}f}" if len(finite) > 1 else ""
@@ -51,7 +127,7 @@ def spread(values: Any, digits: int) -> str:
 
 
 def over_seeds(seeds: int) -> str:
-    """What the cells of a table are."""
+    """A description of the cells of a table."""
     return f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
 
 
@@ -66,21 +142,42 @@ def last(lines: list[dict[str, Any]], name: str) -> float:
     return np.nan if value is None else value
 
 
-def table(runs: Runs, measures: dict[str, tuple[str, int, int]]) -> str:
-    """The end of every run: the measures, each by its name in the log, a factor and digits, and the routing."""
+def table(runs: Runs, measures: Measures) -> str:
+    """The measures and the routing at the end of every run."""
     seeds = len(next(iter(runs.values())))
     measures = measures | {"max / mean load": (LOAD, 1, 2), "dead experts, %": ("dead_experts", 100, 1)}
     few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
     lines = [f"at the end, {over_seeds(seeds)}{few}", row("", list(runs))]
     for label, (name, factor, digits) in measures.items():
-        found = {strategy: [factor * last(lines, name) for lines in logs] for strategy, logs in runs.items()}
-        lines.append(row(label, [spread(values, digits) for values in found.values()]))
+        found = [[factor * last(lines, name) for lines in logs] for logs in runs.values()]
+        lines.append(row(label, [spread(values, digits) for values in found]))
     cells = []
-    for seeds_logs in runs.values():
-        low, high = (np.mean([last(lines, f"excitation_{end}") for lines in seeds_logs]) for end in ("min", "max"))
-        excited = any("excitation_min" in line for line in seeds_logs[0])
-        cells.append(f"{low:.2f} to {high:.2f}" if excited else "none")
+    for strategy, logs_of_seeds in runs.items():
+        low, high = (np.mean([last(lines, f"excitation_{end}") for lines in logs_of_seeds]) for end in ("min", "max"))
+        cells.append("none" if strategy == "baseline" else f"{low:.2f} to {high:.2f}")
     return "\n".join([*lines, row("excitation, range", cells)])
+
+
+def picture(runs: Runs, path: pathlib.Path, measures: Measures, title: str) -> None:
+    """Draws the first measure and the load of the busiest expert along training."""
+    (label, (name, factor, _)), *_ = measures.items()
+    with figure(path, 10) as drawn:
+        panels = (name, label, factor), (LOAD, "max / mean load", 1)
+        for axes, (metric, ylabel, scale) in zip(drawn.subplots(1, 2), panels, strict=True):
+            for strategy, seeds in runs.items():
+                steps = [line["step"] for line in seeds[0] if metric in line]
+                values = [[line[metric] for line in lines if metric in line] for lines in seeds]  # None is NaN
+                curve(axes, steps, scale * np.array(values, float).T, strategy)
+            axes.set(xlabel="step", ylabel=ylabel)
+        drawn.axes[0].legend()
+        drawn.suptitle(title)
+
+
+def curve(axes: Any, x: Any, values: Any, label: str) -> None:
+    """The mean over seeds of `values` `[len(x), seeds]`, with a band from the lowest to the highest seed."""
+    (line,) = axes.plot(x, values.mean(1), label=label, color=plotting.COLORS.get(label))
+    axes.fill_between(x, values.min(1), values.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.grid(alpha=0.3)
 
 
 @contextlib.contextmanager
@@ -96,30 +193,6 @@ def figure(path: pathlib.Path, width: float, height: float = 4.2) -> Iterator[An
     with logs.naming(path):
         drawn.savefig(path, dpi=120)
     plt.close(drawn)
-
-
-def curve(axes: Any, x: Any, values: Any, label: str) -> None:
-    """The mean over seeds of `values` `[len(x), seeds]`, with a band from the lowest to the highest seed."""
-    (line,) = axes.plot(x, values.mean(1), label=label, color=plotting.COLORS.get(label))
-    axes.fill_between(x, values.min(1), values.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.grid(alpha=0.3)
-
-
-def finish(runs: Runs, path: pathlib.Path, measures: dict[str, tuple[str, int, int]], title: str) -> None:
-    """Prints the table, and draws the first measure and the load of the busiest expert along training."""
-    print(table(runs, measures))
-    (label, (name, factor, _)), *_ = measures.items()
-    with figure(path, 10) as drawn:
-        panels = (name, label, factor), (LOAD, "max / mean load", 1)
-        for axes, (metric, ylabel, scale) in zip(drawn.subplots(1, 2), panels, strict=True):
-            for strategy, seeds in runs.items():
-                steps = [line["step"] for line in seeds[0] if metric in line]
-                values = [[line[metric] for line in lines if metric in line] for lines in seeds]  # None is NaN
-                curve(axes, steps, scale * np.array(values, float).T, strategy)
-            axes.set(xlabel="step", ylabel=ylabel)
-        drawn.axes[0].legend()
-        drawn.suptitle(title)
-    print(f"picture: {path.resolve()}, with the logs beside it")
 
 
 def ready(path: pathlib.Path) -> None:

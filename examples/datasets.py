@@ -1,6 +1,6 @@
 """Image data sets that fit in memory: TensorFlow Datasets' preparation, or the archives that their makers publish.
 
-TensorFlow is not needed. What was decoded is cached, beside the data or in the user's cache folder.
+TensorFlow is not needed. Decoded data is cached in the user's cache folder.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -28,16 +28,13 @@ ARCHIVES = {
     "cifar100": ("cifar-100-python.tar.gz, or its folder cifar-100-python", "https://www.cs.toronto.edu/~kriz/"),
     "svhn_cropped": ("train_32x32.mat and test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
 }
-# The folder in the archive, the archive, the files, and the labels in them.
+# The folder in the archive, the archive, its files (the last is the test set), and their key of the labels.
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 CIFAR = {
-    "cifar10": (
-        *("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-        *([f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels"),
-    ),
-    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", ["train"], "test", b"fine_labels"),
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", BATCHES, b"labels"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz", ["train", "test"], b"fine_labels"),
 }
 PUBLISHED = "as published by its makers"
-ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +53,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """16 hexadecimal digits made of every image and label."""
         digest = hashlib.sha256()
-        for array in (getattr(self, name) for name in ARRAYS):
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(f"{array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
@@ -93,8 +90,7 @@ def load_images(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
     folder = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     for find in (_find_tfds, _find_archive, _find_mat):
         if found := find(name, folder):
-            paths, read = found
-            return _cached(name, folder, paths, read)
+            return _cached(name, folder, *found)
     files, address = ARCHIVES[name]
     raise FileNotFoundError(
         f"{name} is not in {folder}. Download {files} from {address} and name its folder with --data-dir; or prepare "
@@ -104,12 +100,6 @@ def load_images(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
 
 
 Found = tuple[list[pathlib.Path], Callable[[], ImageData]] | None  # the files, and what reads them
-
-
-def _image_data(name: str, splits: Sequence[np.ndarray], place: str, state: str) -> ImageData:
-    train_images, train_labels, test_images, test_labels = splits
-    about = NUM_CLASSES[name], f"{name}{place}", state
-    return ImageData(train_images, train_labels, test_images, test_labels, *about)
 
 
 def _find_tfds(name: str, folder: pathlib.Path) -> Found:
@@ -127,8 +117,8 @@ def _find_tfds(name: str, folder: pathlib.Path) -> Found:
         if info.exists():
             with _naming(info):
                 state = json.loads(info.read_bytes()).get("description", "").strip().partition("\n")[0]
-        splits = [array for split in shards for array in _read_shards(version, split)]
-        return _image_data(name, splits, f" {version.name}, from {version}", state)
+        (train, test) = (_read_shards(version, split) for split in shards)
+        return ImageData(*train, *test, NUM_CLASSES[name], f"{name} {version.name}, from {version}", state)
 
     return [*shards[0], *shards[1], *([info] if info.exists() else [])], read
 
@@ -155,33 +145,35 @@ def _find_archive(name: str, folder: pathlib.Path) -> Found:
     """CIFAR as its makers publish it, in the version for Python: an archive, or its folder."""
     if name not in CIFAR:
         return None
-    inner, archive, train, test, labels = CIFAR[name]
+    inner, archive, files, labels = CIFAR[name]
     for place in (folder / inner, folder):
-        paths = [place / file for file in (*train, test)]
+        paths = [place / file for file in files]
         if all(path.is_file() for path in paths):
-            opened = ((path, path.read_bytes()) for path in paths)  # read when they are needed
+            opened = ((path, path.read_bytes()) for path in paths)  # read on demand
             return paths, functools.partial(_read_pickles, name, place, opened, labels)
     path = folder / archive
 
     def read() -> ImageData:
         with _naming(path), tarfile.open(path) as opened:
-            members = {pathlib.PurePath(member.name).name: member for member in opened.getmembers() if member.isfile()}
-            files = [(path, cast(Any, opened.extractfile(members[file])).read()) for file in (*train, test)]
-        return _read_pickles(name, path, files, labels)
+            members: Any = (opened.extractfile(f"{inner}/{file}") for file in files)
+            contents = [(path, member.read()) for member in members]
+        return _read_pickles(name, path, contents, labels)
 
     return ([path], read) if path.is_file() else None
 
 
 def _read_pickles(name: str, place: pathlib.Path, files: Iterable[tuple[pathlib.Path, bytes]], key: bytes) -> ImageData:
-    """From the files of the training set, and at the end that of the test set."""
-    parts = []
+    """Reads the files of the training set, and the last one, of the test set."""
+    parts: Any = []
     for path, content in files:
         with _naming(path):
-            batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+            batch: Any = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
             labels = np.array(batch[key], np.int32)
             parts.append((batch[b"data"].reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels))
-    train = [np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True)]
-    return _image_data(name, [*train, *parts[-1]], f", from {place}", PUBLISHED)
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
+    test_images, test_labels = parts[-1]
+    about = NUM_CLASSES[name], f"{name}, from {place}", PUBLISHED
+    return ImageData(images, labels, test_images, test_labels, *about)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -208,8 +200,8 @@ def _find_mat(name: str, folder: pathlib.Path) -> Found:
         for path in paths:
             with _naming(path):
                 content = scipy.io.loadmat(path)
-                splits += [content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10]
-        return _image_data(name, splits, f", from {folder}", PUBLISHED)
+                splits.append((content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10))
+        return ImageData(*splits[0], *splits[1], NUM_CLASSES[name], f"{name}, from {folder}", PUBLISHED)
 
     return paths, read
 
@@ -226,59 +218,41 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 
 def _cached(name: str, folder: pathlib.Path, paths: list[pathlib.Path], read: Callable[[], ImageData]) -> ImageData:
-    """What was decoded before, if the files are the same still; otherwise reads them, and writes the cache."""
+    """The decoded data, from the cache if it was made from these files."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     source = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
-    user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "excitation_optax"
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    caches = [user / f"{name}-{place}-decoded.npz"]
-    if folder.stat().st_mode & 0o222:  # its owner may mean it to be read-only, which does not stop root
-        caches.insert(0, folder / f"{name}-decoded.npz")
-    for cache in caches:
-        if data := _read_cache(cache, source):
-            return data
+    user = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = user / "excitation_optax" / f"{name}-{place}-decoded.npz"
+    if data := _read_cache(cache, source):
+        return data
     data = read()
-    problem = None
-    for cache in caches:
-        try:
-            _write_cache(cache, data, source)
-            return data
-        except OSError as error:  # read-only, or full
-            problem = error
-    print(f"{name}: not cached, and so decoded each time ({problem})", file=sys.stderr)
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, **vars(data), source=source)
+        temporary.replace(cache)
+    except OSError as error:  # read-only, or full
+        print(f"{name}: not cached, and so decoded each time ({error})", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return data
 
 
-# What reading a damaged .npz file raises, wherever the damage is.
+# The errors of reading a damaged .npz file, wherever the damage is.
 DAMAGED_NPZ = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def _read_cache(path: pathlib.Path, source: str) -> ImageData | None:
-    """None if there is none, or one of other files, or a damaged one."""
+    """None if there is no cache, or it is damaged (zip has checksums), or it was made from other files."""
     try:
         with path.open("rb") as file, np.load(file) as saved:
-            if saved["source"] != source:
-                return None
-            arrays = [saved[array] for array in ARRAYS]
-            data = ImageData(*arrays, *(saved[rest].item() for rest in ("num_classes", "description", "state")))
-            if data.fingerprint == saved["fingerprint"]:
-                return data
-            problem = "its numbers are not those that were written"
-    except FileNotFoundError:
-        return None
+            fields = {field.name: saved[field.name] for field in dataclasses.fields(ImageData)}
+            if saved["source"] == source:
+                return ImageData(**{name: a if a.ndim else a.item() for name, a in fields.items()})
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except DAMAGED_NPZ as error:
-        problem = repr(error)
-    print(f"{path} is damaged ({problem:.200}); the data is decoded again", file=sys.stderr)
+        print(f"{path} is damaged ({error!r:.200}); the data is decoded again", file=sys.stderr)
     return None
-
-
-def _write_cache(path: pathlib.Path, data: ImageData, source: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fields: dict[str, Any] = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **fields, fingerprint=data.fingerprint, source=source)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

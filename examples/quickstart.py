@@ -73,12 +73,9 @@ class Config:
     def __post_init__(self):
         """Errors before anything is loaded or trained."""
         training.check_positive(self, "epochs", "batch_size", "seeds", "width", "depth")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"--learning-rate must be positive; got {self.learning_rate}.")
-        if not 0 <= self.gamma < math.inf:
-            raise ValueError(f"--gamma must not be negative; got {self.gamma}.")
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"--sparsity is a share in [0, 1]; got {self.sparsity}.")
+        training.check(self, "must be positive", lambda x: 0 < x < math.inf, "learning_rate")
+        training.check(self, "must not be negative", lambda x: 0 <= x < math.inf, "gamma")
+        training.check(self, "is a share in [0, 1]", lambda x: 0 <= x <= 1, "sparsity")
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
         comparison.check(self)

@@ -4,7 +4,7 @@
     python -m examples.train_gpt_moe --strategy baseline zero_sum positive_sum --seeds 3
     python -m examples.train_gpt_moe --text DIR --tokenizer gpt2      # WikiText's splits, as GPT-2's 50,257 tokens
 
-`loss_fn` here and `training.train_step` are all there is to it: loss, gradient, update.
+`training.routed_loss` and `training.train_step` show all that Excitation requires: loss, gradient, update.
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ import optax
 from flax import nnx
 
 from examples import comparison, texts, training
-from excitation_optax import flax as excitation_flax
-from models import gpt_moe, moe
+from models import gpt_moe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,18 +91,14 @@ class Config(RunConfig, comparison.Config):
         super().__post_init__()
         if not self.prompt:
             raise ValueError("--prompt must not be empty.")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"--temperature must not be negative; got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p is in (0, 1]; got {self.top_p}.")
+        training.check(self, "must not be negative", lambda x: 0 <= x < math.inf, "temperature")
+        training.check(self, "is in (0, 1]", lambda x: 0 < x <= 1, "top_p")
 
 
 def loss_fn(graphdef, params, tokens, *, load_balancing: float, router_z: float):
     """What is minimized on tokens `[B, S + 1]`, what is logged, and the routing."""
-    model = nnx.merge(graphdef, params)
-    logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(tokens[:, :-1])
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-    minimized, logged = training.add_auxiliary(loss, sown, load_balancing=load_balancing, router_z=router_z)
+    model, weights = nnx.merge(graphdef, params), {"load_balancing": load_balancing, "router_z": router_z}
+    minimized, logged, utilization, _ = training.routed_loss(model, tokens[:, :-1], tokens[:, 1:], **weights)
     return minimized, (logged, utilization)
 
 
@@ -143,22 +138,22 @@ def evaluation_metrics(loss: float, text: texts.Text) -> dict[str, float]:
     }
 
 
-def make_task(config: Config, text: texts.Text) -> training.Task:
-    """What `training.train` has to know."""
+def make_task(config: Config, text: texts.Text) -> comparison.Task:
+    """What `comparison.compare` has to know."""
 
     @functools.cache
     def starts(seed: int) -> np.ndarray:  # [steps, B]
-        return np.random.default_rng(seed).integers(
-            0, len(text.train) - config.context, (config.steps, config.batch_size)
-        )
+        shape = config.steps, config.batch_size
+        return np.random.default_rng(seed).integers(0, len(text.train) - config.context, shape)
 
     def evaluator(graphdef):
         total_loss = make_total_loss(graphdef)
-        return lambda params: evaluation_metrics(
-            evaluate(total_loss, params, text.evaluation, config.context, config.batch_size), text
-        )
+        sizes = config.context, config.batch_size
+        return lambda params: evaluation_metrics(evaluate(total_loss, params, text.evaluation, *sizes), text)
 
-    return training.Task(
+    return comparison.Task(
+        name="GPT-MoE",
+        data=f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens",
         model=lambda seed: gpt_moe.GPTMoE(config.model(text.vocab_size), rngs=nnx.Rngs(seed)),
         expert_axis=gpt_moe.GPTMoE.expert_axis,
         loss_fn=functools.partial(loss_fn, load_balancing=config.load_balancing, router_z=config.router_z),
@@ -168,42 +163,27 @@ def make_task(config: Config, text: texts.Text) -> training.Task:
         evaluate_every=config.eval_every,
         batch_items=config.batch_size * config.context,
         items="tokens",
+        measures={"evaluation loss, nats": ("evaluation_loss", 1, 3), "bits per byte": ("bits_per_byte", 1, 3)},
     )
 
 
 def main(config: Config) -> comparison.Runs:
     """Loads the text, trains all strategies, prints samples and the table, and draws the picture."""
     text = texts.load(config.text, config.tokenizer)
+    task = make_task(config, text)
     if min(len(text.train), len(text.evaluation)) < config.context + 1:
-        raise ValueError(
-            f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; each must have more than "
-            f"--context {config.context}."
-        )
+        raise ValueError(f"{task.data}; each must have more than --context {config.context}.")
     prompt = texts.encode(config.prompt.encode(), config.tokenizer)
     if len(prompt) >= config.context:
         raise ValueError(f"--prompt has {len(prompt)} tokens, and must be shorter than --context {config.context}.")
     comparison.ready(config.output)
-    task = make_task(config, text)
-    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
-    print(
-        f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens; {size:,} parameters", flush=True
-    )
-    runs: comparison.Runs = {}
-    for strategy, seed in training.runs(config):
-        model, lines = training.train(config, task, strategy, seed)
-        runs.setdefault(strategy, []).append(lines)
-        if seed == config.seed:
-            sample = gpt_moe.generate(
-                model,
-                jnp.asarray(prompt)[None],
-                config.context - len(prompt),
-                key=jax.random.key(seed),
-                temperature=config.temperature,
-                top_p=config.top_p,
-            )
-            print(f"sample of {strategy}: {texts.decode(np.asarray(sample[0]), config.tokenizer)}\n", flush=True)
-    measures = {"evaluation loss, nats": ("evaluation_loss", 1, 3), "bits per byte": ("bits_per_byte", 1, 3)}
-    comparison.finish(runs, config.output, measures, f"GPT-MoE, {size:,} parameters")
+
+    def show(strategy: str, model: Any) -> None:
+        options: Any = {"key": jax.random.key(config.seed), "temperature": config.temperature, "top_p": config.top_p}
+        sample = gpt_moe.generate(model, jnp.asarray(prompt)[None], config.context - len(prompt), **options)
+        print(f"sample of {strategy}: {texts.decode(np.asarray(sample[0]), config.tokenizer)}\n", flush=True)
+
+    runs = comparison.compare(config, task, show)
     print(f"A code for single bytes takes {texts.unigram_entropy(text.evaluation_bytes):.3f} bits per byte.")
     print("next: python -m examples.train_gpt_moe --seeds 3 --learning-rate 0.01")
     print("      Excitation lengthens steps: compare it with the baseline at its own best learning rate.")

@@ -4,7 +4,7 @@
     python -m examples.train_moe_vit --data-dir DIR                # CIFAR-10
     python -m examples.train_moe_vit --data-dir DIR --strategy baseline zero_sum positive_sum --seeds 3
 
-`loss_fn` here and `training.train_step` are all there is to it: loss, gradient, update.
+`training.routed_loss` and `training.train_step` show all that Excitation requires: loss, gradient, update.
 """
 
 import dataclasses
@@ -15,12 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from examples import comparison, datasets, training
-from excitation_optax import flax as excitation_flax
-from models import moe, moe_vit
+from models import moe_vit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,14 +55,13 @@ def model_config(sizes: Any, dtype: str = "float32", **options: Any) -> moe_vit.
     return moe_vit.MoEViTConfig(moe=layer, num_layers=sizes.num_layers, num_heads=sizes.num_heads, **options)
 
 
-def loss_fn(graphdef, params, batch, *, load_balancing: float, router_z: float, flip: bool):
+def loss_fn(graphdef, params, batch, *, flip: bool, **weights: float):
     """What is minimized on images, labels and a key, what is logged, and the routing."""
     images, labels, key = batch
-    model = nnx.merge(graphdef, params)
     images = augment(key, to_unit_range(images), flip=flip)
-    logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(images)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    minimized, logged = training.add_auxiliary(loss, sown, load_balancing=load_balancing, router_z=router_z)
+    minimized, logged, utilization, logits = training.routed_loss(
+        nnx.merge(graphdef, params), images, labels, **weights
+    )
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return minimized, (logged | {"accuracy": accuracy}, utilization)
 
@@ -105,8 +102,8 @@ def load(config: Config) -> datasets.ImageData:
     )
 
 
-def make_task(config: Config, data: datasets.ImageData) -> training.Task:
-    """What `training.train` has to know. Images are shuffled anew in each epoch; digits are never mirrored."""
+def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
+    """What `comparison.compare` has to know. Images are shuffled anew in each epoch; digits are never mirrored."""
     examples = len(data.train_labels)
     if config.batch_size > examples:
         raise ValueError(f"--batch-size must be at most the {examples} training images; got {config.batch_size}.")
@@ -129,7 +126,9 @@ def make_task(config: Config, data: datasets.ImageData) -> training.Task:
         return lambda params: {"test_accuracy": evaluate(predict, params, data.test_images, data.test_labels)}
 
     losses = {"load_balancing": config.load_balancing, "router_z": config.router_z}
-    return training.Task(
+    return comparison.Task(
+        name="MoE-ViT",
+        data=f"{data.description}: {examples} training and {len(data.test_labels)} test images",
         model=lambda seed: moe_vit.MoEViT(config.model(), rngs=nnx.Rngs(seed)),
         expert_axis=moe_vit.MoEViT.expert_axis,
         loss_fn=functools.partial(loss_fn, **losses, flip=config.data_dir is not None),
@@ -139,22 +138,14 @@ def make_task(config: Config, data: datasets.ImageData) -> training.Task:
         evaluate_every=per_epoch,
         batch_items=config.batch_size,
         items="images",
+        measures={"test accuracy, %": ("test_accuracy", 100, 2)},
     )
 
 
 def main(config: Config) -> comparison.Runs:
     """Loads the data, trains all strategies, prints the table and draws the picture."""
     comparison.ready(config.output)
-    data = load(config)
-    task = make_task(config, data)
-    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
-    images = f"{len(data.train_labels)} training and {len(data.test_labels)} test images"
-    print(f"{data.description}: {images}; {size:,} parameters; {task.steps} steps", flush=True)
-    runs: comparison.Runs = {}
-    for strategy, seed in training.runs(config):
-        runs.setdefault(strategy, []).append(training.train(config, task, strategy, seed)[1])
-    measures = {"test accuracy, %": ("test_accuracy", 100, 2)}
-    comparison.finish(runs, config.output, measures, f"MoE-ViT, {size:,} parameters")
+    runs = comparison.compare(config, make_task(config, load(config)))
     here = f" --data-dir {config.data_dir}" if config.data_dir else ""
     print(f"next: python -m examples.train_moe_vit{here} --strategy baseline zero_sum positive_sum --seeds 3")
     return runs

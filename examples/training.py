@@ -1,9 +1,8 @@
-"""What the training programs share: flags, the optimizer, the step, the metrics of the routing, and the loop.
+"""What the training programs share: flags, the optimizer, the step, and metrics of the routing.
 
 Axis letters: E experts, L layers.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -11,17 +10,16 @@ import inspect
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 import tyro
-from flax import nnx
 
 import excitation_optax
-from examples import logs
+from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import moe
 
@@ -87,29 +85,26 @@ class TrainingConfig:
 
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained."""
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{_flag(name)} must be positive; got {getattr(self, name)}.")
-        for name in ("gamma", "weight_decay", "load_balancing", "router_z", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{_flag(name)} must not be negative; got {getattr(self, name)}.")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"--warmup is a fraction of the steps, in [0, 1]; got {self.warmup}.")
+        check(self, "must be positive", lambda x: 0 < x < math.inf, "learning_rate", "clip")
+        losses = ("load_balancing", "router_z")
+        check(self, "must not be negative", lambda x: 0 <= x < math.inf, "gamma", "weight_decay", *losses, "seed")
+        check(self, "is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup")
         check_positive(self, "log_every")
         for flag, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise ValueError(f"--{flag} requires {package}: pip install -e '.[telemetry]'")
 
 
+def check(config: Any, text: str, is_valid: Callable[[Any], bool], *names: str) -> None:
+    """Raises ValueError for a flag that is given and not valid; `text` says what it must be."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not is_valid(value):
+            raise ValueError(f"--{name.replace('_', '-')} {text}; got {value}.")
+
+
 def check_positive(config: Any, *names: str) -> None:
     """Raises ValueError for a flag that is given and is not at least 1."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{_flag(name)} must be at least 1; got {value}.")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    check(config, "must be at least 1", lambda value: value >= 1, *names)
 
 
 def run_program(main: Callable[[Any], Any], config: Any, module: str, description: str | None = None) -> None:
@@ -146,7 +141,7 @@ def warmup_cosine(peak: float, warmup: float, steps: int, end: float = 0.0) -> o
 
 
 def base_optimizer(config: TrainingConfig, steps: int) -> optax.GradientTransformation:
-    """What the flags ask for, without Excitation: clipping, then AdamW or SGD, with warm-up and cosine decay."""
+    """The optimizer of the flags, without Excitation: clipping, then AdamW or SGD, with warm-up and cosine decay."""
     schedule = warmup_cosine(config.learning_rate, config.warmup, steps, 0.1 * config.learning_rate)
     optimizer = OPTIMIZERS["momentum"](schedule)
     if config.optimizer == "adamw":
@@ -172,10 +167,9 @@ def make_optimizer(
     """The optimizer, and Excitation after it unless the strategy is "baseline"."""
     if strategy == "baseline":
         return optax.chain(optimizer)
+    excite = {"expert_axis": expert_axis, "seed": seed}
     function = getattr(excitation_optax, strategy)
-    return optax.chain(
-        optimizer, excitation_optax.scale_by_excitation(function, gamma, expert_axis=expert_axis, seed=seed)
-    )
+    return optax.chain(optimizer, excitation_optax.scale_by_excitation(function, gamma, **excite))
 
 
 class TrainState(NamedTuple):
@@ -204,14 +198,15 @@ def train_step(gradient, tx, state: TrainState, batch):
     return TrainState(params, opt_state, state.step + 1), logged, utilization
 
 
-def add_auxiliary(
-    loss: jax.Array, sown: nnx.State, *, load_balancing: float, router_z: float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss plus the routers' weighted losses, and all of them to be logged."""
+def routed_loss(model: Any, inputs: Any, labels: Any, *, load_balancing: float, router_z: float) -> tuple[Any, ...]:
+    """Cross-entropy plus the routers' weighted losses: what is minimized, what is logged, the routing, the logits."""
+    logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(inputs)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     losses = moe.auxiliary_losses(sown)
     logged = {"loss": loss, "load_balancing_loss": losses.load_balancing}
     logged |= {"router_z_loss": losses.router_z, "routing_entropy": losses.entropy}
-    return loss + load_balancing * losses.load_balancing + router_z * losses.router_z, logged
+    minimized = loss + load_balancing * losses.load_balancing + router_z * losses.router_z
+    return minimized, logged, utilization, logits
 
 
 def routing_metrics(
@@ -225,7 +220,7 @@ def routing_metrics(
 ) -> dict[str, Any]:
     """Scalars about the routing: means over the layers, and the extremes of the excitation, if there is any.
 
-    `step` is the number of updates before, as `scale_by_excitation` counts them for the key of a random strategy.
+    `step` is the number of earlier updates, from which `scale_by_excitation` makes the key of a random strategy.
     `whole` adds the utilization and the excitation as `routing`, for TensorBoard and W&B.
     """
     flat = lambda tree: jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
@@ -242,60 +237,6 @@ def routing_metrics(
         phi = flat(excitation)
         logged |= {"excitation_min": jnp.min(phi), "excitation_max": jnp.max(phi)}
     return logged | ({"routing": (utilization, excitation)} if whole else {})
-
-
-class Task(NamedTuple):
-    """What a program trains, and on what."""
-
-    model: Callable[[int], nnx.Module]  # of a seed
-    expert_axis: Any
-    loss_fn: Callable[..., Any]  # (graphdef, params, batch), as `train_step` requires it
-    batch: Callable[[int, int], Any]  # of a seed and a step, counted from 0
-    evaluate: Callable[[Any], Callable[[Any], dict[str, float]]]  # of the graph definition, then of parameters
-    steps: int
-    evaluate_every: int  # steps; there is an evaluation at the end in any case
-    batch_items: int  # tokens or images of a batch
-    items: str  # "tokens" or "images"
-
-
-def train(config: Any, task: Task, strategy: Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Trains one model by the flags of `comparison.Config`. Returns it, and what was logged, a dict for every line."""
-    graphdef, params = nnx.split(task.model(seed))
-    excite = {"strategy": strategy, "gamma": config.gamma, "seed": seed}
-    tx = make_optimizer(base_optimizer(config, task.steps), expert_axis=task.expert_axis, **excite)
-    gradient = jax.grad(functools.partial(task.loss_fn, graphdef), has_aux=True)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, batch):
-        new_state, logged, utilization = train_step(gradient, tx, state, batch)
-        whole = bool(config.tensorboard or config.wandb)
-        return new_state, logged | routing_metrics(utilization, step=state.step, whole=whole, **excite)
-
-    evaluate, state = task.evaluate(graphdef), TrainState.create(params, tx)
-    name = f"{strategy}-{seed}"
-    path = config.output.with_name(f"{config.output.stem}-{name}.jsonl")
-    lines = []
-    with contextlib.closing(logs.Log(path, task.steps, config, label=name)) as log:
-        compiled = step.lower(state, task.batch(seed, 0)).compile()
-        log.start(0, 0)
-        for number in range(1, task.steps + 1):
-            state, logged = compiled(state, task.batch(seed, number - 1))
-            log.advance()
-            if number % config.log_every == 0 or number == task.steps:
-                logged = jax.device_get(logged)  # waits for it
-                rate = {f"{task.items}_per_second": log.rate(number * task.batch_items)}
-                lines.append(log.write(number, logged | rate, f"loss {logged['loss']:.3f}"))
-            if number % task.evaluate_every == 0 or number == task.steps:
-                found = evaluate(state.params)
-                shown = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
-                lines.append(log.write(number, found, shown))
-                log.skip(number * task.batch_items)
-    return nnx.merge(graphdef, state.params), lines
-
-
-def runs(config: Any) -> Iterator[tuple[Strategy, int]]:
-    """Every strategy with every seed."""
-    return ((strategy, config.seed + i) for strategy in config.strategy for i in range(config.seeds))
 
 
 def size_of(tree: Any) -> int:

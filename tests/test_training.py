@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 import sys
 import time
 import types
@@ -27,7 +28,6 @@ from models import gpt_moe, moe, moe_vit
 L, E = 2, 4
 # Of 4 tokens in layer 0 and 2 in layer 1, so that utilization is [[1, 0, 1/2, 1/2], [1/2, 1/2, 1/2, 1/2]].
 COUNTS = excitation_optax.RoutingCounts(jnp.array([[4.0, 0, 2, 2], [1, 1, 1, 1]]), jnp.array([4.0, 2.0]))
-LOSSES = moe.AuxiliaryLosses(load_balancing=jnp.float32(3), router_z=jnp.float32(5), entropy=jnp.float32(0.25))
 
 
 @pytest.fixture(autouse=True)
@@ -218,14 +218,18 @@ def test_a_step_is_gradient_and_update():
     assert routing is not None
 
 
-# The losses.
-
-
-def test_auxiliary_losses_are_added_by_their_weights(monkeypatch):
-    monkeypatch.setattr(moe, "auxiliary_losses", lambda sown: LOSSES)
-    loss, logged = training.add_auxiliary(jnp.float32(2), nnx.State({}), load_balancing=0.5, router_z=0.25)
-    assert loss == 2 + 0.5 * 3 + 0.25 * 5
-    assert logged == {"loss": 2, "load_balancing_loss": 3, "router_z_loss": 5, "routing_entropy": 0.25}
+def test_auxiliary_losses_are_added_by_their_weights():
+    """Cross-entropy and both losses of a router, as its own functions give them."""
+    model = small_gpt_moe()
+    tokens = jnp.arange(16).reshape(2, 8) % 11
+    loss = lambda **weights: training.routed_loss(model, tokens, tokens, **weights)
+    plain, logged, utilization, logits = loss(load_balancing=0.0, router_z=0.0)
+    assert (logits.shape, len(jax.tree.leaves(utilization))) == ((2, 8, 11), 2)
+    assert plain == logged["loss"]
+    both = loss(load_balancing=0.5, router_z=0.25)[0]
+    expected = logged["loss"] + 0.5 * logged["load_balancing_loss"] + 0.25 * logged["router_z_loss"]
+    assert min(float(logged["load_balancing_loss"]), float(logged["router_z_loss"])) > 0
+    np.testing.assert_allclose(both, expected, rtol=1e-6)
 
 
 # routing_metrics.
@@ -314,9 +318,9 @@ def test_the_log_is_lines_of_json_with_the_config_first(tmp_path):
     path = tmp_path / "new" / "folder" / "log.jsonl"
     log = open_log(path, gamma=2.0)
     log.advance()
-    written = log.write(1, {"loss": jnp.float32(0.5), "count": np.int32(3), "epoch": 2}, "loss 0.5")
+    log.write(1, {"loss": jnp.float32(0.5), "count": np.int32(3), "epoch": 2}, "loss 0.5")
     # A line is there as soon as it is written.
-    assert read(path)[1] == written == {"step": 1, "loss": 0.5, "count": 3.0, "epoch": 2}
+    assert read(path)[1] == {"step": 1, "loss": 0.5, "count": 3, "epoch": 2}
     values = {"nan": jnp.float32(np.nan), "inf": math.inf, "minus": jnp.float32(-np.inf), "nothing": None}
     log.write(2, values | {"path": pathlib.Path("a") / "b", "name": "x", "flag": True, "many": (1, pathlib.Path("c"))})
     log.close()
@@ -330,21 +334,27 @@ def test_the_log_is_lines_of_json_with_the_config_first(tmp_path):
     assert len(read(path)) == 1  # it replaces the one before
 
 
-DAMAGE = [b"7", b"\0\0\0", b"\xff\xfe", b"[1]", b"null", b"{}", b'{"step": "x"}', b'{"st\rep": 1}', b""]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_line_stops_no_run(tmp_path, damage):
-    """What a full disk or a bad sector leaves. The line is named and skipped; what is of later steps goes."""
+def test_a_run_that_resumes_keeps_its_lines(tmp_path):
+    """Later lines and damaged lines, which a full disk or a bad sector leaves, go."""
     path = tmp_path / "log.jsonl"
     lines = [b'{"step": %d}\n' % step for step in range(5)]
-    path.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[2:], b'{"step": 5, "lo']))
-    with pytest.warns(UserWarning, match=r"log\.jsonl, line 3: skipped, as it is damaged"):
-        log = open_log(path, done=3)
-    log.close()
-    kept = path.read_bytes()
-    assert kept.startswith(b"".join([*lines[:2], damage + b"\n", *lines[2:4], b'{"step": 3, "config"']))
-    assert kept.count(b"\n") == 6
+    path.write_bytes(b"".join([*lines[:2], b"\0\0\0\n", *lines[2:], b'{"step": 5, "lo']))
+    with pytest.warns(UserWarning, match=r"log\.jsonl: a damaged line was removed"):
+        open_log(path, done=3).close()
+    assert path.read_bytes().startswith(b"".join([*lines[:4], b'{"step": 3, "config"']))
+    assert path.read_bytes().count(b"\n") == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_disk_too_full_to_resume_loses_no_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "log").write_bytes(b'{"step": 1}\n')
+    monkeypatch.setattr(logs.shutil, "copyfile", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*log'"):
+        open_log(tmp_path / "log", done=1)
+    assert (tmp_path / "log").read_bytes() == b'{"step": 1}\n'
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
@@ -382,14 +392,14 @@ def test_without_a_terminal_lines_say_how_long_it_takes(tmp_path, capsys, monkey
     monkeypatch.setattr(logs, "SECONDS_BETWEEN_LINES", 0)
     log = open_log(tmp_path / "log", steps=4)
     log.start(0, 0)
-    log._started = (time.monotonic() - 100, 0)  # a hundred seconds for the first step, so 300 for the others
-    log.write(1, {}, "loss 2")
-    log.write(4, {}, "loss 1")
+    for step in range(1, 5):
+        log.write(step, {}, f"loss {step}")
+        log.advance()
     log.close()
-    assert capsys.readouterr().err.splitlines() == [
-        "run: step 1 of 4, loss 2, about 05:00 left",
-        "run: step 4 of 4, loss 1",
-    ]
+    lines = capsys.readouterr().err.replace("\r", "").splitlines()
+    assert lines[0] == "run: step 0 of 4, about ? left"
+    assert re.fullmatch(r"run: step 1 of 4, loss 1, about \d\d:\d\d left", lines[1])
+    assert "run: step 4 of 4, loss 4, about 00:00 left" in lines
 
 
 # TensorBoard and W&B.

@@ -52,7 +52,7 @@ def gpt(optimizer: str, kind: str, mesh, auxiliary: bool):
     """What trains a GPT-MoE, and its batches: of the text that comes with Python."""
     flags = config(optimizer, kind, auxiliary)
     tokens = texts.load((), "bytes").train[:20_000]
-    batches = data.Batches(data.Windows(tokens, flags.context + 1), BATCH, seed=0)
+    batches = data.Batches(data.windows(tokens, flags.context + 1), BATCH, seed=0)
     return train.make_trainer(flags, mesh)[1], batches
 
 

@@ -1,16 +1,17 @@
-"""Checkpoints by Orbax: saved while training goes on, and restored onto whatever mesh there is.
+"""Checkpoints by Orbax: saved while training goes on, and restored onto any mesh.
 
-A checkpoint holds parameters, optimizer state and step, and the config that they were made with. All noise and the
-order of the data are functions of seed and step, so a run that was stopped continues as if it had not been.
+A checkpoint holds parameters, optimizer state and step, and the config of the run. All noise and the order of the data
+are functions of seed and step, so a run that was stopped continues as if it had not been.
 """
 
-import enum
+import contextlib
 import hashlib
 import json
 import pathlib
 import signal
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,13 +26,14 @@ from examples import logs
 ITEMS = ("state", "config")
 SUMS = {"checksum", "config_checksum"}  # of the state, and of all else in the config
 # Errors that do not mean that a checkpoint is damaged.
-NOT_ITS_FAULT = (PermissionError, TimeoutError, ConnectionError, MemoryError, jax.errors.JaxRuntimeError)
+TRANSIENT = (PermissionError, TimeoutError, ConnectionError, MemoryError, jax.errors.JaxRuntimeError)
+READ, DAMAGED, UNREADABLE = range(3)  # outcomes of reading; the largest of all processes counts
 
 
 class Checkpoints:
     """The checkpoints of a run, in a folder that all processes see: a path, or `gs://BUCKET/PATH` with gcsfs.
 
-    A run resumes if its `config` is the same, but for the names in `may_change`; a change of these is printed. The
+    A run resumes if its `config` is the same, except for the names in `may_change`; it prints a change of these. The
     newest `keep` checkpoints are kept. Raises OSError or ValueError if the folder cannot be opened.
     """
 
@@ -50,15 +52,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=save_every, max_to_keep=keep, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         self._saving: int | None = None  # a step that `written` has not returned yet
 
     def restore(self, like: Any, shardings: Any) -> tuple[Any, int] | None:
-        """The newest state that can be read, shaped `like` and split by `shardings`, and its step; otherwise None.
+        """Returns the newest sound state, shaped `like` and split by `shardings`, and its step; otherwise None.
 
         Raises:
           ValueError: if the newest was made with another config, or if there are checkpoints and all are damaged.
-          OSError: if a checkpoint could not be read, for a reason that may pass, such as a lost connection.
+          OSError: if a checkpoint could not be read for a transient reason, such as a lost connection.
         """
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
@@ -69,22 +71,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
         damaged: list[int] = []
         with ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS) as reader:
-            steps = sorted(reader.all_steps())
-            while (step := _of_process_0(max(set(steps) - set(damaged), default=-1))) >= 0:
-                config = _read(reader, step, config=ocp.args.JsonRestore())
-                if config is not None and config.get("config_checksum") != config_checksum(config):
-                    print(f"checkpoint of step {step}: its config is not the one that was saved", flush=True)
-                elif config is not None:
-                    self._check(config, step)
-                    state = _read(reader, step, state=ocp.args.StandardRestore(target))
-                    if state is not None:
-                        if checksum(state) == config["checksum"]:
-                            self._set_aside(damaged)
-                            return state, step
-                        print(f"checkpoint of step {step}: its numbers are not those that were saved", flush=True)
-                warnings.warn(
-                    f"The checkpoint of step {step} in {self.folder} is damaged; trying the one before.", stacklevel=2
-                )
+            steps = set(reader.all_steps())
+            while (step := _of_process_0(max(steps - set(damaged), default=-1))) >= 0:
+                state = self._restore(reader, step, target)
+                if state is not None:
+                    self._set_aside(damaged)
+                    return state, step
+                text = f"The checkpoint of step {step} in {self.folder} is damaged; trying the one before."
+                warnings.warn(text, stacklevel=2)
                 damaged.append(step)
         if damaged:
             raise ValueError(
@@ -93,53 +87,29 @@ class Checkpoints:
             )
         return None
 
-    def due(self, step: int) -> bool:
-        """Whether it is time to save."""
-        return self._manager.should_save(step)
-
-    def save(self, step: int, state: Any) -> None:
-        """Starts to save, unless this step is there. It is on disk when `wait` returns.
-
-        Raises OSError or ValueError if this save, or the one before, failed, as on a full disk; older ones remain.
-        """
-        if self._manager.latest_step() == step:
-            return
-        config = self.config | {"checksum": checksum(state)}
-        config |= {"config_checksum": config_checksum(config)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
-        self._manager.save(step, args=args, force=True)
-        self._saving = step
-
-    def written(self) -> int | None:
-        """The step of a checkpoint that is on disk since the last call; otherwise None."""
-        if self._saving is None or self._manager.is_saving_in_progress():
+    def _restore(self, reader: ocp.CheckpointManager, step: int, target: Any) -> Any:
+        """The state of one checkpoint, or None if it is damaged."""
+        config = _read(reader, step, config=ocp.args.JsonRestore())
+        if config is None:
             return None
-        step, self._saving = self._saving, None
-        return step if (self.folder / str(step)).exists() else None
-
-    def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits, and releases the folder."""
-        self._manager.close()
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+        if config.get("config_checksum") != config_checksum(config):
+            print(f"checkpoint of step {step}: its config is not the one that was saved", flush=True)
+            return None
+        self._check(config, step)
+        state = _read(reader, step, state=ocp.args.StandardRestore(target))
+        if state is not None and checksum(state) != config["checksum"]:
+            print(f"checkpoint of step {step}: its numbers are not those that were saved", flush=True)
+            return None
+        return state
 
     def _check(self, config: dict[str, Any], step: int) -> None:
         """Raises ValueError if a checkpoint is of another run."""
-        names = sorted((config.keys() | self.config.keys()) - SUMS)
-        pairs = {name: (config.get(name), self.config.get(name)) for name in names}
         changed = {
-            name: f"{name}: {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here
+            name: f"{name}: {config.get(name)!r} there, {self.config.get(name)!r} here"
+            for name in sorted((config.keys() | self.config.keys()) - SUMS)
+            if config.get(name) != self.config.get(name)
         }
-        other = [text for name, text in changed.items() if name not in self.may_change]
-        if other:
+        if other := [text for name, text in changed.items() if name not in self.may_change]:
             raise ValueError(
                 f"The checkpoint of step {step} in {self.folder} is of another run ({'; '.join(other)}). Nothing was "
                 "changed there: give the same flags, or another folder."
@@ -149,8 +119,6 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints, so that their steps can be saved again."""
-        if not steps:
-            return
         error = None
         if jax.process_index() == 0:
             try:
@@ -159,13 +127,34 @@ class Checkpoints:
                     print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
             except OSError as caught:
                 error = caught
-        if not _of_process_0(error is None):
+        if steps and not _of_process_0(error is None):
             raise error or OSError(f"Process 0 could not rename the damaged checkpoints in {self.folder}.")
-        self._manager.reload()
+        if steps:
+            self.manager.reload()
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to save, unless this step is there. It is on disk when `manager.wait_until_finished` returns.
+
+        Raises OSError or ValueError if this save, or the one before, failed, as on a full disk; older ones remain.
+        """
+        if self.manager.latest_step() == step:
+            return
+        config = self.config | {"checksum": checksum(state)}
+        config |= {"config_checksum": config_checksum(config)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+        self.manager.save(step, args=args, force=True)
+        self._saving = step
+
+    def written(self) -> int | None:
+        """The step of a checkpoint that reached the disk since the last call; otherwise None."""
+        if self._saving is None or self.manager.is_saving_in_progress():
+            return None
+        step, self._saving = self._saving, None
+        return step if (self.folder / str(step)).exists() else None
 
 
 def config_checksum(config: dict[str, Any]) -> str:
-    """8 hexadecimal digits made of a config, but for this checksum of it."""
+    """8 hexadecimal digits made of a config without this checksum."""
     rest = {name: value for name, value in config.items() if name != "config_checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -175,30 +164,21 @@ def _of_process_0(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-class _Outcome(enum.IntEnum):
-    """The outcome of reading. The largest of all processes counts."""
-
-    READ = 0
-    DAMAGED = 1
-    NOT_ITS_FAULT = 2
-
-
 def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:
-    """One item of a checkpoint; None if it is damaged, as any process sees it."""
-    value, outcome, cause = None, _Outcome.READ, None
+    """One item of a checkpoint; None if it is damaged for any process."""
+    value, outcome, cause = None, READ, None
     try:
         value = next(iter(reader.restore(step, args=ocp.args.Composite(**item)).values()))
     except Exception as error:  # a damaged file can cause any
         print(f"checkpoint of step {step}: {error!r:.300}", flush=True)
-        outcome = _Outcome.NOT_ITS_FAULT if isinstance(error, NOT_ITS_FAULT) else _Outcome.DAMAGED
-        cause = error
+        outcome, cause = UNREADABLE if isinstance(error, TRANSIENT) else DAMAGED, error
     worst = np.max(multihost_utils.process_allgather(np.array(outcome)))
-    if worst == _Outcome.NOT_ITS_FAULT:
+    if worst == UNREADABLE:
         raise OSError(
             f"The checkpoint of step {step} could not be read, for a reason that may pass "
             f"({repr(cause)[:300] if cause else 'see the other processes'}). Nothing was changed: try again."
         ) from cause
-    return value if worst == _Outcome.READ else None
+    return value if worst == READ else None
 
 
 @jax.jit
@@ -217,13 +197,11 @@ def _checksum(state: Any) -> jax.Array:
 def _as_uint32(leaf: jax.Array) -> jax.Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        leaf = jnp.stack([leaf.real, leaf.imag])
-    if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4:
-        return jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
-    if leaf.dtype.itemsize < 4:  # small integers, and booleans
-        return leaf.astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    if leaf.dtype.itemsize >= 4:
+        return jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        leaf = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+    return leaf.astype(jnp.uint32)  # small integers, and booleans
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -242,30 +220,23 @@ def checksum(state: Any) -> int:
     return int(_checksum(state))
 
 
-class Preemption:
-    """SIGTERM, which a machine gets before it is taken away.
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """A function of the step: whether to save and end after it, since the machine will be taken away (SIGTERM).
 
     In a run of one process, the second signal ends the program at once.
     """
+    if jax.process_count() > 1:  # JAX's own service listens, and all processes agree on a step
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = threading.Event()
 
-    def __init__(self):
-        self._told = threading.Event()
-        self._distributed = jax.process_count() > 1  # then JAX's own service listens, and agrees on a step
-        if not self._distributed:
-            self._before = signal.signal(signal.SIGTERM, self._tell)
+    def tell(*_: Any) -> None:
+        told.set()
+        signal.signal(signal.SIGTERM, before)
 
-    def _tell(self, *_: Any) -> None:
-        self._told.set()
-        signal.signal(signal.SIGTERM, self._before)
-
-    def reached(self, step: int) -> bool:
-        """Whether to save and end after this step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._distributed else self._told.is_set()
-
-    def __enter__(self) -> "Preemption":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Gives the signal back."""
-        if not self._distributed:
-            signal.signal(signal.SIGTERM, self._before)
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield lambda step: told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -27,19 +27,14 @@ MIN_SIZE_TO_SPLIT = 2**10  # smaller parameters, such as biases and norms, stay 
 
 
 def start_distributed(config: Any) -> None:
-    """Connects to the other processes, if the flags of `train` name any, and gives up in time with a ValueError."""
-    bounds = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
+    """Connects to the other processes that the flags of `train` name. Raises ValueError if one is not there in time."""
+    bounds: Any = {"heartbeat_timeout_seconds": config.timeout, "shutdown_timeout_seconds": config.timeout}
     if config.coordinator is not None:
         if config.process != 0:
             _wait_for(config.coordinator, config.timeout)
-        jax.distributed.initialize(
-            config.coordinator,
-            config.processes,
-            config.process,
-            initialization_timeout=config.timeout,
-            cluster_detection_method="deactivate",  # under Slurm, it would take one of the devices only
-            **bounds,
-        )
+        bounds |= {"initialization_timeout": config.timeout}
+        bounds |= {"cluster_detection_method": "deactivate"}  # under Slurm, it would take one of the devices only
+        jax.distributed.initialize(config.coordinator, config.processes, config.process, **bounds)
     elif config.cluster:
         try:
             jax.distributed.initialize(**bounds)
@@ -51,13 +46,12 @@ def start_distributed(config: Any) -> None:
 
 
 def _wait_for(coordinator: str, timeout: float) -> None:
-    """Until HOST:PORT accepts a connection."""
+    """Waits until HOST:PORT accepts a connection. JAX would abort the program instead of raising an error."""
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=timeout).close()
-            return
+            return socket.create_connection((host, int(port)), timeout=timeout).close()
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ValueError(
@@ -76,20 +70,19 @@ def make_mesh(
       ValueError: if the sizes do not multiply to the number of devices, or do not fit the topology of a TPU slice.
     """
     devices = jax.devices() if devices is None else devices
-    if data is None:
-        data = max(1, len(devices) // (fsdp * expert))
-    sizes = (data, fsdp, expert)
+    sizes = (max(1, len(devices) // (fsdp * expert)) if data is None else data, fsdp, expert)
+    text = f"A mesh of data {sizes[0]} x fsdp {fsdp} x expert {expert}"
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise ValueError(
-            f"A mesh of data {data} x fsdp {fsdp} x expert {expert} has {math.prod(sizes)} devices; there are "
-            f"{len(devices)}. --fsdp times --expert must divide their number; --data, if given, is the quotient."
+            f"{text} has {math.prod(sizes)} devices; there are {len(devices)}. --fsdp times --expert must divide their "
+            "number; --data, if given, is the quotient."
         )
     try:
         return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     except NotImplementedError as error:
         raise ValueError(
-            f"A mesh of data {data} x fsdp {fsdp} x expert {expert} does not fit this slice: each size must be that of "
-            f"an axis of the slice, or a product of such. {error}"
+            f"{text} does not fit this slice: each size must be that of an axis of the slice, or a product of such. "
+            f"{error}"
         ) from error
 
 
@@ -133,39 +126,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def gradient(
     loss_fn: Callable[..., Any], *, axis_name: str | None = None, micro_batches: int = 1
 ) -> Callable[..., Any]:
-    """What `training.train_step` requires, over all devices and in parts.
+    """The gradient that `training.train_step` requires, over all devices and in parts.
 
     `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch, and `RoutingCounts`.
     `axis_name` is that of `jax.pmap`. `micro_batches` are processed one after the other, to save memory.
     """
     grad = jax.grad(loss_fn, has_aux=True)
 
+    def over_parts(params, batch):
+        # Each device splits its own part of the batch: rows i, i + parts, ... make up a micro-batch.
+        split = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, micro_batches, *a.shape[1:]), 0, 1), batch)
+        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda a: a[0], split))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, grad(params, part)), None)
+        (grads, (logged, utilization)), _ = lax.scan(add, zeros, split)
+        grads, logged = jax.tree.map(lambda a: a / micro_batches, (grads, logged))
+        return grads, (logged, utilization)
+
     def over_all(params, batch):
-        grads, (logged, utilization) = _accumulated(grad, params, batch, micro_batches)
+        grads, (logged, utilization) = (grad if micro_batches == 1 else over_parts)(params, batch)
         if axis_name is not None:  # under jit, all of this is global already
             grads, logged = lax.pmean((grads, logged), axis_name)
-            utilization = lax.psum(utilization, axis_name)  # or the replicas drift apart in silence
+            utilization = lax.psum(utilization, axis_name)  # otherwise the replicas differ without an error
         return grads, (logged, utilization)
 
     return over_all
-
-
-def _accumulated(grad, params, batch, parts):
-    """Means of gradients and of what is logged, and sums of `RoutingCounts`, over parts of the batch."""
-    if parts == 1:
-        return grad(params, batch)
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, grad(params, part)), None
-
-    # Each device splits its own part of the batch: rows i, i + parts, ... make up a micro-batch.
-    split = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), batch)
-    zeros = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(grad, params, jax.tree.map(lambda a: a[0], split))
-    )
-    (grads, (logged, utilization)), _ = lax.scan(add, zeros, split)
-    grads, logged = jax.tree.map(lambda a: a / parts, (grads, logged))
-    return grads, (logged, utilization)
 
 
 class Jit:
@@ -213,11 +198,6 @@ class Jit:
         part: Callable[[Any], Any] = lambda index: rows(index[0])
         return jax.make_array_from_callback(tuple(shape), batch_sharding(self.mesh), part)
 
-    def own_rows(self, batch_size: int) -> list[int]:
-        """The rows of a global batch that go to the devices of this process."""
-        parts: Any = batch_sharding(self.mesh).addressable_devices_indices_map((batch_size,)).values()
-        return sorted(row for (part,) in parts for row in range(batch_size)[part])
-
     def to_checkpoint(self, state: Any) -> Any:
         """The state, or a part of it, as a checkpoint holds it."""
         return state
@@ -252,13 +232,9 @@ class Pmap(Jit):
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """The rows of this process's devices, in their order."""
-        mine, local = self.own_rows(shape[0]), jax.local_device_count()
-        return rows(slice(mine[0], mine[-1] + 1)).reshape(local, len(mine) // local, *shape[1:])
-
-    def own_rows(self, batch_size: int) -> list[int]:
-        """The rows of a global batch that go to the devices of this process, in their order."""
-        each = batch_size // jax.process_count()
-        return list(range(jax.process_index() * each, (jax.process_index() + 1) * each))
+        each, process = shape[0] // jax.process_count(), jax.process_index()
+        own = rows(slice(process * each, (process + 1) * each))
+        return own.reshape(jax.local_device_count(), -1, *shape[1:])
 
     def init(self) -> TrainState:
         """Replicas of the state at the start."""

@@ -72,8 +72,6 @@ class Config(train_gpt_moe.RunConfig):
     """Seconds without a sign of life after which a process counts as dead."""
     preemption_exit_code: int = 0
     """The exit status after SIGTERM. Kubernetes restarts only failed jobs: give it another one, such as 143."""
-    files_by_process: bool = False
-    """Each process reads its own files of the folder --text, for hosts with disks of their own."""
 
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained."""
@@ -102,8 +100,10 @@ class Config(train_gpt_moe.RunConfig):
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes from it must have in common."""
         of_the_run = {field.name for field in dataclasses.fields(train_gpt_moe.RunConfig)} - NOT_IN_CHECKPOINTS
-        of_the_run |= {"strategy", "micro_batches", "files_by_process", "parallel"}
-        return {name: getattr(self, name) for name in sorted(of_the_run)} | {"text": list(map(str, self.text))}
+        of_the_run |= {"strategy", "micro_batches", "parallel"}
+        # files_by_process was a flag of earlier versions, whose checkpoints hold it.
+        special = {"text": list(map(str, self.text)), "files_by_process": False}
+        return {name: getattr(self, name) for name in sorted(of_the_run)} | special
 
     @property
     def log_path(self) -> pathlib.Path:
@@ -139,33 +139,13 @@ def make_trainer(
     make_model = lambda: gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed))
     with jax.set_mesh(mesh):
         graphdef = nnx.graphdef(nnx.eval_shape(make_model))
-    tx = training.make_optimizer(
-        training.base_optimizer(config, config.steps),
-        strategy=config.strategy,
-        gamma=config.gamma,
-        expert_axis=gpt_moe.GPTMoE.expert_axis,
-        seed=config.seed,
-    )
+    excite: Any = {"strategy": config.strategy, "gamma": config.gamma, "seed": config.seed}
+    base = training.base_optimizer(config, config.steps)
+    tx = training.make_optimizer(base, expert_axis=gpt_moe.GPTMoE.expert_axis, **excite)
     tx = optax.apply_if_finite(tx, NEVER)
     init = lambda: training.TrainState.create(nnx.state(make_model()), tx)
     kind = parallel.Pmap if config.parallel == "pmap" else parallel.Jit
     return graphdef, kind(functools.partial(step_fn, config, graphdef, tx), init, mesh)
-
-
-def load_text(config: Config) -> tuple[data.Windows, texts.Text | None]:
-    """The windows that this process reads from; and the whole text, unless processes have files of their own."""
-    text = None
-    if config.files_by_process:
-        if len(config.text) != 1 or not config.text[0].is_dir():
-            raise ValueError(f"--files-by-process requires one folder as --text; got {list(map(str, config.text))}.")
-        tokens = data.read_tokens(data.files_of_process(config.text[0]), config.tokenizer)
-    else:
-        text = texts.load(config.text, config.tokenizer)
-        tokens = text.train
-    windows = data.Windows(tokens, config.context + 1)
-    if not len(windows):
-        raise ValueError(f"The text has {len(tokens)} tokens, and must have more than --context {config.context}.")
-    return windows, text
 
 
 def tell(text: str) -> None:
@@ -182,7 +162,9 @@ def main(config: Config) -> training.TrainState:
     parallel.start_distributed(config)
     mesh = parallel.make_mesh(config.data, config.fsdp, config.expert)
     parallel.check_sizes(mesh, config.batch_size // config.micro_batches, config.num_experts)
-    windows, text = load_text(config)
+    text = texts.load(config.text, config.tokenizer)
+    if len(text.train) <= config.context:
+        raise ValueError(f"The text has {len(text.train)} tokens, and must have more than --context {config.context}.")
     graphdef, trainer = make_trainer(config, mesh)
     tokens_per_step = config.batch_size * config.context
     tell(
@@ -191,12 +173,13 @@ def main(config: Config) -> training.TrainState:
         f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
     )
     total_loss = train_gpt_moe.make_total_loss(graphdef)
-    own = trainer.own_rows(config.batch_size) if config.files_by_process else None
-    batches = data.Batches(windows, config.batch_size, config.seed, own)
+    batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
     put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
     with contextlib.ExitStack() as stack:
-        preemption = stack.enter_context(checkpoints.Preemption())
-        saved = stack.enter_context(open_checkpoints(config, config.checkpoints)) if config.checkpoints else None
+        preempted = stack.enter_context(checkpoints.preemption())
+        saved = open_checkpoints(config, config.checkpoints) if config.checkpoints else None
+        if saved:
+            stack.callback(saved.manager.close)
         state, first = start(trainer, saved, config.steps)
         silent = jax.process_index() > 0
         log = logs.Log(config.log_path, config.steps, config, label=config.strategy, done=first, silent=silent)
@@ -212,27 +195,32 @@ def main(config: Config) -> training.TrainState:
             last = number == config.steps
             if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))
-            if text and (last or number % config.eval_every == 0):
-                params = trainer.to_checkpoint(state.params)
+            if last or number % config.eval_every == 0:
+                params, sizes = trainer.to_checkpoint(state.params), (config.context, config.batch_size)
                 with jax.set_mesh(mesh):
-                    loss = train_gpt_moe.evaluate(
-                        total_loss, params, text.evaluation, config.context, config.batch_size
-                    )
+                    loss = train_gpt_moe.evaluate(total_loss, params, text.evaluation, *sizes)
                 log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
                 log.skip(number * tokens_per_step)
             log.advance()
-            preempted = preemption.reached(number)
+            ending = preempted(number)
             if saved and (written := saved.written()):
                 log.tell(f"checkpoint of step {written} saved; run the same command to resume")
             # While steps are skipped, older checkpoints stay: the step before may be to blame.
-            if saved and (preempted or last or (saved.due(number) and not int(logged["skipped_in_a_row"]))):
+            if saved and (
+                ending or last or (saved.manager.should_save(number) and not int(logged["skipped_in_a_row"]))
+            ):
                 saved.save(number, trainer.to_checkpoint(state))
-            if preempted and not last:
+            if ending and not last:
                 end(config, saved, number)
         if saved and logged is not None:
-            saved.wait()
+            saved.manager.wait_until_finished()
             tell(f"checkpoint of step {config.steps} saved, the last")
     return state
+
+
+def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
+    """The checkpoints of this run."""
+    return checkpoints.Checkpoints(folder, config.identity(), config.save_every, config.keep, MAY_CHANGE)
 
 
 def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None, steps: int) -> tuple[training.TrainState, int]:
@@ -243,22 +231,6 @@ def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None, steps: i
     state, step = restored
     print(f"resuming from step {step}" + (", the last: nothing is left to do" if step == steps else ""), flush=True)
     return trainer.from_checkpoint(state), step
-
-
-def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> None:
-    """Ends the program once everything is on disk."""
-    if saved is None:
-        print(f"preempted at step {step} of {config.steps}; without --checkpoints, nothing is saved", flush=True)
-    else:
-        saved.wait()
-        print(f"preempted: saved step {step} of {config.steps}; run the same command to resume", flush=True)
-    raise SystemExit(config.preemption_exit_code)
-
-
-def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
-    """The checkpoints of this run."""
-    identity = config.identity() | ({"processes": jax.process_count()} if config.files_by_process else {})
-    return checkpoints.Checkpoints(folder, identity, config.save_every, config.keep, MAY_CHANGE)
 
 
 def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> None:
@@ -278,6 +250,16 @@ def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> 
             "--learning-rate or --clip to resume from the newest checkpoint; if that one is spoilt already, delete it, "
             "and the one before is used."
         )
+
+
+def end(config: Config, saved: checkpoints.Checkpoints | None, step: int) -> None:
+    """Ends the program once everything is on disk."""
+    if saved is None:
+        print(f"preempted at step {step} of {config.steps}; without --checkpoints, nothing is saved", flush=True)
+    else:
+        saved.manager.wait_until_finished()
+        print(f"preempted: saved step {step} of {config.steps}; run the same command to resume", flush=True)
+    raise SystemExit(config.preemption_exit_code)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Quickstart: Top-K MLPs trained without and with Excitation, on real images, side by side.
+"""Quickstart: deep Top-K MLPs trained without and with Excitation, on real images, at several learning rates.
 
-    python -m examples.quickstart                                           # scikit-learn's digits, half a minute
+    python -m examples.quickstart                                           # scikit-learn's digits, a minute
+    python -m examples.quickstart --initialization he_normal                # the baseline trains too
     python -m examples.quickstart --dataset cifar10 --data-dir DIR          # CIFAR-10
 
 Every strategy trains the same models: the same initialization and the same batches for each seed. `train_step` shows
 all that Excitation requires of a training loop.
+
+Axis letters: R learning rates, S seeds, L hidden layers, E neurons, C classes.
 """
 
 import dataclasses
@@ -26,20 +29,25 @@ from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import topk_mlp
 
-# Epochs and batch size of each data set, unless flags say otherwise.
-EPOCHS = {"digits": 150, "cifar10": 30}
-BATCH_SIZE = {"digits": 128, "cifar10": 512}
-LEARNING_RATE = {
-    "digits": {"sgd": 0.05, "momentum": 0.01, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3, "adagrad": 0.01},
-    "cifar10": {"sgd": 0.01, "momentum": 0.01, "adam": 1e-4, "adamw": 1e-4, "rmsprop": 1e-4, "adagrad": 1e-3},
+# What fits a data set, unless flags say otherwise.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 100, "batch_size": 128, "width": 64, "depth": 14, "initialization": "torch"},
+    "cifar10": {"epochs": 30, "batch_size": 512, "width": 128, "depth": 3, "initialization": "lecun_normal"},
 }
+ADAPTIVE = (3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATE = {
+    "sgd": (0.01, 0.03, 0.1, 0.3),
+    "momentum": (0.003, 0.01, 0.03, 0.1),
+    "adagrad": (0.003, 0.01, 0.03, 0.1),
+}
+LEARNING_RATE |= {"adam": ADAPTIVE, "adamw": ADAPTIVE, "rmsprop": ADAPTIVE}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train Top-K MLPs without and with Excitation; compare test accuracy, routing entropy and specialization.
+    """Train Top-K MLPs without and with Excitation, at several learning rates, and compare their test accuracy.
 
-    With no flags it takes half a minute on two cores, and downloads nothing.
+    With no flags it takes a minute on two cores, and downloads nothing.
     """
 
     dataset: Literal["digits", "cifar10"] = "digits"
@@ -51,38 +59,47 @@ class Config:
     """The strategies to compare; baseline is the optimizer without Excitation."""
     gamma: float = 1.0
     """The intensity of Excitation."""
-    optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "sgd"
+    optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "adam"
     """The optimizer that Excitation is chained after."""
-    learning_rate: float | None = None
-    """Constant; by default, what fits the data set and the optimizer."""
+    learning_rate: tuple[float, ...] = ()
+    """Constant learning rates; every strategy is trained at each. By default, four that fit the optimizer."""
+    initialization: Literal["torch", "lecun_normal", "he_normal"] | None = None
+    """torch is that of PyTorch's linear layers, lecun_normal Flax's; he_normal has twice the variance of Flax's. By
+    default torch for digits, lecun_normal for cifar10."""
     epochs: int | None = None
-    """By default 150 for digits, 30 for cifar10."""
+    """By default 100 for digits, 30 for cifar10."""
     batch_size: int | None = None
     """By default 128 for digits, 512 for cifar10. The last batch of an epoch is dropped unless it is full."""
-    width: int = 128
-    """Neurons in each hidden layer; each is an expert."""
-    depth: int = 4
-    """Hidden layers."""
+    width: int | None = None
+    """Neurons in each hidden layer; each is an expert. By default 64 for digits, 128 for cifar10."""
+    depth: int | None = None
+    """Hidden layers; by default 14 for digits, 3 for cifar10."""
     sparsity: float = 0.9
     """The share of a hidden layer's neurons that a sample does not keep."""
     seeds: int = 3
-    """Models per strategy, trained side by side."""
+    """Models per strategy and learning rate, trained side by side."""
     output: pathlib.Path = pathlib.Path("out/quickstart.png")
     """Where the picture goes."""
 
     def __post_init__(self):
         """Errors before anything is loaded or trained."""
         training.check_positive(self, "epochs", "batch_size", "seeds", "width", "depth")
-        training.check(self, "must be positive", lambda x: 0 < x < math.inf, "learning_rate")
+        if not all(0 < rate < math.inf for rate in self.learning_rate):
+            raise ValueError(f"--learning-rate must be positive; got {' '.join(map(str, self.learning_rate))}.")
         training.check(self, "must not be negative", lambda x: 0 <= x < math.inf, "gamma")
         training.check(self, "is a share in [0, 1]", lambda x: 0 <= x <= 1, "sparsity")
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
         comparison.check(self)
 
+    def complete(self) -> Any:
+        """The config with the defaults of its data set and its optimizer."""
+        defaults = DEFAULTS[self.dataset] | {"learning_rate": LEARNING_RATE[self.optimizer]}
+        return dataclasses.replace(self, **{name: getattr(self, name) or value for name, value in defaults.items()})
+
 
 class Evaluation(NamedTuple):
-    """Measured on the test images. In a training run every array has a leading axis of seeds."""
+    """Measured on the test images. A training run's arrays have leading axes: epochs, R, S."""
 
     accuracy: jax.Array  # []; NaN for a model that diverged
     entropy: jax.Array  # [L], nats, of the shares of the kept neurons in what a hidden layer passes on
@@ -134,48 +151,57 @@ def to_unit_range(images):
     return images.astype(jnp.float32) / 255
 
 
-def make_epoch(graphdef, optimizers, num_classes):
-    """An epoch of every strategy and seed, and its evaluation, as one compiled program."""
+def make_epoch(graphdef, make_tx, num_classes):
+    """An epoch of every strategy, learning rate and seed, and its evaluation, as one compiled program."""
+
+    def one(name, rate, run, order, train_images, train_labels, test_images, test_labels):
+        tx = make_tx(name, rate)
+        params, opt_state = train_epoch(graphdef, tx, *run, order, train_images, train_labels)
+        return (params, opt_state), evaluate(graphdef, num_classes, params, to_unit_range(test_images), test_labels)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def epoch(runs, orders, train_images, train_labels, test_images, test_labels):
-        evaluations = {}
-        for name, tx in optimizers.items():
-            params, opt_state = runs[name]
-            train_seeds = jax.vmap(functools.partial(train_epoch, graphdef, tx), in_axes=(0, 0, 0, None, None))
-            params, opt_state = train_seeds(params, opt_state, orders, train_images, train_labels)
-            evaluate_seeds = jax.vmap(functools.partial(evaluate, graphdef, num_classes), in_axes=(0, None, None))
-            evaluations[name] = evaluate_seeds(params, to_unit_range(test_images), test_labels)
-            runs[name] = params, opt_state
-        return runs, evaluations
+    def epoch(runs, rates, orders, *data):
+        found = {}
+        for name, run in runs.items():
+            of_seeds = jax.vmap(functools.partial(one, name), in_axes=(None, 0, 0, None, None, None, None))
+            of_rates = jax.vmap(of_seeds, in_axes=(0, 0, None, None, None, None, None))
+            runs[name], found[name] = of_rates(rates, run, orders, *data)
+        return runs, found
 
     return epoch
 
 
 def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
-    """For each strategy, its evaluations after every epoch, with leading axes `[epochs, seeds]`.
+    """For each strategy, its evaluations after every epoch, with leading axes `[epochs, R, S]`.
 
     Every strategy trains from the same initialization on the same batches, seed by seed.
     """
-    epochs = config.epochs or EPOCHS[config.dataset]  # none of these can be 0
-    batch_size = config.batch_size or BATCH_SIZE[config.dataset]
-    learning_rate = config.learning_rate or LEARNING_RATE[config.dataset][config.optimizer]
-    examples = len(data.train_labels)
+    config = config.complete()
+    examples, batch_size = len(data.train_labels), config.batch_size
     if batch_size > examples:
         raise ValueError(f"--batch-size must be at most the {examples} training images; got {batch_size}.")
-
     model_config = topk_mlp.TopKMLPConfig(
         data.input_dim, config.width, config.depth, num_classes=data.num_classes, sparsity=config.sparsity
     )
-    make_model = lambda seed: topk_mlp.TopKMLP(model_config, rngs=nnx.Rngs(jax.random.key(seed)))
-    params = jax.vmap(lambda seed: nnx.state(make_model(seed)))(jnp.arange(config.seeds))
-    optimizer = training.OPTIMIZERS[config.optimizer](learning_rate)
-    excite = {"gamma": config.gamma, "expert_axis": topk_mlp.TopKMLP.expert_axis}
-    optimizers = {name: training.make_optimizer(optimizer, strategy=name, **excite) for name in config.strategy}
-    copy = functools.partial(jax.tree.map, jnp.copy)  # the epoch takes its buffers over
-    runs = {name: (copy(params), jax.vmap(tx.init)(params)) for name, tx in optimizers.items()}
 
-    epoch = make_epoch(nnx.graphdef(make_model(0)), optimizers, data.num_classes)
+    def make_model(seed):
+        key = jax.random.key(seed)
+        model = topk_mlp.TopKMLP(model_config, rngs=nnx.Rngs(key))
+        topk_mlp.initialize(model, config.initialization, jax.random.fold_in(key, 1))
+        return model
+
+    def make_tx(name, rate):
+        optimizer, excite = training.OPTIMIZERS[config.optimizer](rate), {"strategy": name, "gamma": config.gamma}
+        return training.make_optimizer(optimizer, expert_axis=topk_mlp.TopKMLP.expert_axis, **excite)
+
+    def init(name, rate, seed):
+        params = nnx.state(make_model(seed))
+        return params, make_tx(name, rate).init(params)
+
+    rates, seeds = jnp.array(config.learning_rate), jnp.arange(config.seeds)
+    over_rates_and_seeds = lambda f: jax.vmap(jax.vmap(f, in_axes=(None, 0)), in_axes=(0, None))
+    runs = {name: over_rates_and_seeds(functools.partial(init, name))(rates, seeds) for name in config.strategy}
+    epoch = make_epoch(nnx.graphdef(make_model(0)), make_tx, data.num_classes)
     arrays = [jnp.asarray(a) for a in (data.train_images, data.train_labels, data.test_images, data.test_labels)]
 
     def order(seed: int, epoch_number: int) -> np.ndarray:  # [steps, batch]
@@ -183,46 +209,55 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
         return shuffled[: examples // batch_size * batch_size].reshape(-1, batch_size)
 
     history = []
-    description = f"{len(runs)} x {config.seeds} models"
+    description = f"{len(runs) * len(rates) * len(seeds)} models"
     # disable=None: no bar where stderr is no terminal.
-    progress = tqdm.trange(1, epochs + 1, desc=description, unit="epoch", mininterval=0.5, disable=None)
+    progress = tqdm.trange(1, config.epochs + 1, desc=description, unit="epoch", mininterval=0.5, disable=None)
     for number in progress:
         orders = np.stack([order(seed, number) for seed in range(config.seeds)])
-        runs, evaluations = epoch(runs, orders, *arrays)
+        runs, evaluations = epoch(runs, rates, orders, *arrays)
         history.append(jax.device_get(evaluations))
-        shown: Any = {name: f"{100 * evaluations[name].accuracy.mean():.1f} %" for name in optimizers}
-        progress.set_postfix(shown, refresh=False)
-    return {name: jax.tree.map(lambda *es: np.stack(es), *(e[name] for e in history)) for name in optimizers}
+        best: Any = {name: f"{100 * found.accuracy.mean(-1).max():.1f} %" for name, found in evaluations.items()}
+        progress.set_postfix(best, refresh=False)
+    return {name: jax.tree.map(lambda *es: np.stack(es), *(e[name] for e in history)) for name in config.strategy}
 
 
-def table(results: dict[str, Evaluation]) -> str:
-    """Test accuracy along training, and what the hidden layers do at the end, as text."""
-    row, spread = comparison.row, comparison.spread
-    last, seeds = next(iter(results.values())).accuracy.shape
-    shown = sorted({n for n in (1, 3, 10, 30, 100, 300, 1000, 3000) if n < last} | {last})
-    lines = [f"test accuracy (%), {comparison.over_seeds(seeds)}", row("epoch", list(results))]
-    lines += [row(str(n), [spread(100 * e.accuracy[n - 1], 1) for e in results.values()]) for n in shown]
-    lines += ["", f"after epoch {last}, mean of the hidden layers"]
-    lines += [row("routing entropy (nats)", [spread(e.entropy[-1].mean(-1), 3) for e in results.values()])]
-    lines += [row("specialization", [spread(e.specialization[-1].mean(-1), 3) for e in results.values()])]
-    return "\n".join(lines)
+def table(config: Config, results: dict[str, Evaluation]) -> str:
+    """Test accuracy, and neurons that no test image activates, at the end of training, as text."""
+    rates = config.complete().learning_rate
+    last = {name: jax.tree.map(lambda values: values[-1], found) for name, found in results.items()}
+
+    def rows(values: dict[str, Any]) -> list[str]:  # [R, S] by strategy
+        spread = lambda number: [comparison.spread(100 * value[number], 1) for value in values.values()]
+        return [comparison.row(f"{rate:g}", spread(number)) for number, rate in enumerate(rates)]
+
+    dead = {name: metrics.dead_experts(found.utilization).mean(-1) for name, found in last.items()}
+    epochs = len(next(iter(results.values())).accuracy)
+    return "\n".join(
+        [
+            f"after epoch {epochs}, {comparison.over_seeds(config.seeds)}",
+            comparison.row("learning rate", list(results)),
+            "test accuracy (%)",
+            *rows({name: found.accuracy for name, found in last.items()}),
+            "neurons that no test image activates (%), mean of the hidden layers",
+            *rows(dead),
+        ]
+    )
 
 
-def picture(results: dict[str, Evaluation], path: pathlib.Path, title: str) -> None:
-    """Learning curves with bands from the lowest to the highest seed, and the utilization of every neuron."""
-    with comparison.figure(path, 12) as figure:
-        curves, *layers = figure.subplots(1, 1 + len(results), width_ratios=[2.4] + [1] * len(results))
-        for name, evaluation in results.items():
-            comparison.curve(curves, np.arange(1, len(evaluation.accuracy) + 1), 100 * evaluation.accuracy, name)
-        curves.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
-        curves.legend()
-        for axes, (name, evaluation) in zip(layers, results.items(), strict=True):
-            busiest_first = -np.sort(-evaluation.utilization[-1, 0], axis=-1)  # of the first seed
-            for number, layer in enumerate(busiest_first, 1):
-                axes.plot(np.arange(1, len(layer) + 1), layer, label=f"layer {number}")
-            axes.set(xlabel="neuron, busiest first", title=name, ylim=(0, 1))
-        layers[0].set_ylabel("utilization at the end, seed 0")
-        layers[-1].legend(fontsize="small")
+def picture(config: Config, results: dict[str, Evaluation], path: pathlib.Path) -> None:
+    """Learning curves at every learning rate, with bands from the lowest to the highest seed."""
+    config = config.complete()
+    with comparison.figure(path, 12, 3.4) as figure:
+        panels = figure.subplots(1, len(config.learning_rate), sharey=True, squeeze=False)[0]
+        for number, (axes, rate) in enumerate(zip(panels, config.learning_rate, strict=True)):
+            for name, found in results.items():
+                accuracy = 100 * found.accuracy[:, number]
+                comparison.curve(axes, np.arange(1, len(accuracy) + 1), accuracy, name)
+            axes.set(xlabel="epoch", title=f"learning rate {rate:g}", ylim=(0, 100))
+        panels[0].set_ylabel("test accuracy (%)")
+        panels[0].legend()
+        layers = f"{config.depth} hidden layers of {config.width} neurons"
+        figure.suptitle(f"Top-K MLP on {config.dataset}, {layers}, {config.optimizer}")
 
 
 def main(config: Config) -> dict[str, Evaluation]:
@@ -232,8 +267,8 @@ def main(config: Config) -> dict[str, Evaluation]:
     data = datasets.load_digits() if digits else datasets.load_images(config.dataset, config.data_dir)
     print(f"{data.description}: {len(data.train_labels)} training and {len(data.test_labels)} test images")
     results = train(config, data)
-    print(table(results))
-    picture(results, config.output, f"Top-K MLP on {config.dataset}, {config.optimizer}")
+    print(table(config, results))
+    picture(config, results, config.output)
     print(f"picture: {config.output.resolve()}")
     return results
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,39 @@ class TopKLinear(nnx.Linear):
         h = keep_top_k(self.activation(super().__call__(x)), self.num_kept)
         excitation_optax.flax.sow_routing(self, excitation_optax.count_active(h != 0))
         return h
+
+
+def initialize(model: TopKMLP, name: Literal["lecun_normal", "he_normal", "torch"], key: jax.Array) -> None:
+    """Draws the parameters of a model anew.
+
+    Args:
+      model: a new model.
+      name: `lecun_normal`, Flax's default, changes nothing. `he_normal` draws kernels with twice its variance. `torch`
+        draws kernels and biases as PyTorch's `Linear` does, uniformly between plus and minus the inverse root of the
+        number of inputs.
+      key: a JAX key.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from models import topk_mlp
+      >>> model = topk_mlp.TopKMLP(topk_mlp.TopKMLPConfig(input_dim=4), rngs=nnx.Rngs(0))
+      >>> topk_mlp.initialize(model, "torch", jax.random.key(1))
+      >>> bool(abs(model.layers[0].kernel[...]).max() <= 1 / 2)
+      True
+    """
+    if name == "lecun_normal":
+        return
+    layers = [*model.layers, model.head]
+    for layer, (kernel_key, bias_key) in zip(layers, jax.random.split(key, (len(layers), 2)), strict=True):
+        kernel, bias = layer.kernel, layer.bias
+        assert bias is not None
+        if name == "he_normal":
+            kernel[...] = jax.nn.initializers.he_normal()(kernel_key, kernel.shape)
+        else:
+            bound = layer.in_features**-0.5
+            kernel[...] = bound * jax.random.uniform(kernel_key, kernel.shape, minval=-1.0, maxval=1.0)
+            bias[...] = bound * jax.random.uniform(bias_key, bias.shape, minval=-1.0, maxval=1.0)
 
 
 def keep_top_k(h: jax.Array, k: int) -> jax.Array:

@@ -129,18 +129,8 @@ class Program(stacks.Program):
         """The model that every run of a seed starts from."""
         rngs = nnx.Rngs(jax.random.key(seed))
         model = VariantMLP(self.model_config, self.shared.residual, self.shared.layer_norm, rngs=rngs)
-        if self.shared.initialization == "lecun_normal":  # Flax's default
-            return model
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2), 2 * (self.shared.depth + 1))
-        for i, layer in enumerate([*model.layers, model.head]):
-            if self.shared.initialization == "he_normal":
-                layer.kernel[...] = jax.nn.initializers.he_normal()(keys[2 * i], layer.kernel.shape)
-            else:  # PyTorch's Linear: uniform, as wide as the root of one over the inputs, biases too
-                uniform = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
-                scale = layer.in_features**-0.5
-                layer.kernel[...] = scale * uniform(keys[2 * i], layer.kernel.shape)
-                bias: Any = layer.bias
-                bias[...] = scale * uniform(keys[2 * i + 1], bias.shape)
+        key = jax.random.fold_in(jax.random.key(seed), 2)
+        topk_mlp.initialize(model, self.shared.initialization, key)
         return model
 
     def make_optimizer(self, member: Member, seed) -> optax.GradientTransformationExtraArgs:

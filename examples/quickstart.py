@@ -31,7 +31,7 @@ from models import topk_mlp
 
 # What fits a data set, unless flags say otherwise.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 100, "batch_size": 128, "width": 64, "depth": 14, "initialization": "torch"},
+    "digits": {"epochs": 100, "batch_size": 128, "width": 64, "depth": 16, "initialization": "torch"},
     "cifar10": {"epochs": 30, "batch_size": 512, "width": 128, "depth": 3, "initialization": "lecun_normal"},
 }
 ADAPTIVE = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -73,7 +73,7 @@ class Config:
     width: int | None = None
     """Neurons in each hidden layer; each is an expert. By default 64 for digits, 128 for cifar10."""
     depth: int | None = None
-    """Hidden layers; by default 14 for digits, 3 for cifar10."""
+    """Hidden layers; by default 16 for digits, 3 for cifar10."""
     sparsity: float = 0.9
     """The share of a hidden layer's neurons that a sample does not keep."""
     seeds: int = 3
@@ -156,7 +156,7 @@ def make_epoch(graphdef, make_tx, num_classes):
 
     def one(name, rate, run, order, train_images, train_labels, test_images, test_labels):
         tx = make_tx(name, rate)
-        params, opt_state = train_epoch(graphdef, tx, *run, order, train_images, train_labels)
+        params, opt_state = train_epoch(graphdef, tx, run[0], run[1], order, train_images, train_labels)
         return (params, opt_state), evaluate(graphdef, num_classes, params, to_unit_range(test_images), test_labels)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -176,18 +176,18 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
 
     Every strategy trains from the same initialization on the same batches, seed by seed.
     """
-    config = config.complete()
-    examples, batch_size = len(data.train_labels), config.batch_size
+    settings = config.complete()
+    examples, batch_size = len(data.train_labels), settings.batch_size
     if batch_size > examples:
         raise ValueError(f"--batch-size must be at most the {examples} training images; got {batch_size}.")
     model_config = topk_mlp.TopKMLPConfig(
-        data.input_dim, config.width, config.depth, num_classes=data.num_classes, sparsity=config.sparsity
+        data.input_dim, settings.width, settings.depth, num_classes=data.num_classes, sparsity=config.sparsity
     )
 
     def make_model(seed):
         key = jax.random.key(seed)
         model = topk_mlp.TopKMLP(model_config, rngs=nnx.Rngs(key))
-        topk_mlp.initialize(model, config.initialization, jax.random.fold_in(key, 1))
+        topk_mlp.initialize(model, settings.initialization, jax.random.fold_in(key, 1))
         return model
 
     def make_tx(name, rate):
@@ -198,7 +198,7 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
         params = nnx.state(make_model(seed))
         return params, make_tx(name, rate).init(params)
 
-    rates, seeds = jnp.array(config.learning_rate), jnp.arange(config.seeds)
+    rates, seeds = jnp.array(settings.learning_rate), jnp.arange(config.seeds)
     over_rates_and_seeds = lambda f: jax.vmap(jax.vmap(f, in_axes=(None, 0)), in_axes=(0, None))
     runs = {name: over_rates_and_seeds(functools.partial(init, name))(rates, seeds) for name in config.strategy}
     epoch = make_epoch(nnx.graphdef(make_model(0)), make_tx, data.num_classes)
@@ -211,7 +211,7 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
     history = []
     description = f"{len(runs) * len(rates) * len(seeds)} models"
     # disable=None: no bar where stderr is no terminal.
-    progress = tqdm.trange(1, config.epochs + 1, desc=description, unit="epoch", mininterval=0.5, disable=None)
+    progress = tqdm.trange(1, settings.epochs + 1, desc=description, unit="epoch", mininterval=0.5, disable=None)
     for number in progress:
         orders = np.stack([order(seed, number) for seed in range(config.seeds)])
         runs, evaluations = epoch(runs, rates, orders, *arrays)
@@ -246,17 +246,17 @@ def table(config: Config, results: dict[str, Evaluation]) -> str:
 
 def picture(config: Config, results: dict[str, Evaluation], path: pathlib.Path) -> None:
     """Learning curves at every learning rate, with bands from the lowest to the highest seed."""
-    config = config.complete()
+    settings = config.complete()
     with comparison.figure(path, 12, 3.4) as figure:
-        panels = figure.subplots(1, len(config.learning_rate), sharey=True, squeeze=False)[0]
-        for number, (axes, rate) in enumerate(zip(panels, config.learning_rate, strict=True)):
+        panels = figure.subplots(1, len(settings.learning_rate), sharey=True, squeeze=False)[0]
+        for number, (axes, rate) in enumerate(zip(panels, settings.learning_rate, strict=True)):
             for name, found in results.items():
                 accuracy = 100 * found.accuracy[:, number]
                 comparison.curve(axes, np.arange(1, len(accuracy) + 1), accuracy, name)
             axes.set(xlabel="epoch", title=f"learning rate {rate:g}", ylim=(0, 100))
         panels[0].set_ylabel("test accuracy (%)")
         panels[0].legend()
-        layers = f"{config.depth} hidden layers of {config.width} neurons"
+        layers = f"{settings.depth} hidden layers of {settings.width} neurons"
         figure.suptitle(f"Top-K MLP on {config.dataset}, {layers}, {config.optimizer}")
 
 

@@ -20,7 +20,7 @@ def standard_promotion():
 
 
 def tiny(tmp_path, **kwargs):
-    defaults = {"epochs": 2, "width": 16, "depth": 2, "seeds": 2, "output": tmp_path / "out" / "picture.png"}
+    defaults = {"epochs": 2, "width": 16, "depth": 2, "seeds": 2, "learning_rate": (1e-3, 1e-2), "output": tmp_path / "out" / "picture.png"}
     return quickstart.Config(**defaults | kwargs)
 
 
@@ -29,14 +29,14 @@ def test_it_prints_a_table_and_draws_a_picture(tmp_path, capsys):
     config = tiny(tmp_path)
     results = quickstart.main(config)
     printed = capsys.readouterr().out
-    for text in ("1437 training and 360 test images", "baseline", "zero_sum", "positive_sum", "routing entropy", "±"):
+    for text in ("1437 training and 360 test images", "baseline", "zero_sum", "positive_sum", "learning rate", "±"):
         assert text in printed
-    assert f"{100 * results['baseline'].accuracy[-1].mean():.1f} ±" in printed
+    assert f"{100 * results['baseline'].accuracy[-1, 0].mean():.1f} ±" in printed
     assert str(config.output) in printed
     assert config.output.read_bytes().startswith(b"\x89PNG")
     evaluation = results["zero_sum"]
-    assert evaluation.accuracy.shape == (2, 2)  # epochs, seeds
-    assert evaluation.utilization.shape == (2, 2, 2, 16)  # and layers, neurons
+    assert evaluation.accuracy.shape == (2, 2, 2)  # epochs, learning rates, seeds
+    assert evaluation.utilization.shape == (2, 2, 2, 2, 16)  # and layers, neurons
     # K = round(1.6) = 2 neurons at most are active for an image.
     assert np.all(evaluation.utilization.sum(-1) <= 2 + 1e-5)
     assert np.all(evaluation.entropy <= np.log(2) + 1e-5)
@@ -53,8 +53,9 @@ def test_the_comparison_is_paired_and_repeats(tmp_path):
             np.testing.assert_array_equal(mine, baseline)
     again = quickstart.train(tiny(tmp_path, gamma=0.0), data)
     np.testing.assert_array_equal(again["baseline"].entropy, results["baseline"].entropy)
-    seeds = results["baseline"].entropy[-1]
-    assert not np.allclose(seeds[0], seeds[1])
+    first, second = results["baseline"].entropy[-1]  # by learning rate
+    assert not np.allclose(first[0], first[1])
+    assert not np.allclose(first, second)
 
 
 @pytest.mark.parametrize("optimizer", list(training.OPTIMIZERS))
@@ -82,7 +83,7 @@ def test_every_strategy_trains(tmp_path):
         ({"gamma": -1.0}, "--gamma must not be negative; got -1.0"),
         ({"depth": 0}, "--depth must be at least 1; got 0"),
         ({"width": 0}, "--width must be at least 1; got 0"),
-        ({"learning_rate": 0.0}, "--learning-rate must be positive; got 0.0"),
+        ({"learning_rate": (0.1, 0.0)}, "--learning-rate must be positive; got 0.1 0.0"),
         ({"data_dir": pathlib.Path("data")}, "--data-dir goes with --dataset cifar10"),
         ({"output": pathlib.Path("picture.xyz")}, "--output must name a .png, .pdf or .svg file; got picture.xyz"),
     ],
@@ -93,10 +94,11 @@ def test_bad_flags(tmp_path, kwargs, message):
 
 
 def test_a_model_that_diverged_is_named(tmp_path):
-    results = quickstart.train(tiny(tmp_path, learning_rate=1e6), datasets.load_digits())
+    config = tiny(tmp_path, learning_rate=(1e6,), optimizer="sgd")
+    results = quickstart.train(config, datasets.load_digits())
     diverged = np.isnan(results["baseline"].accuracy[-1]).sum()
     assert diverged > 0
-    assert f", {diverged} NaN" in quickstart.table(results)
+    assert f", {diverged} NaN" in quickstart.table(config, results)
 
 
 def test_digits_are_split_by_class_and_the_split_stays():
@@ -145,9 +147,7 @@ def test_errors_of_the_program(tmp_path):
 
 @pytest.mark.slow
 def test_the_demonstration_holds(tmp_path):
-    """What the README shows: the baseline is behind by 15 points at epoch 30 and by 3 at epoch 150."""
+    """At every rate the baseline stays behind what zero_sum reaches at its best rate, by 25 points or more."""
     results = quickstart.main(quickstart.Config(output=tmp_path / "picture.png"))
-    mean = {name: 100 * evaluation.accuracy.mean(axis=1) for name, evaluation in results.items()}
-    for name in ("zero_sum", "positive_sum"):
-        assert mean[name][29] - mean["baseline"][29] >= 15
-        assert mean[name][149] - mean["baseline"][149] >= 3
+    best = {name: 100 * found.accuracy[-1].mean(-1).max() for name, found in results.items()}
+    assert best["zero_sum"] - best["baseline"] >= 25

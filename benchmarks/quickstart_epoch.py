@@ -25,7 +25,6 @@ from models import topk_mlp
 MODELS, BATCH, IMAGES, ROUNDS = 3, 512, 50_000, 7
 STEPS = IMAGES // BATCH
 CONFIG = topk_mlp.TopKMLPConfig(input_dim=3072)
-WIDTHS = [CONFIG.input_dim, *[CONFIG.width] * CONFIG.depth, CONFIG.num_classes]
 
 
 def make_epoch(tx):
@@ -41,12 +40,17 @@ def make_epoch(tx):
     return functools.partial(epoch, params, jax.vmap(tx.init)(params), np.stack(orders), images, labels)
 
 
-def make_products(weights: str):
-    """The matrix products of an epoch. G models, B batch, I inputs, O outputs; weights are "gio" or "goi"."""
-    sizes = {"g": MODELS, "b": BATCH}
+def make_products(weights: str, models: int = MODELS, steps: int = STEPS, config=CONFIG, batch=BATCH, shared=False):
+    """The matrix products of an epoch. G models, B batch, I inputs, O outputs; weights are "gio" or "goi".
+
+    If the models share their batches, the first layer's rows have no axis of models.
+    """
+    widths = [config.input_dim, *[config.width] * config.depth, config.num_classes]
+    sizes = {"g": models, "b": batch}
     products = []
-    for number, (i, o) in enumerate(itertools.pairwise(WIDTHS)):
-        equations = [f"gbi,{weights}->gbo", f"gbi,gbo->{weights}"] + [f"gbo,{weights}->gbi"] * (number > 0)
+    for number, (i, o) in enumerate(itertools.pairwise(widths)):
+        rows = "bi" if shared and number == 0 else "gbi"
+        equations = [f"{rows},{weights}->gbo", f"{rows},gbo->{weights}"] + [f"gbo,{weights}->gbi"] * (number > 0)
         for equation in equations:
             shapes = [[{**sizes, "i": i, "o": o}[axis] for axis in term] for term in equation.split("->")[0].split(",")]
             products.append((equation, [jnp.ones(shape) / 100 for shape in shapes]))
@@ -56,7 +60,7 @@ def make_products(weights: str):
         return [jnp.einsum(equation, *terms) for (equation, _), terms in zip(products, operands, strict=True)]
 
     def epoch():
-        return [step([terms for _, terms in products]) for _ in range(STEPS)][-1]
+        return [step([terms for _, terms in products]) for _ in range(steps)][-1]
 
     return epoch
 

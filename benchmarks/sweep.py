@@ -8,6 +8,8 @@ A  an epoch of three seeds by three strategies of SGD Top-K MLPs, on one device:
    are taken within a round, and both must arrive at the same losses
 B  seconds per epoch and model against the number of models that are stacked, on one device, and on all devices at once,
    with a group on each: on CPU, every core is a device
+C  an epoch of 18 models, three seeds by three strategies by two learning rates, on one device, against its bare matrix
+   products: those of six models that share their batches, three times, in the faster of two layouts of the weights
 
 Images are random bytes of CIFAR-10's size, mirrored at random. Losses are of the epochs' means.
 """
@@ -26,7 +28,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from benchmarks import timing
+from benchmarks import quickstart_epoch, timing
 from examples import datasets, reproduce
 from examples.reproduction import configs, engine, store
 from models import topk_mlp
@@ -231,10 +233,28 @@ def stack(config: Config) -> None:
             print(f"{seeds:>8}{seeds * count:>8}{each['one']:>14.4f}{each['all']:>16.4f}", flush=True)
 
 
+def products(config: Config) -> None:
+    """C."""
+    run, data = config.run, make_data(config)
+    model = topk_mlp.TopKMLPConfig(data.input_dim, run.width, run.depth, data.num_classes, run.sparsity)
+    steps = 3 * (len(data.train_labels) // run.batch_size)
+    make = functools.partial(quickstart_epoch.make_products, models=6, steps=steps, config=model, batch=run.batch_size)
+    variants = {f"bare products, weights {weights}": make(weights, shared=True) for weights in ("gio", "goi")}
+    bare = list(variants)
+    variants["engine"] = engines(make_group(run, 3, STRATEGIES, 2), data, engine.put(data, run))
+    seconds = timing.interleave(variants, config.rounds)
+    fastest = min(bare, key=lambda name: min(seconds[name]))
+    print(f"\nC  18 models\n{'':<28}{'fastest (s)':>12}{'median ratio':>14}{'ratio of fastest':>18}")
+    for name in variants:
+        median, ratio = timing.ratios(seconds, name, to=fastest)
+        print(f"{name:<28}{min(seconds[name]):>12.3f}{median:>14.3f}{ratio:>18.3f}")
+
+
 def main(config: Config) -> None:
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {store.cores()} cores")
     compare(config)
     stack(config)
+    products(config)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def standard_promotion():
 
 
 def tiny(tmp_path, **kwargs):
-    defaults = {"epochs": 2, "width": 16, "depth": 2, "seeds": 2, "learning_rate": (1e-3, 1e-2), "output": tmp_path / "out" / "picture.png"}
-    return quickstart.Config(**defaults | kwargs)
+    defaults = {"epochs": 2, "width": 16, "depth": 2, "seeds": 2, "learning_rate": (1e-3, 1e-2)}
+    return quickstart.Config(**defaults | {"output": tmp_path / "out" / "picture.png"} | kwargs)
 
 
 @pytest.mark.slow

@@ -106,12 +106,22 @@ def test_a_run_ends_with_the_answer(run):
 
 
 def test_a_run_repeats_with_its_seed_and_not_with_another(tmp_path, run):
-    _, logs, printed = train(tmp_path, strategy=("positive_sum",), seeds=2)
+    """TensorBoard changes nothing; it gets what is logged, and the routing."""
+    _, logs, printed = train(tmp_path, strategy=("positive_sum",), seeds=2, tensorboard=tmp_path / "board")
     assert set(logs) == {"positive_sum-0", "positive_sum-1"}
-    assert repeatable(logs["positive_sum-0"]) == repeatable(run[1]["positive_sum-0"])
-    assert abs(logs["positive_sum-1"][1]["loss"] - logs["positive_sum-0"][1]["loss"]) > 1e-3
+    rows = logs["positive_sum-0"]
+    assert repeatable(rows) == repeatable(run[1]["positive_sum-0"])
+    assert abs(logs["positive_sum-1"][1]["loss"] - rows[1]["loss"]) > 1e-3
     assert "mean ± standard deviation of 2 seeds" in printed
     assert printed.count("sample of") == 1
+    events = dashboards.events_of(tmp_path / "board" / "positive_sum-0")
+    for row in rows[1:]:
+        written = {name: value.simple_value for step, name, value in events if step == row["step"]}
+        expected = {name: row[name] for name in row.keys() - {"step"}}
+        assert {name: written[name] for name in expected} == pytest.approx(expected)
+        if "loss" in row:  # of two layers, by the same function
+            assert written["routing/max_over_mean_load/mean"] == pytest.approx(row["max_over_mean_load"])
+            assert written["routing/dead_experts/worst"] == pytest.approx(row["dead_experts_worst_layer"])
 
 
 @pytest.mark.slow
@@ -126,20 +136,6 @@ def test_tokens_of_gpt2_with_sgd(tmp_path):
     loss = rows[3]["evaluation_loss"]
     assert 10 < loss < 12  # about log 50257, the vocabulary
     assert rows[3]["bits_per_byte"] == pytest.approx(loss / math.log(2) * 21 / 120)
-
-
-def test_tensorboard_changes_nothing_but_what_is_written(tmp_path, run):
-    _, logs, _ = train(tmp_path, strategy=("positive_sum",), tensorboard=tmp_path / "board")
-    rows = logs["positive_sum-0"]
-    assert repeatable(rows) == repeatable(run[1]["positive_sum-0"])
-    events = dashboards.events_of(tmp_path / "board" / "positive_sum-0")
-    for row in rows[1:]:
-        written = {name: value.simple_value for step, name, value in events if step == row["step"]}
-        expected = {name: row[name] for name in row.keys() - {"step"}}
-        assert {name: written[name] for name in expected} == pytest.approx(expected)
-        if "loss" in row:  # of two layers, by the same function
-            assert written["routing/max_over_mean_load/mean"] == pytest.approx(row["max_over_mean_load"])
-            assert written["routing/dead_experts/worst"] == pytest.approx(row["dead_experts_worst_layer"])
 
 
 # Evaluation.

@@ -163,13 +163,13 @@ def test_every_import_is_declared(pattern, tables):
 # The distributions.
 
 
-def write_distributions(folder, sdist, wheel):
+def write_distributions(folder, sdist, wheel, page=""):
     with tarfile.open(folder / "p-1.tar.gz", "w:gz") as archive:
         for name in sdist:
             archive.addfile(tarfile.TarInfo(f"p-1/{name}"), io.BytesIO())
     with zipfile.ZipFile(folder / "p-1-py3-none-any.whl", "w") as archive:
         for name in wheel:
-            archive.writestr(name, "")
+            archive.writestr(name, page if name.endswith("METADATA") else "")
 
 
 GOOD_WHEEL = ["excitation_optax/__init__.py", "p-1.dist-info/METADATA"]
@@ -192,6 +192,11 @@ def test_bad_distributions(tmp_path, sdist, wheel, message):
     write_distributions(tmp_path, sdist, wheel)
     (wrong,) = release_check.wrong_with_built(tmp_path)
     assert message in wrong
+
+
+def test_a_relative_link_on_the_package_page(tmp_path):
+    write_distributions(tmp_path, release_check.WANTED, GOOD_WHEEL, "[start](docs/start.md), [web](https://a.b/c)")
+    assert release_check.wrong_with_built(tmp_path) == ["the package page has a relative link: docs/start.md"]
 
 
 def test_nothing_was_built(tmp_path):

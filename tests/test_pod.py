@@ -461,7 +461,7 @@ def test_it_says_what_it_does_and_logs_beside_the_checkpoints(tmp_path, capsys):
     assert first.startswith("mesh data 2 x fsdp 2 x expert 2 of 8 devices (cpu) in 1 processes; ")
     assert re.search(r"; [\d,]+ parameters; 64 tokens per step$", first)
     assert (second, last) == ("compiling", "checkpoint of step 2 saved, the last")
-    assert re.search(r"positive_sum: step 2 of 2, loss \d\.\d+, [\d,]+ tokens/s", shown.err)
+    assert re.search(r"positive_sum: step 2 of 2, evaluation loss \d\.\d+, about 00:00 left", shown.err)
     train.main(config)
     assert "resuming from step 2, the last: nothing is left to do" in capsys.readouterr().out
     on_a_cloud = dataclasses.replace(config, checkpoints="gs://bucket/run")

@@ -214,17 +214,22 @@ def test_a_step_is_gradient_and_update():
 
 
 def test_auxiliary_losses_are_added_by_their_weights():
-    """Cross-entropy and both losses of a router, as its own functions give them."""
-    model = small_gpt_moe()
+    graphdef, params = nnx.split(small_gpt_moe())
     tokens = jnp.arange(16).reshape(2, 8) % 11
-    loss = lambda **weights: training.routed_loss(model, tokens, tokens, **weights)
-    plain, logged, utilization, logits = loss(load_balancing=0.0, router_z=0.0)
-    assert (logits.shape, len(jax.tree.leaves(utilization))) == ((2, 8, 11), 2)
-    assert plain == logged["loss"]
-    both = loss(load_balancing=0.5, router_z=0.25)[0]
-    expected = logged["loss"] + 0.5 * logged["load_balancing_loss"] + 0.25 * logged["router_z_loss"]
+
+    @jax.jit
+    def loss(params, **weights):
+        minimized, logged, utilization, logits = training.routed_loss(
+            nnx.merge(graphdef, params), tokens, tokens, **weights
+        )
+        assert (logits.shape, len(jax.tree.leaves(utilization))) == ((2, 8, 11), 2)  # counts and tokens of the stack
+        return minimized, logged
+
+    plain, logged = loss(params, load_balancing=0.0, router_z=0.0)
+    assert plain == logged["loss"] > 0
     assert min(float(logged["load_balancing_loss"]), float(logged["router_z_loss"])) > 0
-    np.testing.assert_allclose(both, expected, rtol=1e-6)
+    expected = logged["loss"] + 0.5 * logged["load_balancing_loss"] + 0.25 * logged["router_z_loss"]
+    np.testing.assert_allclose(loss(params, load_balancing=0.5, router_z=0.25)[0], expected, rtol=1e-6)
 
 
 # routing_metrics.

@@ -105,6 +105,7 @@ class Log:
             unit="step",
             mininterval=SECONDS_BETWEEN_LINES if lines else 0.5,
             bar_format=LINE if lines else None,
+            leave=not lines,
             disable=self._silent,
         )
         self.skip(items)
@@ -125,6 +126,7 @@ class Log:
 
     def close(self) -> None:
         """Closes the bar, TensorBoard and W&B."""
+        self._bar.refresh()
         self._bar.close()
         if self._tensorboard is not None:
             if steps := self._routing.steps:

@@ -34,33 +34,32 @@ class Text:
 def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:
     """Reads a training and an evaluation text. Raises FileNotFoundError if a path, or a split in a folder, is missing.
 
-    `paths` are nothing, for the documentation that comes with Python; files, of which the last tenth is evaluated; or a
-    folder with the splits of a corpus, such as WikiText: files named *train*, *valid*, *test*. Without a training
-    split, "valid" is trained on and "test" evaluated.
+    `paths` are nothing, for the documentation that comes with Python; files, whose last tenth is evaluated; or a folder
+    with the splits of a corpus, such as WikiText: files named *train*, *valid*, *test*. Without a training split, the
+    program trains on "valid" and evaluates "test".
     """
     if not paths:
         import pydoc_data.topics  # the reference manual, as text: half a megabyte
 
-        text = "\n\n".join(pydoc_data.topics.topics.values()).encode()
-        train, evaluation = _last_tenth([text])
+        train, evaluation = _last_tenth(["\n\n".join(pydoc_data.topics.topics.values()).encode()])
         held_out = {line for line in evaluation.splitlines() if len(line) > 20}  # topics quote each other
-        parts = b"\n".join(line for line in train.splitlines() if line not in held_out), evaluation
-        description = (
-            "Python's language reference, from pydoc_data; the last tenth, whose lines are not trained on, is evaluated"
-        )
+        train = b"\n".join(line for line in train.splitlines() if line not in held_out)
+        description = "Python's language reference, from pydoc_data; the last tenth, whose lines are not trained on,"
+        description += " is evaluated"
     elif len(paths) == 1 and paths[0].is_dir():
-        parts, description = _splits(paths[0])
+        train, evaluation, description = _splits(paths[0])
     else:
-        parts = _last_tenth([path.read_bytes() for path in paths])
+        train, evaluation = _last_tenth([path.read_bytes() for path in paths])
         description = f"{', '.join(map(str, paths))}; the last tenth is evaluated"
-    train, evaluation = (encode(part, tokenizer) for part in parts)
-    return Text(train, evaluation, parts[1], VOCAB_SIZE[tokenizer], description)
+    tokens = encode(train, tokenizer), encode(evaluation, tokenizer)
+    return Text(*tokens, evaluation, VOCAB_SIZE[tokenizer], description)
 
 
 def _last_tenth(texts: list[bytes]) -> tuple[bytes, bytes]:
     cuts = [_character_start(text, len(text) * 9 // 10) for text in texts]
-    train = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
-    return b"\n\n".join(train), b"\n\n".join(text[cut:] for text, cut in zip(texts, cuts, strict=True))
+    parts = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
+    train, evaluation = map(b"\n\n".join, zip(*parts, strict=True))
+    return train, evaluation
 
 
 def _character_start(text: bytes, position: int) -> int:
@@ -70,18 +69,19 @@ def _character_start(text: bytes, position: int) -> int:
     return position
 
 
-def _splits(folder: pathlib.Path) -> tuple[tuple[bytes, bytes], str]:
-    """The training and evaluation text of a folder, and their files."""
+def _splits(folder: pathlib.Path) -> tuple[bytes, bytes, str]:
+    """The training and the evaluation text of a folder, and a description."""
     files = {name: sorted(p for p in folder.iterdir() if p.is_file() and name in p.name) for name in SPLITS}
-    train, evaluation = ("train", "valid") if files["train"] else ("valid", "test")
-    for name in (train, evaluation):
+    names = ("train", "valid") if files["train"] else ("valid", "test")
+    for name in names:
         if len(files[name]) != 1:
             raise FileNotFoundError(
                 f"{folder} should hold one file named like *{name}*; of that name there are "
                 f"{[p.name for p in files[name]] or 'none'}. For other texts, name the files."
             )
-    description = f"{files[train][0].name} for training, {files[evaluation][0].name} for evaluation, of {folder}"
-    return (files[train][0].read_bytes(), files[evaluation][0].read_bytes()), description
+    (train,), (evaluation,) = (files[name] for name in names)
+    description = f"{train.name} for training, {evaluation.name} for evaluation, of {folder}"
+    return train.read_bytes(), evaluation.read_bytes(), description
 
 
 def encode(text: bytes, tokenizer: Tokenizer) -> np.ndarray:

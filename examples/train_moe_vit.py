@@ -84,11 +84,9 @@ def augment(key, images, flip: bool):
 
 def evaluate(predict, params, images, labels, batch_size: int = 500) -> float:
     """The fraction of images that are classified correctly."""
-    correct = 0
-    for start in range(0, len(labels), batch_size):
-        batch = slice(start, start + batch_size)
-        correct += int(np.sum(np.asarray(predict(params, images[batch])) == labels[batch]))
-    return correct / len(labels)
+    batches = (images[start : start + batch_size] for start in range(0, len(labels), batch_size))
+    predicted = np.concatenate([np.asarray(predict(params, batch)) for batch in batches])
+    return float(np.mean(predicted == labels))
 
 
 def load(config: Config) -> datasets.ImageData:

@@ -1,17 +1,10 @@
 """The benchmarks run, at toy sizes. What they measure there means nothing and is not looked at."""
 
-import jax
 import pytest
 
-from benchmarks import gpt_step, moe_layer
+from benchmarks import gpt_step, moe_layer, sweep
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def as_users_have_it():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_users_have_it")]
 
 
 @pytest.mark.parametrize("section", ["A", "B", "C", "D", "E", "F"])
@@ -30,3 +23,17 @@ def test_gpt_step(capsys):
     printed = capsys.readouterr().out
     assert "step 1: loss" in printed
     assert "tokens per second" in printed
+
+
+def test_sweep(capsys):
+    """A loop by hand trains as the engine does."""
+    config = sweep.Config(rounds=1, tiny=True)
+    assert sweep.compare(config) < 1e-5
+    sweep.stack(config)
+    sweep.products(config)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    names = ["A", "fastest", "by", "engine", "B", "seeds", "1", "2", "C", "fastest", "bare", "bare", "engine"]
+    assert [row[0] for row in rows] == names
+    assert [row[1] for row in rows[6:8]] == ["1", "4"]
+    assert all(float(seconds) > 0 for row in rows[6:8] for seconds in row[2:])
+    assert all(float(row[-1]) > 0 for row in rows[-3:])

@@ -461,7 +461,7 @@ def test_it_says_what_it_does_and_logs_beside_the_checkpoints(tmp_path, capsys):
     assert first.startswith("mesh data 2 x fsdp 2 x expert 2 of 8 devices (cpu) in 1 processes; ")
     assert re.search(r"; [\d,]+ parameters; 64 tokens per step$", first)
     assert (second, last) == ("compiling", "checkpoint of step 2 saved, the last")
-    assert re.search(r"positive_sum: step 2 of 2, loss \d\.\d+, [\d,]+ tokens/s", shown.err)
+    assert re.search(r"positive_sum: step 2 of 2, evaluation loss \d\.\d+, about 00:00 left", shown.err)
     train.main(config)
     assert "resuming from step 2, the last: nothing is left to do" in capsys.readouterr().out
     on_a_cloud = dataclasses.replace(config, checkpoints="gs://bucket/run")
@@ -469,21 +469,17 @@ def test_it_says_what_it_does_and_logs_beside_the_checkpoints(tmp_path, capsys):
     assert dataclasses.replace(config, log=tmp_path / "a").log_path == tmp_path / "a"
 
 
-def test_a_run_does_not_go_on_from_that_of_another(tmp_path):
-    """Another strategy, optimizer or architecture, or other data: an error, and everything stays as it was."""
-    flags = {"checkpoints": str(tmp_path / "saved"), "steps": 2}
-    train.main(make_config(tmp_path, **flags))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for name, value in [("strategy", "zero_sum"), ("optimizer", "sgd"), ("d_ff", 16), ("num_layers", 2), ("seed", 1)]:
-        with pytest.raises(ValueError, match=rf"is of another run \({name}: .* there, {value!r} here\)"):
-            train.main(make_config(tmp_path, **flags | {name: value}))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+@pytest.mark.parametrize(
+    ("name", "value"), [("strategy", "zero_sum"), ("optimizer", "sgd"), ("d_ff", 16), ("num_layers", 2), ("seed", 1)]
+)
+def test_what_makes_a_run_another(tmp_path, name, value):
+    here, there = (make_config(tmp_path, **flags).identity() for flags in ({}, {name: value}))
+    assert {key for key in here if here[key] != there[key]} == {name}
 
 
-def test_a_run_without_checkpoints_can_be_preempted(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoints, "preemption", preempted_at(2))
+def test_a_run_without_checkpoints_can_be_preempted(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        train.main(make_config(tmp_path, preemption_exit_code=143))
+        train.end(make_config(tmp_path, preemption_exit_code=143), None, 2)
     assert ended.value.code == 143
     assert "without --checkpoints, nothing is saved" in capsys.readouterr().out
 
@@ -546,14 +542,18 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path):
     assert names(tmp_path / "saved") == [str(first_skipped - 1)]
 
 
-def test_a_damaged_line_of_the_log_stops_no_run(tmp_path):
-    flags = {"checkpoints": str(tmp_path / "saved"), "steps": 4, "save_every": 2}
+def test_a_run_goes_on_after_a_damaged_line_of_the_log_and_not_from_another_run(tmp_path):
+    flags = {"checkpoints": str(tmp_path / "saved"), "steps": 4, "save_every": 2, "eval_every": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "preemption", preempted_at(2))
         with pytest.raises(SystemExit):
             train.main(make_config(tmp_path, **flags))
     path = tmp_path / "log.jsonl"
     path.write_bytes(b"7\n" + path.read_bytes() + b"\0" * 80)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=r"is of another run \(strategy: 'positive_sum' there, 'zero_sum' here\)"):
+        train.main(make_config(tmp_path, **flags | {"strategy": "zero_sum"}))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     with pytest.warns(UserWarning, match=r"log\.jsonl: a damaged line was removed"):
         train.main(make_config(tmp_path, **flags))
     lines = [json.loads(line) for line in path.read_bytes().splitlines()]

@@ -55,7 +55,7 @@ def test_another_tag_is_wrong_everywhere(released):
         assert any(line.startswith(file) and "9.9.9" in line for line in wrong), (file, wrong)
 
 
-@pytest.mark.parametrize("tag", [VERSION, f"v{VERSION}.0", "v1.2", "version-1.2.3", "v1.2.3-rc1", "main", ""])
+@pytest.mark.parametrize("tag", [VERSION, "v1.2", "v1.2.3-rc1", ""])
 def test_malformed_tags(released, tag):
     assert release_check.wrong_with_tag(tag, released) == [f"{tag} is not a release tag such as v1.2.3 or v1.2.3rc1"]
 
@@ -81,12 +81,6 @@ def test_one_forgotten_file(released, file, pattern, replacement, message):
     change(released / file, pattern, replacement)
     (wrong,) = release_check.wrong_with_tag(f"v{VERSION}", released)
     assert message in wrong
-
-
-def test_the_build_reads_the_version_from_the_package():
-    assert "version" not in PROJECT
-    assert "version" in PROJECT["dynamic"]
-    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "excitation_optax/__init__.py"
 
 
 def test_the_package_page_has_absolute_links_that_hold():
@@ -163,13 +157,13 @@ def test_every_import_is_declared(pattern, tables):
 # The distributions.
 
 
-def write_distributions(folder, sdist, wheel):
+def write_distributions(folder, sdist, wheel, page=""):
     with tarfile.open(folder / "p-1.tar.gz", "w:gz") as archive:
         for name in sdist:
             archive.addfile(tarfile.TarInfo(f"p-1/{name}"), io.BytesIO())
     with zipfile.ZipFile(folder / "p-1-py3-none-any.whl", "w") as archive:
         for name in wheel:
-            archive.writestr(name, "")
+            archive.writestr(name, page if name.endswith("METADATA") else "")
 
 
 GOOD_WHEEL = ["excitation_optax/__init__.py", "p-1.dist-info/METADATA"]
@@ -194,11 +188,13 @@ def test_bad_distributions(tmp_path, sdist, wheel, message):
     assert message in wrong
 
 
-def test_nothing_was_built(tmp_path):
+def test_a_relative_link_on_the_package_page(tmp_path):
+    write_distributions(tmp_path, release_check.WANTED, GOOD_WHEEL, "[start](docs/start.md), [web](https://a.b/c)")
+    assert release_check.wrong_with_built(tmp_path) == ["the package page has a relative link: docs/start.md"]
+
+
+def test_nothing_was_built_and_a_large_sdist(tmp_path, monkeypatch):
     assert "must hold one .tar.gz and one .whl" in release_check.wrong_with_built(tmp_path)[0]
-
-
-def test_a_large_sdist(tmp_path, monkeypatch):
     write_distributions(tmp_path, release_check.WANTED, GOOD_WHEEL)
     monkeypatch.setattr(release_check, "MOST_BYTES", 10)
     assert "more than 10" in release_check.wrong_with_built(tmp_path)[0]
@@ -209,7 +205,9 @@ def test_a_large_sdist(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.stem)
 def test_workflows(path):
-    """Workflows parse, every job has a time limit, and the scripts and targets that they run exist."""
+    """Workflows parse, actions are pinned, every job has a time limit, and the scripts and targets exist."""
+    for action in re.findall(r"uses: *(.*)", path.read_text()):  # by a hash, which nobody can move
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
     workflow = yaml.safe_load(path.read_text())
     assert workflow[True]  # YAML 1.1 reads the key `on` as a boolean
     targets = " ".join(re.findall(r"^([a-z -]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)).split()

@@ -56,6 +56,10 @@ def wrong_with_built(folder: pathlib.Path) -> list[str]:
         wrong.append(f"{sdists[0].name} has {sdists[0].stat().st_size:,} bytes, more than {MOST_BYTES:,}")
     with zipfile.ZipFile(wheels[0]) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
+        page = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    wrong += [
+        f"the package page has a relative link: {link}" for link in re.findall(r"\]\((?!https://|#)(.*?)\)", page)
+    ]
     metadata = {top for top in tops if top.endswith(".dist-info")}
     if tops - metadata != {"excitation_optax"}:
         wrong.append(f"{wheels[0].name} holds {sorted(tops - metadata)}, not only excitation_optax")

@@ -62,7 +62,7 @@ html_copy_source = False
 html_logo = html_favicon = "_static/logo.svg"
 html_baseurl = ogp_site_url = f"https://{OWNER}.github.io/{NAME}/"
 ogp_image = "_images/quickstart.png"
-ogp_social_cards = {"enable": False}  # their font lacks the letters of our equations
+ogp_social_cards = {"enable": False}  # they cannot show an SVG logo
 html_theme_options = {
     "source_repository": f"{REPOSITORY}/",
     "source_branch": "main",

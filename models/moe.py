@@ -20,7 +20,7 @@ from models import checks, dispatch, expert_parallel, grouped, mlp, router
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig(router.RouterConfig):
-    """Sizes and options of an `MoE` layer: the fields of `models.router.RouterConfig`, and these.
+    """Sizes and options of an `MoE` layer, besides the fields of `models.router.RouterConfig`.
 
     Example:
       >>> from models import moe

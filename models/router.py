@@ -20,7 +20,7 @@ from models import checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Sizes and options of a `Router`. A `models.moe.MoEConfig` has these fields too."""
+    """Sizes and options of a `Router`, which `models.moe.MoEConfig` has too."""
 
     d_model: int  # D
     num_experts: int  # E

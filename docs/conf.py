@@ -1,4 +1,4 @@
-"""The documentation site: `make site` builds it into out/site. Its name and address are those of pyproject."""
+"""Settings of the documentation site, which `make site` builds into out/site."""
 
 import inspect
 import os
@@ -6,10 +6,9 @@ import pathlib
 import re
 import sys
 import tomllib
-import unicodedata
 
-import latex2mathml.converter
 from docutils import nodes
+from docutils.utils.math import latex2mathml
 
 import excitation_optax
 
@@ -17,8 +16,9 @@ DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY = PYPROJECT["urls"]["Repository"]
+OWNER, NAME = REPOSITORY.split("/")[-2:]
 
-# The docstrings, and what the notebooks import, are those of this checkout; a progress bar is not for reading.
+# Docstrings and notebooks use this checkout. Progress bars would clutter the notebooks' output.
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["TQDM_DISABLE"] = "1"
@@ -29,17 +29,17 @@ copyright = author
 version = release = excitation_optax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-extensions += ["sphinx_copybutton", "sphinx_design"]
+extensions += ["sphinx_copybutton", "sphinx_design", "sphinxext.opengraph"]
 exclude_patterns = ["_build"]
 nitpicky = True
-# Other sites have the names of other projects; private names have no page.
+# Names of other projects and private names have no page here.
 nitpick_ignore_regex = [("py:.*", r"(jax|optax|flax)\..*"), ("py:.*", r"excitation_optax\._.*")]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 
-# A notebook is text without outputs. The build runs it once, and again when it changes; an error, a warning that it
-# prints, or anything else on its stderr stops the build.
+# Notebooks are stored without outputs. The build runs a notebook when it changes, and fails if the notebook raises an
+# error or writes to stderr.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "out" / "notebooks")
 nb_execution_timeout = 600
@@ -50,7 +50,7 @@ nb_merge_streams = True
 # In the docstrings, single backticks are code.
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # Args says shapes, which annotations do not
+autodoc_typehints = "none"  # Args has the shapes, which annotations lack
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
@@ -59,6 +59,10 @@ html_title = f"{project} {version}"
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_copy_source = False
+html_logo = html_favicon = "_static/logo.svg"
+html_baseurl = ogp_site_url = f"https://{OWNER}.github.io/{NAME}/"
+ogp_image = "_images/quickstart.png"
+ogp_social_cards = {"enable": False}  # they cannot show an SVG logo
 html_theme_options = {
     "source_repository": f"{REPOSITORY}/",
     "source_branch": "main",
@@ -68,7 +72,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def link_to_repository(text: str, folder: pathlib.Path) -> str:
-    """Relative links to files outside of docs/, which work on GitHub, made into links to the repository."""
+    """Turns relative links to files outside of docs/, which work on GitHub, into links to the repository."""
 
     def absolute(match: re.Match) -> str:
         path = (folder / match["path"]).resolve()
@@ -81,41 +85,18 @@ def link_to_repository(text: str, folder: pathlib.Path) -> str:
 
 
 def on_source_read(app, docname, source):
-    """The page's own text."""
+    """Corrects the links of a page."""
     source[0] = link_to_repository(source[0], (DOCS / docname).parent)
 
 
 def on_include_read(app, path, parent, content):
-    """A file of the root that a page includes, whose links are relative to the root."""
+    """Corrects the links of an included file, which are relative to the root."""
     text = link_to_repository(content[0], ROOT)
     content[0] = re.sub(r"\]\(docs/", "](", text)
 
 
-def to_mathml(latex: str, display: str) -> str:
-    """MathML, which browsers show without a script and offline.
-
-    Of mathvariant they know "normal" only, so other alphabets become the letters that Unicode has for them. As in
-    LaTeX, capital Greek letters stand upright.
-    """
-
-    def letter(match: re.Match) -> str:
-        alphabet, tag, character = match["alphabet"].upper(), match["tag"], match["character"]
-        kind, _, name = unicodedata.name(character).removeprefix("LATIN ").partition(" LETTER ")
-        name = f"{alphabet} {kind} {name}" if name else f"{alphabet} {kind}"
-        for prefix in ("MATHEMATICAL ", ""):
-            try:
-                return f"<{tag}>{unicodedata.lookup(prefix + name)}</{tag}>"
-            except KeyError:
-                continue
-        raise ValueError(f"No letter {name} for {latex!r}")
-
-    variant = r'<(?P<tag>m[in]) mathvariant="(?P<alphabet>script|double-struck)">(?P<character>.)</(?P=tag)>'
-    mathml = re.sub(variant, letter, latex2mathml.converter.convert(latex, display=display))
-    return re.sub(r"<mi>(&#x003(?:9[1-9A-F]|A[0-9]);</mi>)", r'<mi mathvariant="normal">\1', mathml)
-
-
 def on_signature(app, what, name, obj, options, signature, annotation):
-    """A function as a default stands under its name, and NNX's metaclass does not hide what a module takes."""
+    """Shows functions in defaults by name, and the arguments of NNX modules, which their metaclass hides."""
     if signature == "(*args, **kwargs)" and what == "class":
         _, *parameters = inspect.signature(obj.__init__).parameters.values()
         signature = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
@@ -124,25 +105,25 @@ def on_signature(app, what, name, obj, options, signature, annotation):
 
 
 def on_skip_member(app, what, name, obj, skip, options):
-    """Fields of a class stand in its signature and its docstring; what is listed are methods and properties."""
+    """Lists methods and properties of a class. Its fields are in its signature and docstring already."""
     field = what == "class" and not (inspect.isroutine(obj) or isinstance(obj, property))
     return True if field else None
 
 
 def visit_math(self, node):
-    """An equation within a line."""
-    self.body.append(to_mathml(node.astext(), "inline"))
+    """Renders an equation within a line."""
+    self.body.append(latex2mathml.tex2mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def visit_math_block(self, node):
-    """An equation in a line of its own."""
-    self.body.append(f'<div class="math">{to_mathml(node.astext(), "block")}</div>')
+    """Renders an equation on a line of its own."""
+    self.body.append(f'<div class="math">{latex2mathml.tex2mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 
 
 def setup(app):
-    """What this file adds to Sphinx."""
+    """Connects the functions above to Sphinx."""
     app.connect("source-read", on_source_read)
     app.connect("include-read", on_include_read)
     app.connect("autodoc-process-signature", on_signature)
@@ -150,4 +131,6 @@ def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
 
 
+# MathML needs neither a script nor a network. Sphinx's own renderers need MathJax or a LaTeX installation, and no
+# extension makes MathML of LaTeX, so the equations go through docutils' converter.
 html_math_renderer = "mathml"

@@ -1,4 +1,4 @@
-"""Checks of the models' configs and inputs, so that a wrong one fails early and says what was received."""
+"""Checks of configs and inputs, which fail early and say what was received."""
 
 import numbers
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def check_array(x: Any, name: str, kind: str, shape: Sequence[int | str]) -> jax
 
     Args:
       x: the input.
-      name: what the message calls it, such as "MoE: x".
+      name: its name in the error, such as "MoE: x".
       kind: "floats", "integers" or "booleans".
       shape: an int for an axis of this size, a letter for an axis of any size, and "..." at the start for any axes.
 

@@ -1,4 +1,4 @@
-"""Dispatch: which rows of an expert's input are which tokens, and the way there and back.
+"""Dispatch: brings tokens to the rows of their experts' inputs, and the results back.
 
 A *plan* sorts the assignments of tokens to experts by expert. A *slot* is a place for one row: in the sorted order, or
 in a buffer of C rows for each expert. `models.grouped` computes the experts on the rows.
@@ -59,9 +59,9 @@ def expert_capacity(factor: float | None, tokens: int, choices: int, num_experts
 
 @jax.custom_vjp
 def take_rows(x: jax.Array, rows: jax.Array, takers: jax.Array) -> jax.Array:
-    """`x[rows]`, with zeros for rows out of range, where the takers of each row of x are known.
+    """Takes `x[rows]`, with zeros for rows out of range.
 
-    Because they are known, the gradient is a gather too. JAX would make it a scatter, which is slower.
+    `takers` makes the gradient a gather too. JAX's own gradient is a scatter, which is slower.
 
     Args:
       x: `[R, D]`.
@@ -120,7 +120,7 @@ def through_slots(
 def through_buffer(
     compute: Callable[[jax.Array], jax.Array], buffer_rows: int, x: jax.Array, gates: jax.Array, plan: Plan
 ) -> jax.Array:
-    """`through_slots` with a buffer `[E, C, D]` as the slots. Assignments that do not fit into it add nothing.
+    """Applies `through_slots` to the rows of a buffer `[E, C, D]`. Assignments that do not fit into it add nothing.
 
     Args:
       compute: `[E, C, D]` to `[E, C, D]`.
@@ -142,7 +142,7 @@ def through_buffer(
 
 
 def _buffer_slots(plan, buffer_rows):
-    """The slot of each assignment, `[N]`, and the assignment of each slot, `[E C]`, in a buffer of C rows per expert.
+    """Returns the slot of each assignment, `[N]`, and the assignment of each slot, `[E C]`, for C rows per expert.
 
     An assignment that does not fit has slot E C. A slot that stays empty has assignment N.
     """
@@ -176,14 +176,14 @@ def overflow_blocks(
       block_rows: M.
 
     Returns:
-      The number of blocks `[]`, and a function that gives the block of a number.
+      The number of blocks `[]`, and a function from the number of a block to the block.
     """
     num_experts, assignments = plan.sizes.shape[0], plan.order.shape[0]
     block_rows = min(block_rows, assignments)
     left = jnp.maximum(plan.sizes - buffer_rows, 0)
     blocks = -(-left // block_rows)  # [E]
     last = jnp.cumsum(blocks)
-    order = jnp.pad(plan.order, (0, block_rows))  # so that the last block is inside
+    order = jnp.pad(plan.order, (0, block_rows))  # so that the last block stays within it
 
     def read(i):
         # Experts with 2, 0 and 3 blocks have last = [2, 2, 5]. Block 3 is of expert 2, after 3 - 5 + 3 = 1 block of it.

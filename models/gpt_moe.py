@@ -15,7 +15,7 @@ from models import checks, moe, transformer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTMoEConfig:
-    """Sizes and options of a `GPTMoE`. The defaults are what all 60 models of the paper's Table 2 have in common.
+    """Sizes and options of a `GPTMoE`. All 60 models of the paper's Table 2 share the defaults.
 
     Example:
       >>> from models import gpt_moe, moe
@@ -38,7 +38,7 @@ class GPTMoEConfig:
 
 
 class GPTMoE(nnx.Module):
-    """A causal language model with an MoE in every layer, learned positions, and a head of its own without bias.
+    """A causal language model with an MoE in every layer, learned positions, and an untied head without bias.
 
     It sows `RoutingCounts` at `layers/stack/moe/experts` (see `models.transformer.Layers`) and the routers' losses.
 
@@ -108,10 +108,10 @@ class GPTMoE(nnx.Module):
 
         Args:
           tokens: `[B, S]` integers.
-          cache: from `empty_cache` or the last call. With these tokens it may hold P positions at most.
+          cache: from `empty_cache` or the last call. Together with these tokens it may hold at most P positions.
 
         Returns:
-          `[B, S, V]` float32, and the cache with these tokens added. NaN once there are more than P positions.
+          `[B, S, V]` float32, and the cache with these tokens added. Beyond P positions the logits are NaN.
 
         Raises:
           ValueError: if tokens are not integers `[B, S]`, or more than P, or the cache is for another B.
@@ -172,7 +172,7 @@ def generate(
     whose probabilities sum to `top_p` or more (nucleus sampling).
 
     Args:
-      model: the model, which stays as it is.
+      model: the model; it is not changed.
       prompt: `[B, S]` integers, S at least 1.
       num_tokens: how many tokens to add. S and this together are at most the model's context.
       key: a JAX key; temperature 0 requires none.
@@ -219,7 +219,7 @@ def generate(
         if isinstance(temperature, jax.Array) or temperature > 0:
             raise ValueError("generate: pass key=jax.random.key(seed) to sample, or temperature=0 for greedy decoding.")
         key = jax.random.key(0)
-    model = nnx.merge(*nnx.split(model))  # another model with the same arrays
+    model = nnx.merge(*nnx.split(model))  # a copy that shares the arrays
     model.eval()
     graphdef, state = nnx.split(model)
     return _generate(
@@ -230,7 +230,7 @@ def generate(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(graphdef, num_tokens, state, prompt, key, temperature, top_p):
     def step(carry, key):
-        logits, cache, state = carry  # with the state: nnx.scan inside allows no variable of an outer trace
+        logits, cache, state = carry  # nnx.scan inside accepts no variable of an outer trace
         token = sample(key, logits[:, -1], temperature, top_p)
         return (*nnx.merge(graphdef, state).decode(token[:, None], cache), state), token
 
@@ -242,7 +242,7 @@ def _generate(graphdef, num_tokens, state, prompt, key, temperature, top_p):
 
 
 def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float) -> jax.Array:
-    """Draws a token for each row of logits `[B, V]`: `[B]` int32; see `generate`.
+    """Draws a token for each row of logits `[B, V]`, as `generate` describes. Returns `[B]` int32.
 
     Example:
       >>> import jax, jax.numpy as jnp

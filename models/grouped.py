@@ -1,7 +1,7 @@
 """Grouped matrix products: every row is multiplied by the kernel of its expert. This is the costly part of a layer.
 
 An expert is written once, as a function of `linear`, its parameters and its rows (`models.mlp.gelu_mlp`). A *backend*
-brings its own `linear(rows, kernel, bias)`: the product of each row with the kernel of the row's expert.
+provides its own `linear(rows, kernel, bias)`: the product of each row with the kernel of the row's expert.
 
 Axis letters: T tokens, D model width, F expert hidden width, E experts, K experts per token, N = K T assignments,
 C rows of an expert in a buffer, M rows of a block.
@@ -47,7 +47,7 @@ def default_backend() -> Backend:
 
 
 def check_backend(backend: str | None, has_capacity: bool) -> None:
-    """Raises ValueError for a backend that is unknown or not installed, or that has no capacity where one is set."""
+    """Raises ValueError if a backend is unknown, not installed, or does not support the capacity that is set."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(
             f"backend must be one of {', '.join(BACKENDS)}, or None for the platform's default; got {backend!r}."
@@ -84,9 +84,9 @@ def apply_experts(
       gates: g, `[T, K]` floats.
       backend: "padded" (a padded buffer and a batched product, then a loop over blocks of the rows that did not fit),
         "tokamax" (`tokamax.ragged_dot`), or "dense" (every expert on every token, for tiny models and for derivatives
-        that "padded" does not have). By default `default_backend()`. All give the same numbers up to rounding.
+        that "padded" does not support). By default `default_backend()`. All give the same numbers up to rounding.
       capacity: the most rows that an expert takes. Assignments beyond it are dropped: last choices first, of these the
-        last tokens first. Only "padded" has it. None, the default, drops nothing.
+        last tokens first. Only "padded" supports it. None, the default, drops nothing.
       mean_load: how many assignments an expert should expect, by default `K T / E`. It sets the size of the padded
         buffer and changes no result.
 
@@ -94,7 +94,7 @@ def apply_experts(
       `[T, D]`, float32 or wider; the sum over K is taken in this dtype.
 
     Raises:
-      ValueError: for a backend that is unknown or not installed, or that has no capacity.
+      ValueError: if the backend is unknown, not installed, or does not support a capacity.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,7 +128,7 @@ def apply_experts(
 
 
 def linear(rows: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The `linear` of a single expert: rows `[..., D]`, kernel `[D, F]`, bias `[F]` or None; returns `[..., F]`."""
+    """Computes `linear` for one expert: rows `[..., D]`, kernel `[D, F]`, bias `[F]` or None; returns `[..., F]`."""
     rows = rows @ kernel
     return rows if bias is None else rows + jnp.broadcast_to(bias, rows.shape)
 
@@ -151,7 +151,7 @@ def _sorted(expert, params, x, gates, plan):
     def linear(rows, kernel, bias):
         rows = ragged_dot(rows, kernel, plan.sizes)
         if bias is not None:
-            # A product, so that the sum over rows in its gradient is a product too; a gather's would be a scatter.
+            # The gradient of this matrix product is a matrix product too; the gradient of a gather is a scatter.
             rows += jax.nn.one_hot(expert_of_row, num_experts, dtype=bias.dtype) @ bias
         return jnp.where(is_row, rows, 0)  # the grouped product leaves rows after the last expert's undefined
 
@@ -169,9 +169,9 @@ def _padded(expert, buffer_rows, params, x, gates, plan):
     return dispatch.through_buffer(compute, buffer_rows, x, gates, plan)
 
 
-# The dropless form: rows that do not fit into the buffer go through a loop over as many blocks as there are. Autodiff
-# cannot reverse a loop of unknown length. So its gradient is written here: the same loop, which adds to the gradients
-# of the buffer.
+# The dropless form: rows that do not fit into the buffer go through a loop over blocks, whose number is known only at
+# run time. Autodiff cannot reverse such a loop. So its gradient is written here: the same loop, which adds to the
+# gradients of the buffer.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

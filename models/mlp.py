@@ -1,4 +1,4 @@
-"""The feed-forward block: one expert of an MoE layer, and its shared experts together.
+"""The feed-forward block, for the experts of an MoE layer and for its shared experts.
 
 Axis letters: D model width, F hidden width.
 """
@@ -17,7 +17,7 @@ class MLP(nnx.Module):
 
     Parameters: `kernel_in` `[D, F]`, `kernel_out` `[F, D]`; with `use_bias` also `bias_in` `[F]`, `bias_out` `[D]`;
     with `gated` also `kernel_gate` and `bias_gate`. They are float32; `dtype` is the dtype of the computation. `stack`
-    adds leading axes to all parameters, as for E experts; every expert is initialized by itself.
+    adds leading axes to all parameters, as for E experts, each of which is initialized independently.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,7 +50,7 @@ class MLP(nnx.Module):
         self.bias_out = bias(d_model)
 
     def params(self) -> dict[str, jax.Array]:
-        """The parameters by name, in the dtype of the computation."""
+        """Returns the parameters by name, in the dtype of the computation."""
         named = {
             "kernel_in": self.kernel_in,
             "kernel_gate": self.kernel_gate,
@@ -67,7 +67,7 @@ class MLP(nnx.Module):
         return gated_mlp if self.gated else gelu_mlp
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` of x `[..., D]`, in the dtype of the computation."""
+        """Applies the block to x `[..., D]`; returns `[..., D]` in the dtype of the computation."""
         x = checks.check_array(x, "MLP: x", "floats", ("...", self.d_model))
         return self.function(grouped.linear, self.params(), x.astype(self.dtype))
 

@@ -20,7 +20,7 @@ from models import checks, dispatch, expert_parallel, grouped, mlp, router
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig(router.RouterConfig):
-    """Sizes and options of an `MoE` layer: the fields of `models.router.RouterConfig`, and these.
+    """Sizes and options of an `MoE` layer, besides the fields of `models.router.RouterConfig`.
 
     Example:
       >>> from models import moe
@@ -31,7 +31,7 @@ class MoEConfig(router.RouterConfig):
     d_ff: int  # F
     gated: bool = False  # experts are silu(x W_gate) * (x W_in) W_out instead of gelu(x W_in) W_out
     use_bias: bool = True  # in the experts; the router's kernel has none
-    num_shared_experts: int = 0  # experts of every token, computed as one MLP of their joint width
+    num_shared_experts: int = 0  # experts that every token goes to, computed as one wide MLP
     capacity_factor: float | None = None  # an expert takes at most this times K T / E of T tokens; None drops none
     backend: grouped.Backend | None = None  # see `models.grouped.apply_experts`; None is the platform's default
     expert_parallel_axis: str | None = None  # the axis of the mesh (jax.set_mesh) along which experts are split
@@ -154,7 +154,7 @@ class Experts(mlp.MLP):
         self.deterministic = False  # model.eval() sets it: calls then leave no routing behind
 
     def __call__(self, x: jax.Array, indices: jax.Array, gates: jax.Array) -> jax.Array:  # pyrefly: ignore
-        """The gated sum of each token's experts, `[T, D]` float32, of x `[T, D]`, indices and gates `[T, K]`."""
+        """Computes the gated sum of the experts, `[T, D]` float32, from x `[T, D]`, and indices and gates `[T, K]`."""
         config = self.config
         arguments = (self.function, self.params(), x.astype(config.dtype), indices, gates)
         if config.expert_parallel_axis is not None:
@@ -178,10 +178,10 @@ class AuxiliaryLoss(nnx.Intermediate):
 
 
 class AuxiliaryLosses(NamedTuple):
-    """Means over the layers. A loss function adds the first two, with weights such as 0.01 and 0.001.
+    """Means over the layers. Add the first two to your loss, with weights such as 0.01 and 0.001.
 
-    A layer that is called several times in one forward pass adds the sum of its calls. When micro-batches hold
-    different numbers of tokens, weight the losses of each by its share of the tokens (`RoutingCounts.tokens`).
+    If a layer is called several times in one forward pass, its losses are summed. If micro-batches hold different
+    numbers of tokens, weight the losses of each by its share of the tokens (`RoutingCounts.tokens`).
     """
 
     load_balancing: jax.Array  # [] float32; `models.router.load_balancing_loss`
@@ -190,8 +190,8 @@ class AuxiliaryLosses(NamedTuple):
 
 
 def _sow_losses(layer, routes, counts, is_token):
-    # A capture of this type puts a variable into every module, where sow writes. Without it, sow would keep the losses
-    # in the model, where nnx.split takes them for parameters.
+    # A capture of this type puts a variable into every module, and sow writes into it. Without a capture, sow would
+    # leave the losses in the model, where nnx.split treats them as parameters.
     if not nnx.to_flat_state(nnx.state(layer, AuxiliaryLoss)):
         return
     losses = AuxiliaryLosses(

@@ -16,8 +16,8 @@ from models import checks, moe, transformer
 class MoEViTConfig:
     """Sizes and options of a `MoEViT`.
 
-    The paper's "17M" is the example below. Its "4M" has 32 experts, top-8, d_model=512 and 2 layers. The paper leaves
-    open the 4M's d_ff, 32 here, and the heads, 4 and 8 here.
+    The paper's "17M" is the example below. Its "4M" has 32 experts, top-8, d_model=512 and 2 layers. The paper does not
+    give d_ff of the 4M (32 here) or the numbers of heads (4 and 8 here).
 
     Example:
       >>> from models import moe, moe_vit

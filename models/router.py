@@ -1,6 +1,6 @@
-"""The router of an MoE layer: it scores the experts, selects K of them for each token, and is kept in balance.
+"""The router of an MoE layer: it scores the experts and selects K of them for each token.
 
-Losses (`load_balancing_loss`) balance through the gradient, a selection bias (`update_router_bias`) without one.
+Two ways to balance it: losses (`load_balancing_loss`), or a selection bias without a loss (`update_router_bias`).
 
 Axis letters: T tokens, D model width, E experts, K experts per token, G groups of experts, L layers.
 """
@@ -20,15 +20,15 @@ from models import checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Sizes and options of a `Router`. A `models.moe.MoEConfig` has these fields too."""
+    """Sizes and options of a `Router`, which `models.moe.MoEConfig` has too."""
 
     d_model: int  # D
     num_experts: int  # E
     experts_per_token: int  # K
-    scores: Literal["softmax", "sigmoid"] = "softmax"  # how logits become scores: over all experts, or one by one
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # of the logits: over all experts, or of each
     selection_bias: bool = False  # add a `SelectionBias` to the scores for the selection; see `update_router_bias`
     num_groups: int = 1  # G groups of E / G consecutive experts; a token's experts come from its best groups
-    groups_per_token: int = 1  # how many groups that is
+    groups_per_token: int = 1  # the number of these groups
     # Divide the K gates of a token by their sum. None: if K > 1, since a single gate would always be 1.
     normalize_gates: bool | None = None
     gate_scale: float = 1.0  # a factor of all gates, after normalization
@@ -59,13 +59,13 @@ class RouterConfig:
 class SelectionBias(nnx.Variable):
     """The NNX variable type of a router's selection bias.
 
-    It is no `nnx.Param`, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` and `nnx.grad` leave it alone. A loop that splits
-    the model keeps it apart by `nnx.split(model, nnx.Param, SelectionBias)`.
+    It is not an `nnx.Param`, so `nnx.Optimizer(model, tx, wrt=nnx.Param)` and `nnx.grad` ignore it. If your loop splits
+    the model, use `nnx.split(model, nnx.Param, SelectionBias)`.
     """
 
 
 class Routes(NamedTuple):
-    """What a router decides."""
+    """The decisions of a router."""
 
     gates: jax.Array  # [T, K] float32, the weights of the chosen experts
     indices: jax.Array  # [T, K] int32, the chosen experts, best first
@@ -74,15 +74,15 @@ class Routes(NamedTuple):
 
 
 class Router(nnx.Module):
-    r"""Scores all experts and selects K of them for each token, in float32 whatever the layer computes in.
+    r"""Scores all experts and selects K of them for each token, in float32, whatever the dtype of the layer.
 
     .. math::
       z_t = W_r x_t, \qquad
       s_t = \mathrm{softmax}(z_t) \;\text{or}\; \mathrm{sigmoid}(z_t), \qquad
       \mathcal{A}_t = \mathrm{top}_K(s_t + b), \qquad
-      g_{te} = s_{te} \Big/ \sum_{e' \in \mathcal{A}_t} s_{te'}
+      g_{te} = \frac{s_{te}}{\sum_{e' \in \mathcal{A}_t} s_{te'}}
 
-    The bias b is used for the selection and not for the gates g.
+    The bias b affects the selection, but not the gates g.
 
     Example:
       >>> import jax.numpy as jnp
@@ -118,9 +118,9 @@ class Router(nnx.Module):
                 raise ValueError("router_jitter requires a key in training: model(x, key=key), or model.eval() before.")
             jitter = config.router_jitter
             x *= jax.random.uniform(key, x.shape, x.dtype, 1 - jitter, 1 + jitter)
-        # HIGHEST: TPUs would otherwise take this product in bfloat16.
+        # HIGHEST: TPUs would otherwise compute this product in bfloat16.
         logits = jnp.matmul(x, self.kernel[...], precision=lax.Precision.HIGHEST)
-        # Defined up to a constant for each token, which the softmax below removes.
+        # Up to a constant for each token, which the softmax below removes.
         log_scores = logits if config.scores == "softmax" else jax.nn.log_sigmoid(logits)
         probabilities = jax.nn.softmax(log_scores)
         scores = probabilities if config.scores == "softmax" else jax.nn.sigmoid(logits)
@@ -245,11 +245,11 @@ def load_balancing_loss(
     `Switch Transformers <https://arxiv.org/abs/2101.03961>`_; times K it is the loss of Hugging Face's `transformers`.
 
     Args:
-      counts: c, `[E]`. With gradient accumulation, counts of the whole batch make the loss that of the whole batch.
+      counts: c, `[E]`. With gradient accumulation, pass the counts of the whole batch.
       probabilities: p, `[T, E]`: `Routes.probabilities`.
       where: `[T]` boolean; False leaves a token (padding) out.
       tokens: T, by default the tokens that `where` leaves. With gradient accumulation, pass the tokens of the whole
-        batch: then the losses of micro-batches add up to that of the batch, however unequal their padding.
+        batch: then the losses of the micro-batches add up to the loss of the batch, even if their padding differs.
 
     Returns:
       A float32 scalar; 0 if there are no tokens.
@@ -272,7 +272,7 @@ def router_z_loss(
     r"""Keeps the router's logits small, where float32 is precise (`ST-MoE <https://arxiv.org/abs/2202.08906>`_).
 
     .. math::
-      \frac{1}{T} \sum_{t=1}^{T} \Big( \log \sum_{e=1}^{E} \exp z_{te} \Big)^2
+      \frac{1}{T} \sum_{t=1}^{T} \left( \log \sum_{e=1}^{E} \exp z_{te} \right)^2
 
     Args:
       logits: z, `[T, E]`: `Routes.logits`.
@@ -292,7 +292,7 @@ def router_z_loss(
 
 
 def _mean_over_tokens(x, where, tokens):
-    """The sum over the leading axis, divided by `tokens`."""
+    """Sums over the leading axis, and divides by `tokens`."""
     if where is not None:
         x = jnp.where(jnp.expand_dims(where, tuple(range(1, x.ndim))), x, 0)
     if tokens is None:

@@ -51,7 +51,7 @@ class TopKMLP(nnx.Module):
     r"""An MLP whose hidden layers keep, for each sample, only their K largest activations.
 
     .. math::
-      h^{(l)} = \mathrm{top}_K\big(\mathrm{ReLU}(W^{(l)} h^{(l-1)} + b^{(l)})\big), \qquad
+      h^{(l)} = \mathrm{top}_K\left(\mathrm{ReLU}(W^{(l)} h^{(l-1)} + b^{(l)})\right), \qquad
       \mathrm{logits} = W h^{(L)} + b
 
     A neuron with its incoming weights and its bias is an expert. It is active for a sample if its activation is kept
@@ -182,10 +182,10 @@ def initialize(model: TopKMLP, name: Literal["lecun_normal", "he_normal", "torch
 
 
 def keep_top_k(h: jax.Array, k: int) -> jax.Array:
-    """Sets all but the K largest activations of each sample to zero; gradients flow through those that are kept.
+    """Sets all but the K largest activations of each sample to zero; gradients flow through the kept ones.
 
-    All values that tie with the K-th largest are kept, so no neuron is favoured for its index. Zeros stay zeros where
-    fewer than K activations are positive. A NaN is kept.
+    All values that tie with the K-th largest are kept, so the index of a neuron does not matter. If fewer than K
+    activations are positive, zeros stay zeros. A NaN is kept.
 
     Args:
       h: `[..., E]` floats.
@@ -215,8 +215,8 @@ def keep_top_k(h: jax.Array, k: int) -> jax.Array:
 def kth_largest(h: jax.Array, k: int) -> jax.Array:
     """Finds the K-th largest value over the last axis, `[..., 1]`.
 
-    Floats have the order of their bits as integers, once all bits below the sign are flipped in negative floats. So the
-    K-th largest is the largest integer that at least K of them reach. It is found bit by bit from the highest: exact,
+    If all bits below the sign are flipped in negative floats, the bits as integers have the order of the floats. So the
+    K-th largest is the largest integer that at least K of them reach. It is found exactly, bit by bit from the highest,
     with one counting pass for each bit. This is faster than sorting where XLA has no fast top-k, as on CPU
     (`python -m benchmarks.top_k`).
     """

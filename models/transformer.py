@@ -1,4 +1,4 @@
-"""Pre-norm transformer layers with an MoE in each, of which the MoE-ViT and the GPT-MoE consist.
+"""Pre-norm transformer layers with an MoE in each, the body of the MoE-ViT and of the GPT-MoE.
 
 Axis letters: B batch, S sequence, D model width, H heads, E experts, K experts per token, L layers, P positions of a
 cache.
@@ -15,7 +15,7 @@ from models import checks, moe
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError if a model's config has no `MoEConfig`, or attention cannot divide its width into heads."""
+    """Raises ValueError if a model's config has no `MoEConfig`, or if num_heads does not divide its width."""
     if not isinstance(config.moe, moe.MoEConfig):
         raise ValueError(f"{type(config).__name__}: moe must be a MoEConfig; got {type(config.moe).__name__}.")
     if config.moe.d_model % config.num_heads:
@@ -23,7 +23,7 @@ def check_config(config: Any) -> None:
 
 
 class KVCache(NamedTuple):
-    """The keys and values of the positions so far, then zeros. Several layers have a leading axis L."""
+    """Keys and values of the positions so far, followed by zeros. A cache of L layers has a leading axis L."""
 
     keys: jax.Array  # [B, P, H, D / H]
     values: jax.Array  # [B, P, H, D / H]
@@ -54,11 +54,11 @@ class Attention(nnx.Module):
         where: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Attends.
+        """Computes attention.
 
         Args:
           x: `[B, S, D]`.
-          where: `[B, S]` boolean; False marks padding, to which no position attends. A cache has no padding.
+          where: `[B, S]` boolean; False marks padding, which no position attends to. A cache has no padding.
           cache: the earlier positions, which x follows.
 
         Returns:
@@ -88,7 +88,7 @@ class Attention(nnx.Module):
 
 
 def _implementation(query, key):
-    """Chooses flash attention where cuDNN has it, forward and backward, and otherwise XLA's attention."""
+    """Chooses cuDNN's flash attention if it supports the shapes, forward and backward, otherwise XLA's attention."""
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
     fused = half and even and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
@@ -133,7 +133,7 @@ class Layer(nnx.Module):
         cache: KVCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """`[B, S, D]` and the cache, of x `[B, S, D]`; see `Attention`. `key` is for the router's jitter."""
+        """Applies the layer to x `[B, S, D]`, as `Attention` is applied. `key` is for the router's jitter."""
         x = checks.check_array(x, "Layer: x", "floats", ("B", "S", self.moe.config.d_model))
         y, cache = self.attention(self.norm_attention(x), where, cache)
         x += y
@@ -141,7 +141,7 @@ class Layer(nnx.Module):
 
 
 class Layers(nnx.Module):
-    """L layers, one after the other: stacked and scanned, which compiles a single layer, or a list.
+    """L layers in sequence: stacked and scanned, which compiles a single layer, or in a list.
 
     Stacked, parameters are `[L, ...]`, experts `[L, E, ...]`, and utilization is `[L, E]` at `stack/moe/experts`. In a
     list they are `[E, ...]` and `[E]`, at `list/0/moe/experts` and so on. In both forms utilization follows the leading
@@ -210,10 +210,10 @@ class Layers(nnx.Module):
         return x, None if cache is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
 
     def _keeps_nothing(self):
-        """Whether this call sows nothing, so that a copy of the stack will do.
+        """Returns whether this call sows nothing, so that a copy of the stack suffices.
 
-        A function that JAX compiled may close over a copy, but not over a stack that `nnx.scan` updates.
+        A function that JAX compiles may close over a copy, but not over a stack that `nnx.scan` updates.
         """
-        # A capture puts variables into every module. This one has none of its own beside the stack.
+        # A capture puts variables into every module; without one, this module has none beside the stack.
         beside_the_stack = nnx.state(self, nnx.Not(nnx.PathContains("stack")))
         return self.deterministic and not nnx.to_flat_state(beside_the_stack)

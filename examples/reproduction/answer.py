@@ -10,23 +10,22 @@ from excitation_optax import plotting
 ANSWER: dict[str, tuple[str, Row, tuple[float, float] | None]] = {
     "3 layers, digits, SGD (points)": ("mechanism_digits", {"optimizer": "sgd"}, (80, 98)),
     "3 layers, digits, Adam (points)": ("mechanism_digits", {"optimizer": "adam"}, (80, 98)),
-    "14 layers, digits, Adam (points)": ("deep_digits", {}, None),
-    "16 layers, digits, Adam (points)": ("depth_digits", {"depth": 16}, None),
+    "14 layers, digits, Adam (points)": ("deep_digits", {}, (0, 100)),
+    "16 layers, digits, Adam (points)": ("depth_digits", {"depth": 16}, (0, 100)),
     "GPT-MoE, text, AdamW (nats; less is better)": ("mini_tuned", {}, None),
 }
+# Lines of the picture.
+VARIANTS = [studies.BASELINE, *({**studies.ZERO_SUM, "component": component} for component in studies.COMPONENTS)]
 
 
 def markdown(results: store.Results) -> str:
     """The table: a row for each study and strategy, a column for each component."""
     rows = []
     for text, (name, common, _) in ANSWER.items():
-        section = studies.SECTIONS[name]
         for two in studies.TWO:
             cells = []
             for component in studies.COMPONENTS:
-                better, more = {**two, "component": component}, {**studies.BEST, **common}
-                claim = studies.beats("", better, studies.BASELINE, section.measure, **more)
-                ours = evidence.contrast(results, section, claim)
+                claim, ours = difference(results, name, {**two, "component": component}, common)
                 verdict = evidence.verdict(ours, claim["sign"])
                 bold = "**" if verdict in ("confirmed", "contradicted") else ""
                 tested = not verdict.startswith("not tested")
@@ -35,26 +34,67 @@ def markdown(results: store.Results) -> str:
     return tables.table(("", "", *studies.COMPONENTS), rows, numbers=3)
 
 
+def difference(results: store.Results, name: str, better: Row, common: Row) -> tuple[Row, evidence.Contrast]:
+    """The claim that a variant beats the baseline, each at its best learning rate, and what the results say of it."""
+    section = studies.SECTIONS[name]
+    claim = studies.beats("", better, studies.BASELINE, section.measure, **{**studies.BEST, **common})
+    return claim, evidence.contrast(results, section, claim)
+
+
 def has_runs(results: store.Results) -> bool:
     """Whether there is something to draw."""
     return any(evidence.found(results, studies.SECTIONS[name]) for name, *_ in ANSWER.values())
 
 
 def draw(results: store.Results, figure: Any) -> None:
-    """zero_sum and its components against the baseline, over the learning rate."""
-    variants = [studies.BASELINE, *({**studies.ZERO_SUM, "component": c} for c in studies.COMPONENTS)]
-    for axes, (title, (name, common, limits)) in pictures.panels(figure, ANSWER):
-        section = studies.SECTIONS[name]
-        wheres = [row["where"] for row in section.rows if common.items() <= row["where"].items()]
-        rates = sorted({where["learning_rate"] for where in wheres})
-        axes.set(
-            title=title.partition(" (")[0], xscale="log", xlabel="learning rate", ylabel=tables.UNIT[section.measure]
-        )
-        for variant in variants:
-            specs = [sections.row({**common, **variant, "learning_rate": r}, section.measure) for r in rates]
-            color = plotting.COLORS[variant.get("component", "baseline")]
-            pictures.reached(axes, rates, results, section, specs, sections.words(variant), color=color)
-        axes.set_ylim(*(limits or (None, None)))
+    """A column for each study: what each variant reached over the learning rate, and below it the differences.
+
+    The variants are the baseline, zero_sum, and the components of zero_sum.
+    """
+    figure.set_size_inches(max(1.86 * len(ANSWER), 3.3), 4.1)
+    grid = figure.subplots(2, len(ANSWER), squeeze=False, height_ratios=(3, 2))
+    shown = None
+    for column, (title, (name, common, limits)) in enumerate(ANSWER.items()):
+        above, below = grid[:, column]
+        setting, _, unit = title.removesuffix(")").partition(" (")
+        _draw_rates(above, results, name, common)
+        above.set(title=setting.replace(", ", "\n", 1), ylim=limits or (None, None))
+        if (measure := studies.SECTIONS[name].measure) != shown:
+            above.set_ylabel(tables.UNIT[measure])
+        _draw_differences(below, results, name, common)
+        below.set_xlabel(f"difference ({unit})".replace("; ", ";\n"))
+        below.tick_params(labelleft=not column)
+        for axes in (above, below):
+            axes.title.set_fontsize("medium")
+            axes.spines[["top", "right"]].set_visible(False)
+        shown = measure
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def _draw_rates(axes: Any, results: store.Results, name: str, common: Row) -> None:
+    """Means and standard deviations over the learning rate."""
+    section = studies.SECTIONS[name]
+    wheres = [row["where"] for row in section.rows if common.items() <= row["where"].items()]
+    rates = sorted({where["learning_rate"] for where in wheres})
+    axes.set(xscale="log", xlabel="learning rate")
+    for variant in VARIANTS:
+        specs = [sections.row({**common, **variant, "learning_rate": r}, section.measure) for r in rates]
+        color = plotting.COLORS[variant.get("component", "baseline")]
+        pictures.reached(axes, rates, results, section, specs, sections.words(variant), color=color)
+    axes.grid(alpha=0.3)
+
+
+def _draw_differences(axes: Any, results: store.Results, name: str, common: Row) -> None:
+    """Differences from the baseline, each at its best learning rate, paired by seed, with 95 % intervals."""
+    factor = tables.SHOWN.get(studies.SECTIONS[name].measure, (1, 3))[0]
+    for place, variant in enumerate(VARIANTS[1:]):
+        _, ours = difference(results, name, variant, common)
+        if ours.n > 1:
+            half, color = factor * (ours.high - ours.low) / 2, plotting.COLORS[variant["component"]]
+            axes.errorbar([factor * ours.mean], [place], xerr=[half], **pictures.POINTS, color=color)
+    axes.axvline(0, color="0.5", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(3), [f"{variant['component']} - baseline" for variant in VARIANTS[1:]])
+    axes.set_ylim(2.6, -0.6)
+    axes.grid(alpha=0.3, axis="x")

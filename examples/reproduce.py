@@ -97,7 +97,7 @@ class Run:
                     toy.save(toy.run(), self.results / "fig1")
             print(f"fig1 is on file in {self.results / 'fig1'}")
         self.train_stacked(engine, [run for run in runs if isinstance(run, configs.MLPRun)], results)
-        self.train_stacked(minis, [run for run in runs if isinstance(run, configs.MiniGPTRun)], results)
+        self.train_stacked(minis, [run for run in runs if isinstance(run, configs.MiniRun)], results)
         self.train_transformers([run for run in runs if isinstance(run, configs.ViTRun | configs.GPTRun)], results)
         if "table8" in self.names:
             print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")
@@ -112,7 +112,7 @@ class Run:
         section = studies.SECTIONS[name]
         if not section.trains and (flags or self.seeds is not None):
             raise ValueError(f"{name} trains no model: --dataset, --seeds, --epochs and --subset do not apply.")
-        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.FILES)}.get(section.kind, DATASETS)
+        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.TEXTS)}.get(section.kind, DATASETS)
         if self.dataset is not None and self.dataset not in known:
             raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
         return dataclasses.replace(section, seeds=self.seeds or section.seeds).runs(**flags)

@@ -111,8 +111,14 @@ def test_the_rate_of_a_vit_depends_on_its_optimizer():
         (lambda: configs.MLPRun(batch_size=0), "MLPRun: batch_size must be at least 1; got 0"),
         (lambda: configs.MLPRun(learning_rate=0.0), "MLPRun: learning_rate must be finite and positive; got 0.0"),
         (lambda: configs.MLPRun(sparsity=90), "MLPRun: sparsity must be a share, in [0, 1]; got 90"),
-        (lambda: configs.from_json({"epochs": 1}), "kind is one of ['gpt', 'mini_gpt', 'mlp', 'vit']; got None"),
-        (lambda: configs.from_json({"kind": "cnn"}), "kind is one of ['gpt', 'mini_gpt', 'mlp', 'vit']; got 'cnn'"),
+        (
+            lambda: configs.from_json({"epochs": 1}),
+            "kind is one of ['gpt', 'mini_gpt', 'mini_vit', 'mlp', 'vit']; got None",
+        ),
+        (
+            lambda: configs.from_json({"kind": "cnn"}),
+            "kind is one of ['gpt', 'mini_gpt', 'mini_vit', 'mlp', 'vit']; got 'cnn'",
+        ),
         (lambda: configs.from_json({"kind": "mlp", "widht": 3}), "Not a config of kind 'mlp'"),
         (lambda: configs.from_json({"kind": "mlp", "widht": 3}), "widht"),
         (lambda: configs.from_json({"kind": "mlp", "width": "3"}), "Not a config of kind 'mlp'"),

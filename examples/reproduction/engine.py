@@ -230,13 +230,13 @@ class Program(stacks.Program):
             logits, validation = model.logits(hidden), {}
             if data.held_out_images is not None:
                 model.eval()
-                found = _accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
+                found = stacks.accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
                 validation = {"validation": found}
             active = [h != 0 for h in hidden]
             loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
             classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
             return validation | {
-                "accuracy": _accuracy(logits, data.test_labels),
+                "accuracy": stacks.accuracy(logits, data.test_labels),
                 "entropy": jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
                 "specialization": jax.vmap(metrics.specialization_score)(classes),
                 "max_load": metrics.max_over_mean_load(loads),
@@ -244,11 +244,6 @@ class Program(stacks.Program):
             }
 
         return jax.lax.map(jax.vmap(evaluate), params)
-
-
-def _accuracy(logits, labels):
-    """NaN if a logit is not finite."""
-    return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(jnp.argmax(logits, axis=-1) == labels), jnp.nan)
 
 
 program_of = functools.cache(Program)  # groups that differ in members and seeds alone share one
@@ -284,8 +279,7 @@ def prepare(group: Group, data: datasets.ImageData) -> stacks.Prepared:
     strategies, components, members = stacks.choices(group)
     sizes = data.input_dim, data.num_classes, examples // shared.batch_size
     program = program_of(shared, strategies, *sizes, components)
-    about = {"data": f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
-    about |= {"fingerprint": data.fingerprint}
+    about = {"data": stacks.state_of(data, shared), "fingerprint": data.fingerprint}
     return stacks.Prepared(program, members, jnp.array([row[0].seed for row in group.runs]), put(data, shared), about)
 
 

@@ -11,7 +11,8 @@ from examples.reproduction.sections import Row, Section, words
 from examples.reproduction.tables import SHOWN, UNIT
 from excitation_optax import plotting
 
-VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing")  # lines of a picture, not panels
+# Fields that make lines of a picture, not panels.
+VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "router_bias")
 STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}}
 for strategy in ("zero_sum", "positive_sum"):
     STYLES[strategy] = {"color": plotting.COLORS[strategy]}

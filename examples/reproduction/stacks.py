@@ -23,6 +23,7 @@ import optax
 from flax import nnx
 
 import excitation_optax
+from examples import datasets
 from examples.reproduction import configs, store
 
 
@@ -126,7 +127,22 @@ class Program:
         params, opt_state = state
         grads, (loss, utilization) = jax.grad(self.loss_fn, has_aux=True)(params, member, batch)
         updates, opt_state = self.make_optimizer(member, seed).update(grads, opt_state, params, utilization=utilization)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return (self.after_step(optax.apply_updates(params, updates), utilization), opt_state), loss
+
+    def after_step(self, params: Any, utilization: Any) -> Any:
+        """What else changes the parameters at the end of a step."""
+        del utilization
+        return params
+
+
+def accuracy(logits: jax.Array, labels: Any) -> jax.Array:
+    """NaN if a logit is not finite."""
+    return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(jnp.argmax(logits, axis=-1) == labels), jnp.nan)
+
+
+def state_of(data: datasets.ImageData, shared: Any) -> str:
+    """What a result says about images."""
+    return f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})"
 
 
 def any_of(strategies: Sequence[str], number: jax.Array) -> Any:

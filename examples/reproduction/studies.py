@@ -8,12 +8,13 @@ A learning rate "best" in a claim is the rate of the row's best mean on held-out
 rate of the same row without Excitation. See results/PLAN.md.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 from typing import Any
 
 from examples.reproduction import search, sections, tables
-from examples.reproduction.sections import Row, Section, grid, product, rows
+from examples.reproduction.sections import Row, Section, grid, product, rows, words
 
 BASELINE: Row = {"strategy": "vanilla"}
 ZERO_SUM, POSITIVE_SUM = TWO = tuple({"strategy": name} for name in ("zero_sum", "positive_sum"))
@@ -22,10 +23,13 @@ VARIANTS: tuple[Row, ...] = (BASELINE, *product(TWO, grid(component=COMPONENTS))
 # Scikit-learn's digits: the last 157 training images are held out.
 DIGITS: Row = {"dataset": "digits", "subset": 1280, "batch_size": 128, "schedule": "constant", "epochs": 100}
 TORCH: Row = {"initialization": "torch"}
+DEEP: Row = {**DIGITS, "depth": 14, **TORCH, "optimizer": "adam"}
 UNBALANCED: Row = {"load_balancing": 0.0}
 BALANCED: Row = {"load_balancing": 0.01}
 BEST: Row = {"learning_rate": "best"}
+BIASED: Row = {**UNBALANCED, "router_bias": 1e-3}  # DeepSeek-V3's rate
 AT_BEST = "each at its best rate"
+LESS_IS_BETTER = ("loss", "entropy", "max_load")
 
 
 def rates(*values: float) -> tuple[Row, ...]:
@@ -36,13 +40,13 @@ def rates(*values: float) -> tuple[Row, ...]:
 def beats(text: str, better: Row, worse: Row, measure: str = "accuracy", **common: Any) -> Row:
     """The claim that one setting is better than another: more accurate, or of a smaller loss."""
     contrast = [[1.0, {**common, **better}], [-1.0, {**common, **worse}]]
-    return {"text": text, "measure": measure, "contrast": contrast, "sign": -1 if measure == "loss" else 1}
+    return {"text": text, "measure": measure, "contrast": contrast, "sign": -1 if measure in LESS_IS_BETTER else 1}
 
 
-def tuned(prefix: str, measure: str = "accuracy", **common: Any) -> list[Row]:
-    """Claims about both strategies and their components, each at its own best learning rate."""
+def tuned(prefix: str, measure: str = "accuracy", strategies: Iterable[Row] = TWO, **common: Any) -> list[Row]:
+    """Claims about strategies and their components, each at its own best learning rate."""
     claims = []
-    for two in TWO:
+    for two in strategies:
         part = {c: {**two, "component": c} for c in COMPONENTS}
         pairs = [(part[c], BASELINE, f"{c} beats the baseline") for c in COMPONENTS]
         pairs += [(part["both"], part[c], f"both beats {c}") for c in ("direction", "norm")]
@@ -67,7 +71,7 @@ def at_each(prefix: str, values: Iterable[float], **common: Any) -> list[Row]:
 
 def study(name: str, title: str, wheres: Iterable[Row], claims: Iterable[Row] = (), **fields: Any) -> Section:
     """A section for a study: a picture and a table over the learning rate, and claims with a correction."""
-    measure = "loss" if fields.get("kind") == "mini_gpt" else "accuracy"
+    measure = fields.get("measure", "loss" if fields.get("kind") == "mini_gpt" else "accuracy")
     every: Row = {"seeds": 5, "table": tables.by_rate, "measure": measure, "in_study": True}
     return Section(name, title, rows=rows(wheres, measure), claims=tuple(claims), **every | fields)
 
@@ -142,24 +146,55 @@ def _rescue() -> Section:
     )
 
 
+def _inside_the_rescue(name: str, title: str, measure: str, draw: str, claims: Iterable[tuple[str, Row]]) -> Section:
+    """Figure 4 or 5 at the rate of `deep_digits` at which Excitation trains what the baseline does not."""
+    wheres = product(rates(1e-3), (BASELINE, *TWO))
+    beaten = [
+        beats(text.format(two["strategy"]), two, BASELINE, measure, learning_rate=1e-3) | more
+        for two in TWO
+        for text, more in claims
+    ]
+    section = study(name, title, wheres, beaten, settings=DEEP, seeds=10, measure=measure, draw=(draw,))
+    return dataclasses.replace(section, rows=tuple(map(_in_picture, section.rows)))
+
+
+def _in_picture(row: Row, **more: Any) -> Row:
+    """A row with the panel and the line of a picture, or of a table beside the paper."""
+    label, column = words(row["where"], "strategy"), words({"strategy": row["where"]["strategy"]})
+    return {**row, "label": label, "column": column, **more}
+
+
 def _torch_baseline() -> Section:
-    optimizers = (search.SGD, search.ADAM)
-    short = product(grid(depth=(3, 4), epochs=(100,)), optimizers, (BASELINE, *TWO))
-    wheres = short + product(grid(depth=(3, 4), epochs=(300,)), optimizers, (BASELINE,))
-    return study("torch_long", "PyTorch's initialization at full length", wheres, seeds=3, settings=TORCH)
+    """Three hidden layers and 100 epochs first: they decide the question with a third of the work."""
+    optimizers, three = (search.SGD, search.ADAM), (BASELINE, *TWO)
+    short = lambda depth: product(grid(depth=(depth,), epochs=(100,)), optimizers, three)
+    frozen = product(grid(initialization=("lecun_normal",)), short(3))  # on file, as the full length of Table 1
+    wheres = short(3) + frozen + short(4) + product(grid(depth=(3, 4), epochs=(300,)), optimizers, (BASELINE,))
+    claims = []
+    for common in product(grid(depth=(3, 4), epochs=(100,)), optimizers):
+        text = f"{common['depth']} hidden layers, {common['optimizer']}: {{}} beats the baseline"
+        claims += [beats(text.format(two["strategy"]), two, BASELINE, **common) for two in TWO]
+    section = study("torch_long", "PyTorch's initialization at full length", wheres, claims, seeds=3, settings=TORCH)
+    key = lambda where: (where["optimizer"], where["strategy"])
+    paper = {key(row["where"]): row["value"] for row in sections.paper()["table1"].rows}
+    rows = (_in_picture(row, value=paper[key(row["where"])]) for row in section.rows)
+    note = ". The paper's values are those of Table 1"
+    return dataclasses.replace(section, rows=tuple(rows), table=tables.beside_the_paper, note=note)
 
 
 _mini = functools.partial(study, kind="mini_gpt", settings={"dataset": "tinyshakespeare"})
 
 
+OTHERS: dict[str, Row] = {
+    "zero_sum with gamma 0.5": {**ZERO_SUM, "gamma": 0.5},
+    "half the experts' rate": {**BASELINE, "expert_rate": 0.5},
+    "twice the experts' rate": {**BASELINE, "expert_rate": 2.0},
+    "no balancing loss": {**BASELINE, **UNBALANCED},
+}
+
+
 def _mini_tuned() -> Section:
-    others = {
-        "zero_sum with gamma 0.5": {**ZERO_SUM, "gamma": 0.5},
-        "half the experts' rate": {**BASELINE, "expert_rate": 0.5},
-        "twice the experts' rate": {**BASELINE, "expert_rate": 2.0},
-        "no balancing loss": {**BASELINE, **UNBALANCED},
-        "zero_sum without a balancing loss": {**ZERO_SUM, **UNBALANCED},
-    }
+    others = {**OTHERS, "zero_sum without a balancing loss": {**ZERO_SUM, **UNBALANCED}}
     claims = tuned("", "loss")
     claims += [beats(f"{n} beats the baseline, {AT_BEST}", o, BASELINE, "loss", **BEST) for n, o in others.items()]
     text = f"without a balancing loss, zero_sum beats the baseline, {AT_BEST}"
@@ -172,6 +207,52 @@ def _mini_tuned() -> Section:
         "A GPT-MoE in miniature (16 experts, 2 for each token) at tuned learning rates",
         product(rates(1e-3, 3e-3, 1e-2, 2e-2, 3e-2), (*VARIANTS, *others.values())),
         claims,
+        draw=("over_rates",),
+    )
+
+
+def _mini_bias() -> Section:
+    """The runs without a router bias are those of `mini_tuned`."""
+    ways = {"a router bias": BIASED, "a balancing loss": {}, "neither": UNBALANCED}
+    excited = [{**ZERO_SUM, **way} for way in ways.values()]
+    baselines = dict(zip(ways, ({**BASELINE, **way} for way in ways.values()), strict=True))
+    biased, claims = baselines["a router bias"], []
+    for other in ("a balancing loss", "neither"):
+        text = f"the baseline with a router bias {{}} the baseline with {other}, {AT_BEST}"
+        claims.append(beats(text.format("beats"), biased, baselines[other], "loss", **BEST))
+        text = text.format("has a more even load than")
+        claims.append(beats(text, biased, baselines[other], "max_load", **BEST))
+    text = f"with a router bias, zero_sum {{}} the baseline, {AT_BEST}"
+    claims.append(beats(text.format("beats"), excited[0], biased, "loss", **BEST))
+    claims.append(beats(text.format("has a more even load than"), excited[0], biased, "max_load", **BEST))
+    text = f"zero_sum with {{}} beats the baseline with a router bias, {AT_BEST}"
+    claims.append(beats(text.format("a balancing loss"), excited[1], biased, "loss", **BEST))
+    claims.append(beats(text.format("neither"), excited[2], biased, "loss", **BEST))
+    return _mini(
+        "mini_bias",
+        "The GPT-MoE in miniature with a router bias instead of the balancing loss",
+        product(rates(1e-3, 3e-3, 1e-2, 2e-2, 3e-2), (*baselines.values(), *excited)),
+        claims,
+        draw=("over_rates",),
+    )
+
+
+def _mini_vit() -> Section:
+    claims = tuned("", strategies=(ZERO_SUM,))
+    others = {"positive_sum": POSITIVE_SUM, **OTHERS}
+    claims += [beats(f"{name} beats the baseline, {AT_BEST}", o, BASELINE, **BEST) for name, o in others.items()]
+    for two in TWO:
+        text = f"{two['strategy']} beats the baseline at the baseline's best rate"
+        claims.append(beats(text, two, BASELINE, learning_rate="baseline's best"))
+    variants = (BASELINE, *product((ZERO_SUM,), grid(component=COMPONENTS)), *others.values())
+    return study(
+        "mini_vit",
+        "A MoE-ViT in miniature (64 experts, 2 for each patch) at tuned learning rates",
+        product(rates(1e-3, 3e-4, 2e-3, 4e-3, 1e-2), variants),
+        claims,
+        kind="mini_vit",
+        seeds=3,
+        settings={"dataset": "cifar10", "epochs": 8},
         draw=("over_rates",),
     )
 
@@ -245,12 +326,32 @@ does. With Adam and small rates, `direction` alone is worse than the baseline.""
         product(rates(1e-3, 1e-4, 3e-4, 3e-3, 1e-2, 3e-2), VARIANTS),
         tuned("") + at_each("adam", (1e-3,)),
         seeds=10,
-        settings={**DIGITS, "depth": 14, **TORCH, "optimizer": "adam"},
+        settings=DEEP,
         draw=("over_rates",),
         inside=True,
         remark="""
 An accuracy of 10 % is that of a network that never started to learn, or lost what it had learned; its numbers stay
 finite, so that it does not count as diverged. That is why the intervals are wide at the larger rates.""",
+    ),
+    _inside_the_rescue(
+        "fig4_torch",
+        "Figure 4 where Excitation trains what the baseline does not: 14 hidden layers on digits",
+        "specialization",
+        "by_layer",
+        (
+            ("{} specializes more than the baseline, mean of all layers", {}),
+            ("{}: the same, mean of the middle half of the layers", {"layers": "middle"}),
+        ),
+    ),
+    _inside_the_rescue(
+        "fig5_torch",
+        "Figure 5 where Excitation trains what the baseline does not: 14 hidden layers on digits",
+        "entropy",
+        "curves",
+        (
+            ("{} ends at lower entropy than the baseline", {}),
+            ("{} is lower after a fifth of the training already", {"at": 0.2}),
+        ),
     ),
     _ways_out(),
     _depth(),
@@ -265,6 +366,8 @@ finite, so that it does not count as diverged. That is why the intervals are wid
     ),
     _torch_baseline(),
     _mini_tuned(),
+    _mini_bias(),
+    _mini_vit(),
     _mini_unbalanced(),
     _mini_table2(),
 )

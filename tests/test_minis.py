@@ -11,7 +11,7 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets
-from examples.reproduction import configs, minis, store
+from examples.reproduction import configs, minis, stacks, store
 from excitation_optax import flax as excitation_flax
 from models import moe
 
@@ -45,9 +45,9 @@ def short(monkeypatch):
     """Epochs of three steps, and 64 windows to evaluate."""
     monkeypatch.setattr(minis, "STEPS", 3)
     monkeypatch.setattr(minis, "WINDOWS", 64)
-    minis.program_of.cache_clear()
+    stacks.program_of.cache_clear()
     yield
-    minis.program_of.cache_clear()
+    stacks.program_of.cache_clear()
 
 
 def plain_loop(run, data, program):
@@ -113,11 +113,12 @@ def test_every_run_is_that_of_a_plain_loop(kind, short):
         digits = datasets.load_digits()
         colored = {f"{part}_images": getattr(digits, f"{part}_images").repeat(3, -1) for part in ("train", "test")}
         data = dataclasses.replace(digits, **colored)
-    for group in minis.plan(runs):
+    program_of = minis.GPTProgram if kind == "mini_gpt" else minis.ViTProgram
+    for group in program_of.plan(runs):
         done = []
-        results = minis.train_group(group, data, done.append, lambda: False)
+        results = program_of.train_group(group, data, done.append, lambda: False)
         assert done == [len(group.runs[0])] * 2
-        program, *_, on_device, _ = minis.prepare(group, data)
+        program, *_, on_device, _ = program_of.prepare(group, data)
         for result in results:
             found, losses = plain_loop(result.run, on_device, program)
             assert result.measures[program.measure] == pytest.approx(found, rel=1e-4), result.run
@@ -131,19 +132,19 @@ def test_every_run_is_that_of_a_plain_loop(kind, short):
 
 def test_the_text_is_cut_in_three():
     text = minis.load_text("python-reference", None)
-    parts = minis.put(text, configs.MiniGPTRun(context=8))
+    parts = minis.GPTProgram.put(text, configs.MiniGPTRun(context=8))
     cut = len(text.train) * 9 // 10
     np.testing.assert_array_equal(parts.train, text.train[:cut])
     for (inputs, labels), first in ((parts.validation, text.train[cut:]), (parts.test, text.evaluation)):
         assert inputs.shape == labels.shape == (minis.WINDOWS, 8)
         np.testing.assert_array_equal(inputs[0], first[:8])
         np.testing.assert_array_equal(labels[-1], first[-8:] if first is text.evaluation else text.train[-8:])
-    assert len(minis.put(text, configs.MiniGPTRun(subset=100)).train) == 100
+    assert len(minis.GPTProgram.put(text, configs.MiniGPTRun(subset=100)).train) == 100
 
 
 def test_images_are_cut_in_three():
     digits = datasets.load_digits()
-    parts = minis.put(digits, configs.MiniViTRun(dataset="digits"))
+    parts = minis.ViTProgram.put(digits, configs.MiniViTRun(dataset="digits"))
     cut = len(digits.train_labels) * 9 // 10
     np.testing.assert_array_equal(parts.train[0], digits.train_images[:cut].repeat(3, -1))
     for (images, labels), whole in ((parts.validation, digits.train_labels[cut:]), (parts.test, digits.test_labels)):
@@ -154,7 +155,7 @@ def test_images_are_cut_in_three():
 
 def test_groups_have_one_model_and_seed():
     runs = [dataclasses.replace(run, seed=seed, num_experts=e) for e in (4, 8) for seed in (0, 1) for run in RUNS]
-    groups = minis.plan(runs + runs, max_runs=4)
+    groups = minis.GPTProgram.plan(runs + runs, max_runs=4)
     assert sorted(run.key for group in groups for run in group) == sorted(run.key for run in runs)
     assert [len(list(group)) for group in groups] == [4, 4, 3, 3] * 2
     assert all(len({(run.seed, run.num_experts) for run in group}) == 1 for group in groups)
@@ -167,13 +168,13 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
         trained.append(group)
         return [store.Result(run, {"loss": 1.0}, {}, 1.0, {}) for run in group]
 
-    monkeypatch.setattr(minis, "train_group", train_group)
+    monkeypatch.setattr(minis.GPTProgram, "train_group", train_group)
     results, bar = store.Results(tmp_path), tqdm.tqdm(disable=True, total=14)
     monkeypatch.setattr(bar, "update", lambda epochs: epochs and seen.append(epochs))
     seen, load = [], lambda run: minis.load_text(run.dataset, None)
-    minis.train(RUNS, load, results, bar)
+    minis.GPTProgram.train(RUNS, load, results, bar)
     assert (len(results), len(trained)) == (len(RUNS), 1)
-    minis.train(RUNS, load, store.Results(tmp_path), bar)
+    minis.GPTProgram.train(RUNS, load, store.Results(tmp_path), bar)
     assert len(trained) == 1
     assert seen == [14]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from examples import datasets, reproduce
-from examples.reproduction import engine, report, sections, store, studies, toy
+from examples.reproduction import engine, report, sections, stacks, store, studies, toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = sections.Section(
@@ -258,7 +258,7 @@ def test_the_data_sets_of_figure_8(tmp_path, monkeypatch):
         trained.append((group.runs[0][0].dataset, data.num_classes))
         return [store.Result(run, {"accuracy": 0.5}, {}, 1.0, {}) for run in group]
 
-    monkeypatch.setattr(engine, "train_group", train_group)
+    monkeypatch.setattr(engine.Program, "train_group", train_group)
     monkeypatch.setattr(datasets, "load_images", lambda name, data_dir: noise(name))
     reproduce.Run(names=("fig8",), results=tmp_path, data_dir=tmp_path, epochs=1).main()
     assert set(trained) == {("svhn_cropped", 10), ("cifar100", 100)}
@@ -273,7 +273,7 @@ def shapes(name):
     runs = studies.SECTIONS[name].runs()
     short = [dataclasses.replace(run, epochs=1, seed=0, subset=2 * run.batch_size) for run in runs]
     groups = {}
-    for group in engine.plan(short):
+    for group in engine.Program.plan(short):
         run = group.runs[0][0]
         groups.setdefault((run.depth, run.width, run.batch_size, run.sparsity, run.optimizer, run.dataset), group)
     return groups
@@ -289,7 +289,7 @@ def test_every_experiment_is_traced(name):
     for group in mine:
         run = group.runs[0][0]
         strategies = tuple(sorted({run.strategy for run in group}))
-        program = engine.program_of(engine._shared(run), strategies, 3072, 10, 2)
+        program = engine.program_of(stacks.shared_of(run), strategies, 3072, 10, 2)
         like = jax.ShapeDtypeStruct
         count, size = len(group.runs[0]), 40 if run.augmentation == "crop_flip" else 32
         members = engine.Member(like((count,), np.int32), like((count,), np.float32), like((count,), np.float32))
@@ -363,7 +363,7 @@ runs = [
     for seed in range(14)
     for strategy in ("vanilla", "zero_sum")
 ]
-engine.train(runs, lambda name: datasets.load_digits(), results, Bar(), max_runs=2)
+engine.Program.train(runs, lambda name: datasets.load_digits(), results, Bar(), max_runs=2)
 """
 
 

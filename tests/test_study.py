@@ -6,8 +6,20 @@ import math
 import numpy as np
 import pytest
 
-from examples import datasets
-from examples.reproduction import answer, engine, evidence, inside, minis, pictures, report, sections, store, studies
+from examples import datasets, reproduce
+from examples.reproduction import (
+    answer,
+    engine,
+    evidence,
+    inside,
+    minis,
+    pictures,
+    report,
+    sections,
+    stacks,
+    store,
+    studies,
+)
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
@@ -124,23 +136,22 @@ def test_a_tiny_version(name, monkeypatch):
     """Two steps of one seed of every row, on digits or on the text that comes with Python; at most 3 hidden layers."""
     section = STUDIES[name]
     runs = [section.make_run(row["where"], 0) for row in section.rows]
-    if section.kind in minis.PROGRAMS:
+    is_text = section.kind == "mini_gpt"
+    if section.kind == "mlp":
+        small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
+        tiny = [dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs]
+    else:
         monkeypatch.setattr(minis, "STEPS", 2)
         monkeypatch.setattr(minis, "WINDOWS", 64)
-        minis.program_of.cache_clear()
         small = {"d_model": 8, "num_heads": 2, "d_ff": 8, "epochs": 1}
-        is_text = section.kind == "mini_gpt"
         small |= {"dataset": "python-reference", "context": 8} if is_text else {"dataset": "digits"}
-        data = minis.load_text("python-reference", None) if is_text else datasets.load_digits()
-        groups = minis.plan(dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs)
-        train = lambda group: minis.train_group(group, data, lambda runs: None, lambda: False)
-        results = [result for group in groups for result in train(group)]
-        minis.program_of.cache_clear()
-    else:
-        small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
-        groups = engine.plan(dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs)
-        train = lambda group: engine.train_group(group, datasets.load_digits(), lambda runs: None, lambda: False)
-        results = [result for group in groups for result in train(group)]
+        tiny = [dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs]
+    data = minis.load_text("python-reference", None) if is_text else datasets.load_digits()
+    stacks.program_of.cache_clear()
+    program = reproduce.STACKED[section.kind]
+    groups = program.plan(tiny)
+    results = [r for group in groups for r in program.train_group(group, data, lambda runs: None, lambda: False)]
+    stacks.program_of.cache_clear()
     assert results
     for result in results:
         assert set(result.measures) >= {section.measure, "validation", "max_load", "dead"}
@@ -175,7 +186,7 @@ def test_inside_is_that_of_the_models(tmp_path):
     assert len(outcome["rows"]) == len(inside.ROWS)
     row = outcome["rows"]["baseline, 0.001"]
     run = STUDIES["deep_digits"].make_run({**inside.ROWS[0], **small}, seed=1)
-    program, _, seeds, on_device, _ = engine.prepare(engine.Group(((run,),)), data)
+    program, _, seeds, on_device, _ = engine.Program.prepare(engine.Group(((run,),)), data)
     model = program.make_model(seeds[0])
     model.eval()
     h = np.asarray(program.normalize(on_device.train_images, on_device)).reshape(64, -1)

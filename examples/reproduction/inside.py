@@ -73,7 +73,7 @@ def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str
     settings: dict[str, Any] = studies.SECTIONS["deep_digits"].settings | {"epochs": epochs} | changes
     make = lambda row, seed: configs.MLPRun(**{**settings, **row, "seed": seed})
     group = engine.Group(tuple(tuple(make(row, seed) for row in ROWS) for seed in range(SEEDS)))
-    program, members, seeds, on_device, _ = engine.prepare(group, data)
+    program, members, seeds, on_device, _ = engine.Program.prepare(group, data)
     measure = jax.jit(lambda params: jax.vmap(jax.vmap(functools.partial(look, program, data=on_device)))(params))
     kernels = lambda params: [np.asarray(params["layers"][i]["kernel"][...]) for i in range(settings["depth"])]
     states = program.init(members, seeds)

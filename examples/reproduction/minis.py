@@ -8,8 +8,8 @@ Axis letters: M members (the runs of a seed), B batch, S sequence, L layers, E e
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,64 +19,42 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets, texts, train_gpt_moe, train_moe_vit
-from examples.reproduction import configs, stacks, store
+from examples.reproduction import configs, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import gpt_moe, moe, moe_vit, router
 
 Member = stacks.Member
-Data = texts.Text | datasets.ImageData
 STEPS = 100  # batches of an epoch
 WINDOWS = 512  # of the evaluation text, evenly spaced; as many of the validation text
 IMAGES = 4096  # of the test images at most, and half as many for validation
 TEXTS = {"tinyshakespeare": "tinyshakespeare.txt", "python-reference": None}  # None: it comes with Python
-DIFFER = ("expert_rate", "load_balancing")  # between members, beside what all stacks may differ in
+# On data that is not trained on; the last two by layer: the load of the busiest expert over the mean, and the share of
+# dead experts.
+ROUTING = ("validation", "max_load", "dead")
 
 
 class Examples(NamedTuple):
-    """Data on a device: what is trained on, and two parts `[N, ...]` that are not."""
+    """Data on a device. The last tenth of the training data is for validation and not trained on."""
 
     train: Any
     validation: Any
     test: Any
 
 
-def shared_of(run: configs.MiniRun) -> configs.MiniRun:
-    """The config that the runs of a group have in common, without the seed."""
-    default = type(run)()
-    names = ("seed", "strategy", "component", "gamma", "learning_rate", *DIFFER)
-    return dataclasses.replace(run, **{name: getattr(default, name) for name in names})
-
-
-def plan(runs: Iterable[configs.MiniRun], max_runs: int | None = None) -> list[stacks.Group]:
-    """Groups of at most 16 runs (64 on an accelerator) that have a seed and a model in common, in their order."""
-    max_runs = max_runs or (16 if jax.default_backend() == "cpu" else 64)
-    return stacks.plan(runs, shared_of, lambda shared: (max_runs, 1))
-
-
 class Program(stacks.Program):
-    """The compiled functions of a group. A subclass has `measure`, `make_model`, `draw` and `batch`."""
+    """The compiled functions of a group, of one seed. A subclass has `measure`, `make_model`, `draw` and `batch`."""
 
-    measure: str  # what is evaluated on the test data, and on held-out training data as `validation`
-    evaluation_batch: int
-    make_model: Callable[..., nnx.Module]  # of a seed
+    measure: ClassVar[str]  # what is evaluated on the test data, and on held-out training data as `validation`
+    evaluation_batch: ClassVar[int]
     draw: Callable[..., jax.Array]  # (key, shape, training data): numbers that name examples
     batch: Callable[..., tuple[jax.Array, jax.Array]]  # (training data, numbers [B]): inputs and labels
 
-    def __init__(
-        self,
-        shared: Any,
-        strategies: tuple[str, ...],
-        components: tuple[configs.Component, ...],
-        sizes: tuple[int, ...] = (),
-    ):
-        self.shared, self.sizes = shared, sizes
-        super().__init__(shared, strategies, components, lambda: self.make_model(0))
-
     @classmethod
-    def measures(cls) -> tuple[str, ...]:
-        """Beside the first two, by layer: the load of the busiest expert over the mean, and the share of dead ones."""
-        return cls.measure, "validation", "max_load", "dead"
+    def limits(cls, shared: Any, max_runs: int | None = None) -> tuple[int, int]:
+        """At most 16 runs (64 on an accelerator) of one seed."""
+        del shared
+        return max_runs or (16 if jax.default_backend() == "cpu" else 64), 1
 
     def with_bias(self, config: Any) -> Any:
         """The model's config, with a selection bias if the runs have one."""
@@ -135,7 +113,7 @@ class Program(stacks.Program):
         return loss, loss if self.measure == "loss" else stacks.accuracy(logits, labels), utilization, sown
 
     def _evaluate(self, params, data: Examples):
-        """`measures` of every member on what is not trained on, with axes `[1, M]`."""
+        """`along` of every member on what is not trained on, with axes `[1, M]`."""
 
         def whole(params, part):
             def one(batch):
@@ -150,7 +128,7 @@ class Program(stacks.Program):
         def evaluate(params):
             (test, counts), (validation, _) = whole(params, data.test), whole(params, data.validation)
             found = test, validation, metrics.max_over_mean_load(counts), metrics.dead_experts(counts)
-            return dict(zip(self.measures(), found, strict=True))
+            return dict(zip(self.along, found, strict=True))
 
         return jax.tree.map(lambda value: value[None], jax.lax.map(evaluate, params))
 
@@ -165,13 +143,42 @@ def _is_param(params):
     return jax.tree.map(lambda v: isinstance(v, nnx.Param), params, is_leaf=is_variable)
 
 
+def _cut(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cut = len(array) * 9 // 10
+    return array[:cut], array[cut:]
+
+
 class GPTProgram(Program):
     """The model takes bytes `[B, S]`, and the labels are the bytes that follow each; losses are in nats per byte."""
 
     measure, evaluation_batch = "loss", 64
+    along = (measure, *ROUTING)
+
+    @classmethod
+    def sizes_of(cls, shared: Any, data: texts.Text) -> tuple[int, ...]:
+        """Nothing: there are 256 bytes."""
+        return ()
+
+    @classmethod
+    def about(cls, data: texts.Text, shared: Any) -> dict[str, Any]:
+        """What a result says about its data."""
+        return {"data": f"{shared.dataset}, as bytes", "fingerprint": data.fingerprint}
+
+    @classmethod
+    def put(cls, data: texts.Text, shared: Any) -> Examples:
+        """The bytes, and evenly spaced windows of those that are not trained on."""
+        train, held_out = _cut(data.train)
+
+        def windows(tokens):
+            starts = np.linspace(0, len(tokens) - shared.context - 1, WINDOWS).astype(int)
+            tokens = tokens[starts[:, None] + np.arange(shared.context + 1)]
+            return tokens[:, :-1], tokens[:, 1:]
+
+        parts = train[: shared.subset], windows(held_out), windows(data.evaluation)
+        return Examples(*jax.tree.map(lambda part: jnp.asarray(part, jnp.int32), parts))
 
     def make_model(self, seed: Any) -> nnx.Module:
-        """The model that every run of a seed starts from."""
+        """The GPT-MoE."""
         config = train_gpt_moe.model_config(self.shared, texts.VOCAB_SIZE["bytes"])
         return gpt_moe.GPTMoE(self.with_bias(config), rngs=nnx.Rngs(jax.random.key(seed)))
 
@@ -186,12 +193,35 @@ class GPTProgram(Program):
 
 
 class ViTProgram(Program):
-    """The model takes images `[B, H, W, 3]` of the sizes (H, C)."""
+    """The model takes images `[B, H, W, 3]` of the sizes (H, C). Gray images are repeated in 3 channels."""
 
     measure, evaluation_batch = "accuracy", 256
+    along = (measure, *ROUTING)
+
+    @classmethod
+    def sizes_of(cls, shared: Any, data: datasets.ImageData) -> tuple[int, ...]:
+        """Pixels and classes."""
+        return data.train_images.shape[1], data.num_classes
+
+    @classmethod
+    def put(cls, data: datasets.ImageData, shared: Any) -> Examples:
+        """Bytes to train on, and floats that are not trained on: whole batches of the first of them."""
+        (images, more_images), (labels, more_labels) = _cut(data.train_images), _cut(data.train_labels)
+        rgb = lambda images: jnp.broadcast_to(images, (*images.shape[:-1], 3))
+
+        def first(images, labels, most):
+            number, batch = min(len(labels), most), cls.evaluation_batch
+            number -= number % batch if number > batch else 0
+            return train_moe_vit.to_unit_range(rgb(images[:number])), jnp.asarray(labels[:number])
+
+        return Examples(
+            (rgb(images[: shared.subset]), jnp.asarray(labels[: shared.subset])),
+            first(more_images, more_labels, IMAGES // 2),
+            first(data.test_images, data.test_labels, IMAGES),
+        )
 
     def make_model(self, seed: Any) -> nnx.Module:
-        """The model that every run of a seed starts from."""
+        """The MoE-ViT."""
         image_size, num_classes = self.sizes
         sizes = {"image_size": image_size, "num_classes": num_classes, "patch_size": self.shared.patch_size}
         config = train_moe_vit.model_config(self.shared, **sizes)
@@ -213,12 +243,6 @@ class ViTProgram(Program):
 PROGRAMS = {"mini_gpt": GPTProgram, "mini_vit": ViTProgram}
 
 
-@functools.cache  # groups that differ in members and seeds alone share one
-def program_of(shared: configs.MiniRun, *arguments: Any) -> Program:
-    """The program of a group."""
-    return PROGRAMS[shared.kind](shared, *arguments)
-
-
 def load_text(dataset: str, folder: pathlib.Path | None) -> texts.Text:
     """Reads a text of `TEXTS` as bytes. Raises FileNotFoundError if the folder lacks the file."""
     name = TEXTS[dataset]
@@ -226,65 +250,3 @@ def load_text(dataset: str, folder: pathlib.Path | None) -> texts.Text:
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"{dataset} is read from {path}, which is missing; name its folder with --data-dir.")
     return texts.load([path] if path else [], "bytes")
-
-
-def put(data: Data, run: configs.MiniRun) -> Examples:
-    """The data on JAX's default device. The last tenth of the training data is for validation and not trained on."""
-    if isinstance(data, texts.Text):
-        assert isinstance(run, configs.MiniGPTRun)
-        train, held_out = _cut(data.train)
-
-        def windows(tokens):
-            starts = np.linspace(0, len(tokens) - run.context - 1, WINDOWS).astype(int)
-            tokens = tokens[starts[:, None] + np.arange(run.context + 1)]
-            return tokens[:, :-1], tokens[:, 1:]
-
-        parts = train[: run.subset], windows(held_out), windows(data.evaluation)
-        return Examples(*jax.tree.map(lambda part: jnp.asarray(part, jnp.int32), parts))
-    (images, more_images), (labels, more_labels) = _cut(data.train_images), _cut(data.train_labels)
-    rgb = lambda images: jnp.broadcast_to(images, (*images.shape[:-1], 3))
-
-    def first(images, labels, most):
-        number, batch = min(len(labels), most), ViTProgram.evaluation_batch
-        number -= number % batch if number > batch else 0
-        return train_moe_vit.to_unit_range(rgb(images[:number])), jnp.asarray(labels[:number])
-
-    return Examples(
-        (rgb(images[: run.subset]), jnp.asarray(labels[: run.subset])),
-        first(more_images, more_labels, IMAGES // 2),
-        first(data.test_images, data.test_labels, IMAGES),
-    )
-
-
-def _cut(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    cut = len(array) * 9 // 10
-    return array[:cut], array[cut:]
-
-
-def prepare(group: stacks.Group, data: Data) -> stacks.Prepared:
-    """What a group trains with, on JAX's default device."""
-    shared = shared_of(group.runs[0][0])
-    strategies, components, members = stacks.choices(group, component=True, also=DIFFER)
-    if isinstance(data, texts.Text):
-        state, sizes = f"{shared.dataset}, as bytes", ()
-    else:
-        state, sizes = stacks.state_of(data, shared), (data.train_images.shape[1], data.num_classes)
-    about = {"data": state, "fingerprint": data.fingerprint}
-    seeds = jnp.array([row[0].seed for row in group.runs])
-    program = program_of(shared, strategies, components, sizes)
-    return stacks.Prepared(program, members, seeds, put(data, shared), about)
-
-
-def train_group(
-    group: stacks.Group, data: Data, advance: Callable[[int], Any], stopped: Callable[[], bool]
-) -> list[store.Result] | None:
-    """Trains the runs of a group, as `stacks.train_group` says."""
-    along = PROGRAMS[group.runs[0][0].kind].measures()
-    return stacks.train_group(group, lambda: prepare(group, data), along, advance, stopped)
-
-
-def train(
-    runs: Iterable[configs.MiniRun], load: Callable[[configs.Run], Data], results: store.Results, progress: Any
-) -> None:
-    """Trains what is missing among the runs, as `stacks.train` says."""
-    stacks.train(plan(runs), train_group, load, results, progress)

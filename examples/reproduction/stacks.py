@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ import optax
 from flax import nnx
 
 import excitation_optax
-from examples import datasets
 from examples.reproduction import configs, store
 
 
@@ -45,79 +44,50 @@ class Group:
 class Member(NamedTuple):
     """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
 
-    strategy: jax.Array  # its number in the program's strategies
-    gamma: jax.Array
-    learning_rate: jax.Array
-    component: Any = None  # its number in the program's components, unless there is only one
-    expert_rate: Any = None  # and the next: only where runs have it
+    strategy: Any  # its number in the program's strategies
+    gamma: Any
+    learning_rate: Any
+    component: Any = None  # its number in the program's components
+    expert_rate: Any = None  # this and the next: only where runs have it
     load_balancing: Any = None
 
 
-class Prepared(NamedTuple):
-    """What `train_group` requires. The program has `init`, `train_epoch` and `evaluate`."""
-
-    program: Any
-    members: Member
-    seeds: jax.Array
-    data: Any  # on a device
-    about: dict[str, Any]  # the data
+def shared_of(run: Any) -> Any:
+    """What runs must have in common to be stacked: everything but what a `Member` and a seed are made of."""
+    default = type(run)()
+    fields = {name: getattr(default, name) for name in ("seed", *Member._fields) if hasattr(default, name)}
+    return dataclasses.replace(run, **fields)
 
 
-def plan(runs: Iterable[Any], shared_of: Callable[[Any], Any], limits: Callable[[Any], tuple[int, int]]) -> list[Group]:
-    """Groups for the runs, in their order: together they hold every run once.
-
-    Args:
-      runs: what to train; repeated ones count once.
-      shared_of: what runs must have in common to be stacked.
-      limits: of what they have in common: the most runs of a group, and the most seeds.
-    """
-    stackable: dict[Any, dict[int, list[Any]]] = {}
-    for run in dict.fromkeys(runs):
-        stackable.setdefault(shared_of(run), {}).setdefault(run.seed, []).append(run)
-    groups = []
-    for shared, by_seed in stackable.items():
-        limit, max_seeds = limits(shared)
-        alike: dict[tuple, list[tuple[Any, ...]]] = {}
-        rows = [tuple(row[i : i + limit]) for row in by_seed.values() for i in range(0, len(row), limit)]
-        for row in rows:
-            alike.setdefault(tuple(dataclasses.replace(run, seed=0) for run in row), []).append(row)
-        for members, rows in alike.items():
-            seeds = max(1, min(max_seeds, limit // len(members)))
-            groups += [Group(tuple(rows[i : i + seeds])) for i in range(0, len(rows), seeds)]
-    return groups
-
-
-def choices(group: Group, component: bool = False, also: Sequence[str] = ()) -> tuple[tuple, tuple, Member]:
-    """The strategies and components of a group, and its members.
-
-    Args:
-      group: runs.
-      component: whether members choose a component even if there is only one.
-      also: fields of `Member` that differ too.
-    """
-    runs = group.runs[0]
-    strategies = tuple(sorted({run.strategy for run in group}))
-    components = tuple(sorted({run.component for run in group}))
-    number = lambda name, values: jnp.array([values.index(getattr(run, name)) for run in runs])
-    numbers = lambda name: jnp.array([getattr(run, name) for run in runs], jnp.float32)
-    chosen = number("component", components) if component or len(components) > 1 else None
-    common = number("strategy", strategies), numbers("gamma"), numbers("learning_rate"), chosen
-    return strategies, components, Member(*common, **{name: numbers(name) for name in also})
+def members_of(group: Group) -> tuple[tuple[str, ...], tuple[configs.Component, ...], Member]:
+    """The strategies and components of a group, and its members."""
+    runs, found = group.runs[0], {}
+    several = {name: tuple(sorted({getattr(run, name) for run in group})) for name in ("strategy", "component")}
+    for name in (name for name in Member._fields if hasattr(runs[0], name)):
+        values = [getattr(run, name) for run in runs]
+        numbered = [several[name].index(value) for value in values] if name in several else None
+        found[name] = jnp.array(values, jnp.float32) if numbered is None else jnp.array(numbered)
+    return several["strategy"], several["component"], Member(**found)
 
 
 class Program:
     """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
 
     Members choose their strategy and component by number from `strategies` and `components`. A subclass has `_init`,
-    `_train_epoch`, `_evaluate`, `make_optimizer` and `loss_fn`.
+    `_train_epoch`, `_evaluate` and what stands below without a body.
     """
 
-    loss_fn: Callable[..., Any]  # (params, member, batch): what is minimized, and (the loss, the routing)
-    make_optimizer: Callable[..., Any]  # of a member and a seed
+    along: ClassVar[tuple[str, ...]]  # measures that are kept along training; the others are kept at the end
+    limits: Any  # of what runs share: the most runs of a group, and the most seeds
+    sizes_of: Any  # of what runs share and data: what the model takes from them
+    put: Any  # of data and what runs share: the data on JAX's default device
+    loss_fn: Any  # (params, member, batch): what is minimized, and (the loss, the routing)
+    make_model: Any  # of a seed: the model that all of its runs start from
+    make_optimizer: Any  # of a member and a seed
 
-    def __init__(self, shared: Any, strategies: Sequence[str], components: Sequence[Any], make_model: Callable):
-        self.shared, self.strategies, self.components = shared, strategies, components
-        self.graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    def __init__(self, shared: Any, strategies: Sequence[str], *sizes: int, components: Sequence[Any] = ("both",)):
+        self.shared, self.strategies, self.components, self.sizes = shared, strategies, components, sizes
+        self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self.make_model(0)))
         self.init = jax.jit(self._init)  # pyrefly: ignore[missing-attribute]
         self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)  # pyrefly: ignore[missing-attribute]
         self.evaluate = jax.jit(self._evaluate)  # pyrefly: ignore[missing-attribute]
@@ -134,15 +104,147 @@ class Program:
         del utilization
         return params
 
+    @classmethod
+    def about(cls, data: Any, shared: Any) -> dict[str, Any]:
+        """What a result says about its data."""
+        return about_images(data, shared.dataset)
+
+    @classmethod
+    def prepare(cls, group: Group, data: Any) -> tuple[Any, Member, jax.Array, Any, dict[str, Any]]:
+        """The program, members, seeds and data of a group, and what a result says about the data.
+
+        Raises ValueError if the data is too small.
+        """
+        shared = shared_of(group.runs[0][0])
+        strategies, components, members = members_of(group)
+        program = program_of(cls, shared, strategies, *cls.sizes_of(shared, data), components=components)
+        seeds = jnp.array([row[0].seed for row in group.runs])
+        return program, members, seeds, cls.put(data, shared), cls.about(data, shared)
+
+    @classmethod
+    def plan(cls, runs: Iterable[Any], **limits: int) -> list[Group]:
+        """Groups for the runs, in their order: together they hold every run once. Limits are those of `limits`."""
+        stackable: dict[Any, dict[int, list[Any]]] = {}
+        for run in dict.fromkeys(runs):
+            stackable.setdefault(shared_of(run), {}).setdefault(run.seed, []).append(run)
+        groups = []
+        for shared, by_seed in stackable.items():
+            limit, max_seeds = cls.limits(shared, **limits)
+            alike: dict[tuple, list[tuple[Any, ...]]] = {}
+            rows = [tuple(row[i : i + limit]) for row in by_seed.values() for i in range(0, len(row), limit)]
+            for row in rows:
+                alike.setdefault(tuple(dataclasses.replace(run, seed=0) for run in row), []).append(row)
+            for members, rows in alike.items():
+                seeds = max(1, min(max_seeds, limit // len(members)))
+                groups += [Group(tuple(rows[i : i + seeds])) for i in range(0, len(rows), seeds)]
+        return groups
+
+    @classmethod
+    def train_group(
+        cls, group: Group, data: Any, advance: Callable[[int], Any], stopped: Callable[[], bool]
+    ) -> list[store.Result] | None:
+        """Trains the runs of a group on their data set, on JAX's default device: a result for each, or None if stopped.
+
+        `advance` is called after every epoch with the number of runs that have done it.
+        """
+        start, runs = time.perf_counter(), list(group)
+        program, members, seeds, on_device, about = cls.prepare(group, data)
+        states, curve, epochs = program.init(members, seeds), [], runs[0].epochs
+        for epoch in range(1, epochs + 1):
+            if stopped():
+                return None
+            states, losses = program.train_epoch(states, members, seeds, epoch, on_device)
+            if epoch in evaluated_epochs(epochs):
+                curve.append((epoch, *jax.device_get((losses, program.evaluate(states[0], on_device)))))
+            jax.block_until_ready(losses)
+            advance(len(runs))
+        seconds = round((time.perf_counter() - start) / len(runs), 2)
+        about = store.environment() | {"date": store.now()} | about | {"stacked": [len(seeds), len(group.runs[0])]}
+        short = lambda value: float(f"{float(np.mean(value)):.4g}")  # four digits along the way, all of them at the end
+        results = []
+        for (s, row), m in itertools.product(enumerate(group.runs), range(len(group.runs[0]))):
+            measures = {name: np.asarray(value[s, m], np.float64).tolist() for name, value in curve[-1][2].items()}
+            kept = {"epoch": [epoch for epoch, *_ in curve], "train_loss": [short(loss[s, m]) for _, loss, _ in curve]}
+            kept |= {name: [short(found[name][s, m]) for *_, found in curve] for name in cls.along}
+            results.append(store.Result(row[m], measures, kept, seconds, about))
+        return results
+
+    @classmethod
+    def train(
+        cls,
+        runs: Iterable[Any],
+        load: Callable[[configs.Run], Any],
+        results: store.Results,
+        progress: Any,
+        **limits: int,
+    ) -> None:
+        """Trains what is missing among the runs, on all devices, and appends what is finished.
+
+        Groups are planned from all runs, finished or not: then a repeated command trains a run beside the same others,
+        and so gives it the same digits.
+
+        `load` reads the data set of a run; `results` has the finished runs, and gets the new ones; `progress` is a
+        `tqdm` bar, counting epochs of runs. Raises OSError if a result could not be written.
+        """
+        pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
+        needed: dict[str, configs.Run] = {}
+        for group in cls.plan(runs, **limits):
+            left = missing(group, results)
+            progress.update(group.epochs - left.epochs)
+            if left.runs:
+                pending.put(left)
+                needed.setdefault(left.runs[0][0].dataset, left.runs[0][0])
+        sets = {name: load(run) for name, run in needed.items()}
+        stop, lock, errors = threading.Event(), threading.Lock(), []
+
+        def advance(epochs: int):
+            with lock:
+                progress.update(epochs)
+
+        def work(device: jax.Device):
+            try:
+                with jax.default_device(device):
+                    while not stop.is_set() and not pending.empty():
+                        group = pending.get_nowait()
+                        finished = cls.train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
+                        with lock:
+                            results.append([r for r in finished or [] if r.run not in results])
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                errors.append(error)
+                stop.set()
+
+        threads = [threading.Thread(target=work, args=(device,)) for device in jax.local_devices()]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:  # interrupted: let every group end its epoch
+            stop.set()
+            for thread in threads:
+                if thread.ident is not None:  # it was started
+                    thread.join()
+        if errors:
+            raise errors[0]
+
+
+@functools.cache  # groups that differ in members and seeds alone share one
+def program_of(kind: Callable[..., Program], *arguments: Any, **options: Any) -> Program:
+    """The program of a group."""
+    return kind(*arguments, **options)
+
+
+def about_images(data: Any, dataset: str) -> dict[str, Any]:
+    """What a result says about images."""
+    state = f"{dataset} ({data.state or 'as TensorFlow Datasets has it'})"
+    return {"data": state, "fingerprint": data.fingerprint}
+
 
 def accuracy(logits: jax.Array, labels: Any) -> jax.Array:
     """NaN if a logit is not finite."""
     return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(jnp.argmax(logits, axis=-1) == labels), jnp.nan)
-
-
-def state_of(data: datasets.ImageData, shared: Any) -> str:
-    """What a result says about images."""
-    return f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})"
 
 
 def any_of(strategies: Sequence[str], number: jax.Array) -> Any:
@@ -186,115 +288,8 @@ def evaluated_epochs(epochs: int) -> range:
     return range(epochs - (epochs - 1) // every * every, epochs + 1, every)
 
 
-def train_group(
-    group: Group,
-    prepare: Callable[[], Prepared],
-    along: Sequence[str],
-    advance: Callable[[int], Any],
-    stopped: Callable[[], bool],
-) -> list[store.Result] | None:
-    """Trains the runs of a group on JAX's default device.
-
-    Args:
-      group: what to train.
-      prepare: loads the data onto the device.
-      along: measures that are kept along training; the others are kept at the end.
-      advance: is called after every epoch with the number of runs that have done it.
-      stopped: whether to give up.
-
-    Returns:
-      A result for each run, or None if stopped.
-    """
-    start, runs = time.perf_counter(), list(group)
-    program, members, seeds, data, about = prepare()
-    states, curve, epochs = program.init(members, seeds), [], runs[0].epochs
-    for epoch in range(1, epochs + 1):
-        if stopped():
-            return None
-        states, losses = program.train_epoch(states, members, seeds, epoch, data)
-        if epoch in evaluated_epochs(epochs):
-            curve.append((epoch, *jax.device_get((losses, program.evaluate(states[0], data)))))
-        jax.block_until_ready(losses)
-        advance(len(runs))
-    seconds = round((time.perf_counter() - start) / len(runs), 2)
-    about = store.environment() | {"date": store.now()} | about | {"stacked": [len(seeds), len(group.runs[0])]}
-    short = lambda value: float(f"{float(np.mean(value)):.4g}")  # four digits along the way, all of them at the end
-    results = []
-    for (s, row), m in itertools.product(enumerate(group.runs), range(len(group.runs[0]))):
-        measures = {name: np.asarray(value[s, m], np.float64).tolist() for name, value in curve[-1][2].items()}
-        shown = {name: [short(found[name][s, m]) for *_, found in curve] for name in along}
-        losses = [short(losses[s, m]) for _, losses, _ in curve]
-        kept = {"epoch": [epoch for epoch, *_ in curve], "train_loss": losses} | shown
-        results.append(store.Result(row[m], measures, kept, seconds, about))
-    return results
-
-
 def missing(group: Group, results: store.Results) -> Group:
     """The group without the seeds and the members of which all runs are on file."""
     rows = [row for row in group.runs if any(run not in results for run in row)]
     columns = [column for column in zip(*rows, strict=True) if any(run not in results for run in column)]
     return Group(tuple(zip(*columns, strict=True)))
-
-
-def train(
-    groups: Iterable[Group],
-    train_group: Callable[..., list[store.Result] | None],
-    load: Callable[[configs.Run], Any],
-    results: store.Results,
-    progress: Any,
-) -> None:
-    """Trains what is missing in the groups, on all devices, and appends what is finished.
-
-    Args:
-      groups: in the order of their importance. They must be planned from all runs, finished or not: then a repeated
-        command trains a run beside the same others, and so gives it the same digits.
-      train_group: trains a group on its data, as `engine.train_group`.
-      load: reads the data set of a run.
-      results: has the finished runs, and gets the new ones.
-      progress: a `tqdm` bar, counting epochs of runs.
-
-    Raises:
-      OSError: if a result could not be written.
-    """
-    pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
-    needed: dict[str, configs.Run] = {}
-    for group in groups:
-        left = missing(group, results)
-        progress.update(group.epochs - left.epochs)
-        if left.runs:
-            pending.put(left)
-            needed.setdefault(left.runs[0][0].dataset, left.runs[0][0])
-    sets = {name: load(run) for name, run in needed.items()}
-    stop, lock, errors = threading.Event(), threading.Lock(), []
-
-    def advance(epochs: int):
-        with lock:
-            progress.update(epochs)
-
-    def work(device: jax.Device):
-        try:
-            with jax.default_device(device):
-                while not stop.is_set() and not pending.empty():
-                    group = pending.get_nowait()
-                    finished = train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
-                    with lock:
-                        results.append([r for r in finished or [] if r.run not in results])
-        except queue.Empty:
-            pass
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
-
-    threads = [threading.Thread(target=work, args=(device,)) for device in jax.local_devices()]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:  # interrupted: let every group end its epoch
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:  # it was started
-                thread.join()
-    if errors:
-        raise errors[0]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from examples.reproduction import evidence, pictures, sections, store, studies, tables
+from examples.reproduction import claims, evidence, pictures, sections, store, studies, tables
 from examples.reproduction.sections import Row
 from excitation_optax import plotting
 
@@ -21,18 +21,18 @@ def markdown(results: store.Results) -> str:
     rows = []
     for text, (name, common, _) in ANSWER.items():
         section = studies.SECTIONS[name]
-        for two in studies.TWO:
+        for two in claims.TWO:
             cells = []
-            for component in studies.COMPONENTS:
-                better, more = {**two, "component": component}, {**studies.BEST, **common}
-                claim = studies.beats("", better, studies.BASELINE, section.measure, **more)
+            for component in claims.COMPONENTS:
+                better, more = {**two, "component": component}, {**claims.BEST, **common}
+                claim = claims.beats("", better, claims.BASELINE, section.measure, **more)
                 ours = evidence.contrast(results, section, claim)
                 verdict = evidence.verdict(ours, claim["sign"])
                 bold = "**" if verdict in ("confirmed", "contradicted") else ""
                 tested = not verdict.startswith("not tested")
                 cells.append(f"{bold}{tables.our_delta(claim, ours)}{bold}" if tested else "not tested")
             rows.append((text, f"`{two['strategy']}`", *cells))
-    return tables.table(("", "", *studies.COMPONENTS), rows, numbers=3)
+    return tables.table(("", "", *claims.COMPONENTS), rows, numbers=3)
 
 
 def has_runs(results: store.Results) -> bool:
@@ -42,7 +42,7 @@ def has_runs(results: store.Results) -> bool:
 
 def draw(results: store.Results, figure: Any) -> None:
     """zero_sum and its components against the baseline, over the learning rate."""
-    variants = [studies.BASELINE, *({**studies.ZERO_SUM, "component": c} for c in studies.COMPONENTS)]
+    variants = [claims.BASELINE, *({**claims.ZERO_SUM, "component": c} for c in claims.COMPONENTS)]
     for axes, (title, (name, common, limits)) in pictures.panels(figure, ANSWER):
         section = studies.SECTIONS[name]
         wheres = [row["where"] for row in section.rows if common.items() <= row["where"].items()]

@@ -16,6 +16,7 @@ from flax import nnx
 
 from examples import datasets
 from examples.reproduction import configs, engine, stacks, store, studies
+from examples.reproduction.groups import missing, shared_of
 from models import topk_mlp
 
 STRATEGIES = ("vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted")
@@ -310,7 +311,7 @@ def test_vanilla_is_the_optimizer_alone():
     group, _, before, after, _ = trained("sgd")
     _, members, seeds, data = make_program(group)
     members = jax.tree.map(lambda x: x[:2], members)
-    bare = Bare(stacks.shared_of(group.runs[0][0]), ("vanilla",), 64, 10, 3)
+    bare = Bare(shared_of(group.runs[0][0]), ("vanilla",), 64, 10, 3)
     states = bare.init(members, seeds)
     for epoch in (1, 2):
         states, _ = bare.train_epoch(states, members, seeds, epoch, data)
@@ -498,7 +499,7 @@ def test_every_run_is_planned_once_within_the_limits(limits):
     assert set(planned) == set(runs)
     limits = {"max_runs": 18, "max_epochs": 300} | limits
     for group in groups:
-        assert len({stacks.shared_of(run) for run in group}) == 1
+        assert len({shared_of(run) for run in group}) == 1
         assert len(list(group)) <= limits["max_runs"]
         first = group.runs[0][0]
         images = min(1_437 if first.dataset == "digits" else 50_000, first.subset or 50_000)
@@ -630,14 +631,14 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
 
 def test_seeds_and_members_that_are_on_file_are_left_out_of_a_group(tmp_path):
     group, results = make_group("sgd", ("vanilla", "zero_sum", "inverted"), seeds=(0, 1, 2)), store.Results(tmp_path)
-    assert stacks.missing(group, results) == group
+    assert missing(group, results) == group
     row, column = group.runs[1], [row[2] for row in group.runs]
     results.append([store.Result(run, {}, {}, 1.0, {}) for run in dict.fromkeys([*row, *column])])
-    assert stacks.missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    assert missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
     results.append([store.Result(group.runs[0][0], {}, {}, 1.0, {})])
-    assert stacks.missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    assert missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
     results.append([store.Result(run, {}, {}, 1.0, {}) for run in group if run not in results])
-    assert list(stacks.missing(group, results)) == []
+    assert list(missing(group, results)) == []
 
 
 @pytest.mark.parametrize("where", ["load", "train", "append"])

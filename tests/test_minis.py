@@ -73,7 +73,7 @@ def plain_loop(run, data, program):
     step = jax.jit(jax.grad(loss_fn, has_aux=True))
     for epoch in range(1, run.epochs + 1):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 1), epoch)
-        for numbers in np.asarray(program.draw(key, (minis.STEPS, run.batch_size), data.train)):
+        for numbers in np.asarray(program.rows(key, data)):
             inputs, labels = by_hand(run, data.train, numbers)
             grads, (loss, utilization, _) = step(params, rest, inputs, labels)
             extra = {} if run.strategy == "vanilla" else {"utilization": utilization}

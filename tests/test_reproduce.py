@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from examples import datasets, reproduce
-from examples.reproduction import engine, report, sections, stacks, store, studies, toy
+from examples.reproduction import engine, report, sections, store, studies, toy
+from examples.reproduction.groups import shared_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = sections.Section(
@@ -289,7 +290,7 @@ def test_every_experiment_is_traced(name):
     for group in mine:
         run = group.runs[0][0]
         strategies = tuple(sorted({run.strategy for run in group}))
-        program = engine.program_of(stacks.shared_of(run), strategies, 3072, 10, 2)
+        program = engine.program_of(shared_of(run), strategies, 3072, 10, 2)
         like = jax.ShapeDtypeStruct
         count, size = len(group.runs[0]), 40 if run.augmentation == "crop_flip" else 32
         members = engine.Member(like((count,), np.int32), like((count,), np.float32), like((count,), np.float32))

@@ -17,12 +17,12 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets, training
-from examples.reproduction import configs, stacks
+from examples.reproduction import configs, groups, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import topk_mlp
 
-Group, Member = stacks.Group, stacks.Member
+Group, Member = groups.Group, groups.Member
 
 PAD = 4  # pixels on every side, black, for random crops
 HELD_OUT = 5000  # the most images that `validation` is measured on
@@ -103,6 +103,7 @@ class VariantMLP(topk_mlp.TopKMLP):
 class Program(stacks.Program):
     """The compiled functions of a group. Sizes are the input's, the number of classes, and the steps of an epoch."""
 
+    together = True
     along = ("accuracy", "entropy", "specialization")
     put = staticmethod(put)
 
@@ -111,8 +112,6 @@ class Program(stacks.Program):
         self.model_config = topk_mlp.TopKMLPConfig(
             input_dim, shared.width, shared.depth, self.num_classes, shared.sparsity, ACTIVATIONS[shared.activation]
         )
-        # Seeds that take turns leave a CPU's caches to one seed's models; wider devices train them side by side.
-        self.wide = jax.default_backend() != "cpu"
         super().__init__(shared, strategies, *sizes, **options)
 
     @classmethod
@@ -164,38 +163,19 @@ class Program(stacks.Program):
         epsilon = {"eps": self.shared.epsilon} if self.shared.optimizer in ("adam", "adamw") else {}
         return optax.chain(
             OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count), **epsilon),
-            stacks.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
+            groups.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
         )
 
-    def _init(self, members: Member, seeds):
-        """Parameters and optimizer states `[S, M, ...]`: of a seed, all members have the same parameters."""
+    def rows(self, key, data: Data):
+        """Indices and a key for each batch of an epoch; the last batch is dropped unless it is full."""
+        order = jax.random.permutation(key, data.train_labels.shape[0])
+        order = order[: self.steps_per_epoch * self.shared.batch_size].reshape(-1, self.shared.batch_size)
+        return order, jax.random.split(jax.random.fold_in(key, 1), self.steps_per_epoch)
 
-        def one(seed, member):
-            params = nnx.state(self.make_model(seed))
-            return params, self.make_optimizer(member, seed).init(params)
-
-        return jax.vmap(lambda seed: jax.vmap(functools.partial(one, seed))(members))(seeds)
-
-    def _train_epoch(self, states, members: Member, seeds, epoch, data: Data):
-        """An epoch of every run; the last batch is dropped unless it is full. Returns the mean losses too."""
-        examples, batch_size = data.train_labels.shape[0], self.shared.batch_size
-
-        def train_seed(operands):
-            states, seed = operands
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
-            order = jax.random.permutation(key, examples)[: self.steps_per_epoch * batch_size]
-            keys = jax.random.split(jax.random.fold_in(key, 1), self.steps_per_epoch)
-
-            def step(states, batch):
-                indices, key = batch
-                images = self.normalize(self.augment(key, data.train_images, indices), data)
-                one = lambda state, member: self.train_step(state, member, seed, (images, data.train_labels[indices]))
-                return jax.vmap(one)(states, members)
-
-            states, losses = jax.lax.scan(step, states, (order.reshape(-1, batch_size), keys))
-            return states, jnp.mean(losses, axis=0)
-
-        return jax.lax.map(train_seed, (states, seeds), batch_size=seeds.shape[0] if self.wide else None)
+    def batch(self, data: Data, row):
+        """Images and labels."""
+        indices, key = row
+        return self.normalize(self.augment(key, data.train_images, indices), data), data.train_labels[indices]
 
     def loss_fn(self, params, member: Member, batch):
         """What is minimized on images and labels, the loss and the routing."""
@@ -227,35 +207,30 @@ class Program(stacks.Program):
         """Bytes to floats."""
         return (images.astype(jnp.float32) / 255 - data.mean) / data.deviation
 
-    def _evaluate(self, params, data: Data) -> dict[str, jax.Array]:
-        """Measures `[S, M]` and, by layer, `[S, M, L]` of every run on the test images.
+    def measure_all(self, params, data: Data) -> dict[str, jax.Array]:
+        """Measures of a run on the test images, some of them by layer `[L]`.
 
         `accuracy` is NaN for a model that diverged; `validation` is the accuracy on training images that the runs leave
         out, if any; `entropy` (nats) is that of the shares of the kept neurons in what a layer passes on; `max_load` is
         that of the busiest neuron, over the mean; `dead` is the share of neurons that no image activates.
         """
-        images = self.normalize(data.test_images, data)
-
-        def evaluate(params):
-            model = nnx.merge(self.graphdef, params)
-            hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
-            logits, validation = model.logits(hidden), {}
-            if data.held_out_images is not None:
-                model.eval()
-                found = stacks.accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
-                validation = {"validation": found}
-            active = [h != 0 for h in hidden]
-            loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
-            classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
-            return validation | {
-                "accuracy": stacks.accuracy(logits, data.test_labels),
-                "entropy": jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
-                "specialization": jax.vmap(metrics.specialization_score)(classes),
-                "max_load": metrics.max_over_mean_load(loads),
-                "dead": metrics.dead_experts(loads),
-            }
-
-        return jax.lax.map(jax.vmap(evaluate), params)
+        model = nnx.merge(self.graphdef, params)
+        hidden, _ = excitation_flax.capture_routing(model.hidden)(self.normalize(data.test_images, data))
+        logits, validation = model.logits(hidden), {}
+        if data.held_out_images is not None:
+            model.eval()
+            found = stacks.accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
+            validation = {"validation": found}
+        active = [h != 0 for h in hidden]
+        loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
+        classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
+        return validation | {
+            "accuracy": stacks.accuracy(logits, data.test_labels),
+            "entropy": jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
+            "specialization": jax.vmap(metrics.specialization_score)(classes),
+            "max_load": metrics.max_over_mean_load(loads),
+            "dead": metrics.dead_experts(loads),
+        }
 
 
 program_of = functools.partial(stacks.program_of, Program)

@@ -8,7 +8,6 @@ Axis letters: M members (the runs of a seed), B batch, S sequence, L layers, E e
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,12 +18,12 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets, texts, train_gpt_moe, train_moe_vit
-from examples.reproduction import configs, stacks
+from examples.reproduction import configs, groups, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import gpt_moe, moe, moe_vit, router
 
-Member = stacks.Member
+Member = groups.Member
 STEPS = 100  # batches of an epoch
 WINDOWS = 512  # of the evaluation text, evenly spaced; as many of the validation text
 IMAGES = 4096  # of the test images at most, and half as many for validation
@@ -43,12 +42,12 @@ class Examples(NamedTuple):
 
 
 class Program(stacks.Program):
-    """The compiled functions of a group, of one seed. A subclass has `measure`, `make_model`, `draw` and `batch`."""
+    """The compiled functions of a group, of one seed. A subclass has `measure`, `make_model`, `draws` and `batch`."""
 
+    together = False
     measure: ClassVar[str]  # what is evaluated on the test data, and on held-out training data as `validation`
     evaluation_batch: ClassVar[int]
-    draw: Callable[..., jax.Array]  # (key, shape, training data): numbers that name examples
-    batch: Callable[..., tuple[jax.Array, jax.Array]]  # (training data, numbers [B]): inputs and labels
+    draws: Any  # of data: how many numbers name examples
 
     @classmethod
     def limits(cls, shared: Any, max_runs: int | None = None) -> tuple[int, int]:
@@ -69,27 +68,13 @@ class Program(stacks.Program):
         mask = _is_param if self.shared.router_bias else None
         return optax.chain(
             optax.adamw(lambda count: member.learning_rate * shape(count), weight_decay=0.01, mask=mask),
-            stacks.excite(self.strategies, self.components, member, None, seed),
+            groups.excite(self.strategies, self.components, member, None, seed),
             excitation_optax.scale_by_excitation(jnp.full_like, member.expert_rate),
         )
 
-    def _init(self, members: Member, seeds):
-        params = nnx.state(self.make_model(seeds[0]))
-        return jax.vmap(lambda member: (params, self.make_optimizer(member, seeds[0]).init(params)))(members)
-
-    def _train_epoch(self, states, members: Member, seeds, epoch, data: Examples):
-        """The states after an epoch, and the mean loss of each member `[1, M]`."""
-        seed = seeds[0]
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
-        numbers = self.draw(key, (STEPS, self.shared.batch_size), data.train)
-
-        def train(operands):
-            state, member = operands
-            step = lambda state, row: self.train_step(state, member, seed, self.batch(data.train, row))
-            return jax.lax.scan(step, state, numbers)
-
-        states, losses = jax.lax.map(train, (states, members))
-        return states, jnp.mean(losses, axis=-1)[None]
+    def rows(self, key, data: Examples):
+        """Numbers that name the examples of each batch."""
+        return jax.random.randint(key, (STEPS, self.shared.batch_size), 0, self.draws(data))
 
     def after_step(self, params, utilization):
         """The parameters with the selection biases moved, if there are any."""
@@ -112,10 +97,10 @@ class Program(stacks.Program):
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         return loss, loss if self.measure == "loss" else stacks.accuracy(logits, labels), utilization, sown
 
-    def _evaluate(self, params, data: Examples):
-        """`along` of every member on what is not trained on, with axes `[1, M]`."""
+    def measure_all(self, params, data: Examples):
+        """`along` on what is not trained on."""
 
-        def whole(params, part):
+        def whole(part):
             def one(batch):
                 _, found, utilization, _ = self.apply(params, batch)
                 return found, routing_of(utilization)
@@ -125,12 +110,9 @@ class Program(stacks.Program):
             found, counts = jax.lax.map(one, jax.tree.map(cut, part))
             return jnp.mean(found), jax.tree.map(functools.partial(jnp.sum, axis=0), counts)
 
-        def evaluate(params):
-            (test, counts), (validation, _) = whole(params, data.test), whole(params, data.validation)
-            found = test, validation, metrics.max_over_mean_load(counts), metrics.dead_experts(counts)
-            return dict(zip(self.along, found, strict=True))
-
-        return jax.tree.map(lambda value: value[None], jax.lax.map(evaluate, params))
+        (test, counts), (validation, _) = whole(data.test), whole(data.validation)
+        found = test, validation, metrics.max_over_mean_load(counts), metrics.dead_experts(counts)
+        return dict(zip(self.along, found, strict=True))
 
 
 def routing_of(utilization: Any) -> excitation_optax.RoutingCounts:
@@ -182,13 +164,13 @@ class GPTProgram(Program):
         config = train_gpt_moe.model_config(self.shared, texts.VOCAB_SIZE["bytes"])
         return gpt_moe.GPTMoE(self.with_bias(config), rngs=nnx.Rngs(jax.random.key(seed)))
 
-    def draw(self, key, shape, text):
+    def draws(self, data):
         """The first positions of windows."""
-        return jax.random.randint(key, shape, 0, len(text) - self.shared.context - 1)
+        return len(data.train) - self.shared.context - 1
 
-    def batch(self, text, starts):
+    def batch(self, data, row):
         """Windows, and the same one byte later."""
-        tokens = text[starts[:, None] + jnp.arange(self.shared.context + 1)]
+        tokens = data.train[row[:, None] + jnp.arange(self.shared.context + 1)]
         return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -227,20 +209,16 @@ class ViTProgram(Program):
         config = train_moe_vit.model_config(self.shared, **sizes)
         return moe_vit.MoEViT(self.with_bias(config), rngs=nnx.Rngs(jax.random.key(seed)))
 
-    def draw(self, key, shape, data):
-        """Numbers of images; those past the last one are mirrored images."""
-        mirrored = 1 if self.shared.dataset in configs.DIGITS else 2
-        return jax.random.randint(key, shape, 0, mirrored * len(data[1]))
+    def draws(self, data):
+        """Numbers past the last image name mirrored images."""
+        return (1 if self.shared.dataset in configs.DIGITS else 2) * len(data.train[1])
 
-    def batch(self, data, numbers):
+    def batch(self, data, row):
         """Images and labels."""
-        images, labels = data
-        is_mirrored, rows = numbers >= len(labels), numbers % len(labels)
+        images, labels = data.train
+        is_mirrored, rows = row >= len(labels), row % len(labels)
         images = train_moe_vit.to_unit_range(images[rows])
         return jnp.where(is_mirrored[:, None, None, None], images[:, :, ::-1], images), labels[rows]
-
-
-PROGRAMS = {"mini_gpt": GPTProgram, "mini_vit": ViTProgram}
 
 
 def load_text(dataset: str, folder: pathlib.Path | None) -> texts.Text:

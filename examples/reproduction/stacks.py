@@ -10,11 +10,11 @@ Axis letters: S seeds, M members (the runs of a seed).
 import dataclasses
 import functools
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from concurrent import futures
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,60 +22,18 @@ import numpy as np
 import optax
 from flax import nnx
 
-import excitation_optax
-from examples.reproduction import configs, store
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Runs that train stacked: `runs[s][m]`, the same members for every seed."""
-
-    runs: tuple[tuple[Any, ...], ...]
-
-    def __iter__(self):
-        return itertools.chain.from_iterable(self.runs)
-
-    @property
-    def epochs(self) -> int:
-        """The epochs of all its runs together."""
-        return sum(run.epochs for run in self)
-
-
-class Member(NamedTuple):
-    """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
-
-    strategy: Any  # its number in the program's strategies
-    gamma: Any
-    learning_rate: Any
-    component: Any = None  # its number in the program's components
-    expert_rate: Any = None  # this and the next: only where runs have it
-    load_balancing: Any = None
-
-
-def shared_of(run: Any) -> Any:
-    """What runs must have in common to be stacked: everything but what a `Member` and a seed are made of."""
-    default = type(run)()
-    fields = {name: getattr(default, name) for name in ("seed", *Member._fields) if hasattr(default, name)}
-    return dataclasses.replace(run, **fields)
-
-
-def members_of(group: Group) -> tuple[tuple[str, ...], tuple[configs.Component, ...], Member]:
-    """The strategies and components of a group, and its members."""
-    runs, found = group.runs[0], {}
-    several = {name: tuple(sorted({getattr(run, name) for run in group})) for name in ("strategy", "component")}
-    for name in (name for name in Member._fields if hasattr(runs[0], name)):
-        values = [getattr(run, name) for run in runs]
-        numbered = [several[name].index(value) for value in values] if name in several else None
-        found[name] = jnp.array(values, jnp.float32) if numbered is None else jnp.array(numbered)
-    return several["strategy"], several["component"], Member(**found)
+from examples.reproduction import configs, groups, store
+from examples.reproduction.groups import Group, Member
 
 
 class Program:
     """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
 
-    Members choose their strategy and component by number from `strategies` and `components`. A subclass has `_init`,
-    `_train_epoch`, `_evaluate` and what stands below without a body.
+    Members choose their strategy and component by number from `strategies` and `components`. States and measures have
+    leading axes `[S, M]`. A subclass has what stands below without a body.
     """
+
+    together: ClassVar[bool]  # whether the members of a seed make a step side by side, or train one after the other
 
     along: ClassVar[tuple[str, ...]]  # measures that are kept along training; the others are kept at the end
     limits: Any  # of what runs share: the most runs of a group, and the most seeds
@@ -84,13 +42,51 @@ class Program:
     loss_fn: Any  # (params, member, batch): what is minimized, and (the loss, the routing)
     make_model: Any  # of a seed: the model that all of its runs start from
     make_optimizer: Any  # of a member and a seed
+    rows: Any  # of a key and data: arrays with a leading axis of steps
+    batch: Any  # of data and a row: the batch of a step
+    measure_all: Any  # of params and data: measures by name
 
     def __init__(self, shared: Any, strategies: Sequence[str], *sizes: int, components: Sequence[Any] = ("both",)):
         self.shared, self.strategies, self.components, self.sizes = shared, strategies, components, sizes
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: self.make_model(0)))
-        self.init = jax.jit(self._init)  # pyrefly: ignore[missing-attribute]
-        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)  # pyrefly: ignore[missing-attribute]
-        self.evaluate = jax.jit(self._evaluate)  # pyrefly: ignore[missing-attribute]
+        # Seeds that take turns leave a CPU's caches to one seed's models; wider devices train them side by side.
+        self.wide = self.together and jax.default_backend() != "cpu"
+        self.init = jax.jit(self._init)
+        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
+        self.evaluate = jax.jit(self._evaluate)
+
+    def _init(self, members: Member, seeds):
+        """Parameters and optimizer states: of a seed, all members have the same parameters."""
+
+        def one(seed, member):
+            params = nnx.state(self.make_model(seed))
+            return params, self.make_optimizer(member, seed).init(params)
+
+        return jax.vmap(lambda seed: jax.vmap(functools.partial(one, seed))(members))(seeds)
+
+    def _train_epoch(self, states, members: Member, seeds, epoch, data):
+        """The states after an epoch of every run, and the mean losses."""
+
+        def train_seed(operands):
+            states, seed = operands
+            rows = self.rows(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch), data)
+
+            def step(state, row, member):
+                return self.train_step(state, member, seed, self.batch(data, row))
+
+            if self.together:
+                members_step = lambda states, row: jax.vmap(step, in_axes=(0, None, 0))(states, row, members)
+                states, losses = jax.lax.scan(members_step, states, rows)
+                return states, jnp.mean(losses, axis=0)
+            alone = lambda run: jax.lax.scan(functools.partial(step, member=run[1]), run[0], rows)
+            states, losses = jax.lax.map(alone, (states, members))
+            return states, jnp.mean(losses, axis=-1)
+
+        return jax.lax.map(train_seed, (states, seeds), batch_size=seeds.shape[0] if self.wide else None)
+
+    def _evaluate(self, params, data):
+        one = functools.partial(self.measure_all, data=data)
+        return jax.lax.map(jax.vmap(one) if self.together else functools.partial(jax.lax.map, one), params)
 
     def train_step(self, state: tuple[Any, Any], member: Member, seed: Any, batch: Any) -> tuple[tuple[Any, Any], Any]:
         """A step of one run: loss, gradient, update."""
@@ -115,8 +111,8 @@ class Program:
 
         Raises ValueError if the data is too small.
         """
-        shared = shared_of(group.runs[0][0])
-        strategies, components, members = members_of(group)
+        shared = groups.shared_of(group.runs[0][0])
+        strategies, components, members = groups.members_of(group)
         program = program_of(cls, shared, strategies, *cls.sizes_of(shared, data), components=components)
         seeds = jnp.array([row[0].seed for row in group.runs])
         return program, members, seeds, cls.put(data, shared), cls.about(data, shared)
@@ -126,8 +122,8 @@ class Program:
         """Groups for the runs, in their order: together they hold every run once. Limits are those of `limits`."""
         stackable: dict[Any, dict[int, list[Any]]] = {}
         for run in dict.fromkeys(runs):
-            stackable.setdefault(shared_of(run), {}).setdefault(run.seed, []).append(run)
-        groups = []
+            stackable.setdefault(groups.shared_of(run), {}).setdefault(run.seed, []).append(run)
+        planned = []
         for shared, by_seed in stackable.items():
             limit, max_seeds = cls.limits(shared, **limits)
             alike: dict[tuple, list[tuple[Any, ...]]] = {}
@@ -136,8 +132,8 @@ class Program:
                 alike.setdefault(tuple(dataclasses.replace(run, seed=0) for run in row), []).append(row)
             for members, rows in alike.items():
                 seeds = max(1, min(max_seeds, limit // len(members)))
-                groups += [Group(tuple(rows[i : i + seeds])) for i in range(0, len(rows), seeds)]
-        return groups
+                planned += [Group(tuple(rows[i : i + seeds])) for i in range(0, len(rows), seeds)]
+        return planned
 
     @classmethod
     def train_group(
@@ -180,54 +176,43 @@ class Program:
     ) -> None:
         """Trains what is missing among the runs, on all devices, and appends what is finished.
 
-        Groups are planned from all runs, finished or not: then a repeated command trains a run beside the same others,
-        and so gives it the same digits.
-
-        `load` reads the data set of a run; `results` has the finished runs, and gets the new ones; `progress` is a
-        `tqdm` bar, counting epochs of runs. Raises OSError if a result could not be written.
+        `load` reads the data set of a run; `progress` is a `tqdm` bar, counting epochs of runs. Groups are planned from
+        all runs, finished or not: a repeated command trains a run beside the same others, to the same digits.
         """
-        pending: queue.SimpleQueue[Group] = queue.SimpleQueue()
-        needed: dict[str, configs.Run] = {}
+        unfinished, needed = [], {}
         for group in cls.plan(runs, **limits):
-            left = missing(group, results)
+            left = groups.missing(group, results)
             progress.update(group.epochs - left.epochs)
             if left.runs:
-                pending.put(left)
+                unfinished.append(left)
                 needed.setdefault(left.runs[0][0].dataset, left.runs[0][0])
         sets = {name: load(run) for name, run in needed.items()}
-        stop, lock, errors = threading.Event(), threading.Lock(), []
+        pending, stop, lock = iter(unfinished), threading.Event(), threading.Lock()
 
         def advance(epochs: int):
             with lock:
                 progress.update(epochs)
 
         def work(device: jax.Device):
-            try:
-                with jax.default_device(device):
-                    while not stop.is_set() and not pending.empty():
-                        group = pending.get_nowait()
-                        finished = cls.train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
-                        with lock:
-                            results.append([r for r in finished or [] if r.run not in results])
-            except queue.Empty:
-                pass
-            except BaseException as error:
-                errors.append(error)
-                stop.set()
+            with jax.default_device(device):
+                while not stop.is_set():
+                    with lock:
+                        group = next(pending, None)
+                    if group is None:
+                        return
+                    finished = cls.train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
+                    with lock:
+                        results.append([r for r in finished or [] if r.run not in results])
 
-        threads = [threading.Thread(target=work, args=(device,)) for device in jax.local_devices()]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:  # interrupted: let every group end its epoch
-            stop.set()
-            for thread in threads:
-                if thread.ident is not None:  # it was started
-                    thread.join()
-        if errors:
-            raise errors[0]
+        devices = jax.local_devices()
+        with futures.ThreadPoolExecutor(len(devices)) as pool:
+            tasks = [pool.submit(work, device) for device in devices]
+            try:
+                futures.wait(tasks, return_when=futures.FIRST_EXCEPTION)
+            finally:  # failed or interrupted: let every group end its epoch
+                stop.set()
+        for task in tasks:
+            task.result()
 
 
 @functools.cache  # groups that differ in members and seeds alone share one
@@ -247,49 +232,7 @@ def accuracy(logits: jax.Array, labels: Any) -> jax.Array:
     return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(jnp.argmax(logits, axis=-1) == labels), jnp.nan)
 
 
-def any_of(strategies: Sequence[str], number: jax.Array) -> Any:
-    """A strategy that is the one of this number, which may be traced."""
-    baseline = lambda utilization, gamma: jnp.ones_like(utilization)
-    functions = [baseline if name == "vanilla" else getattr(excitation_optax, name) for name in strategies]
-
-    def chosen(utilization, gamma):
-        return jnp.stack([f(utilization, gamma) for f in functions])[number]
-
-    def chosen_with_key(utilization, gamma, *, key):
-        random = lambda f, name: functools.partial(f, key=key) if name == "random_boost" else f
-        keyed = [random(f, name) for name, f in zip(strategies, functions, strict=True)]
-        return jnp.stack([f(utilization, gamma) for f in keyed])[number]
-
-    return chosen_with_key if "random_boost" in strategies else chosen
-
-
-def excite(strategies: Sequence[str], components: Sequence[Any], member: Member, expert_axis: Any, seed: Any) -> Any:
-    """Excitation by the member's strategy and component, whose numbers may be traced."""
-    strategy = any_of(strategies, member.strategy)
-    transforms = [
-        excitation_optax.scale_by_excitation(
-            strategy, member.gamma, component=component, expert_axis=expert_axis, seed=seed
-        )
-        for component in components
-    ]
-    if len(transforms) == 1:
-        return transforms[0]
-
-    def update(updates, state, params=None, **extra_args):
-        outcomes = [transform.update(updates, state, params, **extra_args) for transform in transforms]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[member.component], *outcomes)
-
-    return optax.GradientTransformationExtraArgs(transforms[0].init, update)
-
-
 def evaluated_epochs(epochs: int) -> range:
     """About fifteen epochs, evenly spaced, after which runs are evaluated; the last is one of them."""
     every = max(1, epochs // 15)
     return range(epochs - (epochs - 1) // every * every, epochs + 1, every)
-
-
-def missing(group: Group, results: store.Results) -> Group:
-    """The group without the seeds and the members of which all runs are on file."""
-    rows = [row for row in group.runs if any(run not in results for run in row)]
-    columns = [column for column in zip(*rows, strict=True) if any(run not in results for run in column)]
-    return Group(tuple(zip(*columns, strict=True)))

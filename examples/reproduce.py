@@ -93,9 +93,9 @@ class Run:
             again = self.results.with_name("results-again")
             print(f"Nothing is left to train. To run them again, give an empty folder: --results {again}")
         if "fig1" in self.names:
-            if toy.load(self.results / "fig1") is None:
+            if toy.load(self.results) is None:
                 with logs.naming(self.results / "fig1"):
-                    toy.save(toy.run(), self.results / "fig1")
+                    store.save_json(self.results / toy.FILE, toy.run())
             print(f"fig1 is on file in {self.results / 'fig1'}")
         for kind, program in STACKED.items():
             self.train_stacked(program, [run for run in runs if run.kind == kind], results)
@@ -169,7 +169,7 @@ class Report:
         readme = self.readme or (ROOT / "docs" / "results.md" if own and self.docs is None else None)
         if readme is not None:
             with logs.naming(readme):
-                report.update_readme(readme, results)
+                report.update(readme, report.MARKERS, report.summary_markdown(results))
             print(readme)
         with logs.naming(docs):
             print(*report.write(results, docs), sep="\n")

@@ -225,7 +225,7 @@ def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
     for _ in range(2):  # what is there is not made again
         reproduce.Run(names=("fig1",), results=tmp_path).main()
         assert capsys.readouterr().out == f"fig1 is on file in {tmp_path / 'fig1'}\n"
-        assert toy.load(tmp_path / "fig1") == {"made": "up"}
+        assert toy.load(tmp_path)["made"] == "up"
     reproduce.List(results=tmp_path).main()
     assert ["fig1", "-", "done"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
 

@@ -35,11 +35,6 @@ def markdown(results: store.Results) -> str:
     return tables.table(("", "", *claims.COMPONENTS), rows, numbers=3)
 
 
-def has_runs(results: store.Results) -> bool:
-    """Whether there is something to draw."""
-    return any(evidence.found(results, studies.SECTIONS[name]) for name, *_ in ANSWER.values())
-
-
 def draw(results: store.Results, figure: Any) -> None:
     """zero_sum and its components against the baseline, over the learning rate."""
     variants = [claims.BASELINE, *({**claims.ZERO_SUM, "component": c} for c in claims.COMPONENTS)]

@@ -6,7 +6,6 @@ Axis letters: S seeds, M members, L hidden layers, E neurons, B images.
 """
 
 import functools
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -97,8 +96,7 @@ def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str
 
 def load(folder: pathlib.Path) -> dict[str, Any] | None:
     """What is on file in the folder of results, if anything."""
-    path = folder / FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return store.load_json(folder / FILE, "examples.reproduction.inside")
 
 
 def draw(outcome: dict[str, Any], figure: Any) -> None:
@@ -125,8 +123,7 @@ def draw(outcome: dict[str, Any], figure: Any) -> None:
 def main() -> None:
     """Trains, looks, and writes the file."""
     path = store.FOLDER / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run(datasets.load_digits()) | {"about": store.environment() | {"date": store.now()}}))
+    store.save_json(path, run(datasets.load_digits()))
     print(path)
 
 

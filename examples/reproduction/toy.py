@@ -8,7 +8,6 @@ each has the best of a sweep.
 """
 
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -21,6 +20,7 @@ import excitation_optax
 from examples import training
 from examples.reproduction import store
 
+FILE = pathlib.Path("fig1/toy.json")  # in the folder of results
 BOWLS = {  # h0, of the busy expert, and h1
     "busy expert along the long axis": (0.1, 1.0),
     "the same, a longer bowl": (0.01, 1.0),
@@ -86,25 +86,12 @@ def run() -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "most_steps": STEPS,
         "bowls": bowls,
-        "about": store.environment() | {"date": store.now()},
     }
 
 
-def save(outcome: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
-    """Writes toy.json in the folder, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "toy.json"
-    path.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-    return path
-
-
 def load(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The outcome that was saved there, if any. Raises ValueError if the file is damaged."""
-    path = folder / "toy.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and run fig1 again.") from error
+    """What is on file in the folder of results, if anything. Raises ValueError if the file is damaged."""
+    return store.load_json(folder / FILE, "fig1")
 
 
 def markdown(outcome: dict[str, Any]) -> str:

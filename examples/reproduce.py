@@ -18,9 +18,10 @@ import tqdm
 import tyro
 
 from examples import datasets, logs, training
-from examples.reproduction import configs, engine, evidence, minis, report, store, studies, toy, transformers
+from examples.reproduction import configs, engine, evidence, minis, report, stacks, store, studies, toy, transformers
 
 ROOT = pathlib.Path(__file__).parents[1]
+STACKED = {"mlp": engine.Program, "mini_gpt": minis.GPTProgram, "mini_vit": minis.ViTProgram}
 DATASETS = tuple(datasets.NUM_CLASSES)
 Folder = Annotated[pathlib.Path, tyro.conf.arg(help="The folder of the results.")]
 
@@ -92,12 +93,12 @@ class Run:
             again = self.results.with_name("results-again")
             print(f"Nothing is left to train. To run them again, give an empty folder: --results {again}")
         if "fig1" in self.names:
-            if toy.load(self.results / "fig1") is None:
+            if toy.load(self.results) is None:
                 with logs.naming(self.results / "fig1"):
-                    toy.save(toy.run(), self.results / "fig1")
+                    store.save_json(self.results / toy.FILE, toy.run())
             print(f"fig1 is on file in {self.results / 'fig1'}")
-        self.train_stacked(engine, [run for run in runs if isinstance(run, configs.MLPRun)], results)
-        self.train_stacked(minis, [run for run in runs if isinstance(run, configs.MiniGPTRun)], results)
+        for kind, program in STACKED.items():
+            self.train_stacked(program, [run for run in runs if run.kind == kind], results)
         self.train_transformers([run for run in runs if isinstance(run, configs.ViTRun | configs.GPTRun)], results)
         if "table8" in self.names:
             print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")
@@ -112,7 +113,7 @@ class Run:
         section = studies.SECTIONS[name]
         if not section.trains and (flags or self.seeds is not None):
             raise ValueError(f"{name} trains no model: --dataset, --seeds, --epochs and --subset do not apply.")
-        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.FILES)}.get(section.kind, DATASETS)
+        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.TEXTS)}.get(section.kind, DATASETS)
         if self.dataset is not None and self.dataset not in known:
             raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
         return dataclasses.replace(section, seeds=self.seeds or section.seeds).runs(**flags)
@@ -125,8 +126,8 @@ class Run:
             return minis.load_text(run.dataset, self.data_dir)
         return datasets.load_digits() if run.dataset == "digits" else datasets.load_images(run.dataset, self.data_dir)
 
-    def train_stacked(self, program, runs: list[configs.Run], results: store.Results) -> None:
-        """Trains Top-K MLPs or GPT-MoEs in miniature, many at once."""
+    def train_stacked(self, program: type[stacks.Program], runs: list[configs.Run], results: store.Results) -> None:
+        """Trains Top-K MLPs or transformers in miniature, many at once."""
         if any(run not in results for run in runs):
             total = sum(run.epochs for run in runs)
             with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
@@ -168,7 +169,7 @@ class Report:
         readme = self.readme or (ROOT / "docs" / "results.md" if own and self.docs is None else None)
         if readme is not None:
             with logs.naming(readme):
-                report.update_readme(readme, results)
+                report.update(readme, report.MARKERS, report.summary_markdown(results))
             print(readme)
         with logs.naming(docs):
             print(*report.write(results, docs), sep="\n")

@@ -16,6 +16,7 @@ from flax import nnx
 
 from examples import datasets
 from examples.reproduction import configs, engine, stacks, store, studies
+from examples.reproduction.groups import missing, shared_of
 from models import topk_mlp
 
 STRATEGIES = ("vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted")
@@ -61,19 +62,19 @@ def make_runs(optimizer, strategies=None, seeds=SEEDS, **changes):
 
 
 def make_group(*args, **kwargs):
-    (group,) = engine.plan(make_runs(*args, **kwargs))
+    (group,) = engine.Program.plan(make_runs(*args, **kwargs))
     return group
 
 
 def train_group(group):
-    results = engine.train_group(group, digits(), lambda runs: None, lambda: False)
+    results = engine.Program.train_group(group, digits(), lambda runs: None, lambda: False)
     assert [result.run for result in results] == list(group)
     return results
 
 
 def make_program(group):
     """The program of a group, as `train_group` makes it, with its members, seeds and data."""
-    return engine.prepare(group, digits())[:4]
+    return engine.Program.prepare(group, digits())[:4]
 
 
 def layers(params, s, m):
@@ -310,7 +311,7 @@ def test_vanilla_is_the_optimizer_alone():
     group, _, before, after, _ = trained("sgd")
     _, members, seeds, data = make_program(group)
     members = jax.tree.map(lambda x: x[:2], members)
-    bare = Bare(engine._shared(group.runs[0][0]), ("vanilla",), 64, 10, 3)
+    bare = Bare(shared_of(group.runs[0][0]), ("vanilla",), 64, 10, 3)
     states = bare.init(members, seeds)
     for epoch in (1, 2):
         states, _ = bare.train_epoch(states, members, seeds, epoch, data)
@@ -492,13 +493,13 @@ def sweep():
 @pytest.mark.parametrize("limits", [{}, {"max_runs": 1}, {"max_runs": 5}, {"max_epochs": 100}, {"max_epochs": 1}])
 def test_every_run_is_planned_once_within_the_limits(limits):
     runs = sweep()
-    groups = engine.plan(runs, **limits)
+    groups = engine.Program.plan(runs, **limits)
     planned = [run for group in groups for run in group]
     assert len(planned) == len(set(planned))
     assert set(planned) == set(runs)
     limits = {"max_runs": 18, "max_epochs": 300} | limits
     for group in groups:
-        assert len({engine._shared(run) for run in group}) == 1
+        assert len({shared_of(run) for run in group}) == 1
         assert len(list(group)) <= limits["max_runs"]
         first = group.runs[0][0]
         images = min(1_437 if first.dataset == "digits" else 50_000, first.subset or 50_000)
@@ -513,17 +514,17 @@ def test_every_run_is_planned_once_within_the_limits(limits):
 
 def test_groups_come_in_the_order_of_the_runs_and_fill_up():
     runs = make_runs("adam", seeds=(0, 1, 2)) + make_runs("sgd", ("vanilla", "zero_sum"), seeds=(0, 1, 2))
-    groups = engine.plan(runs + runs[:3], max_runs=4)
+    groups = engine.Program.plan(runs + runs[:3], max_runs=4)
     assert [run for group in groups for run in group] == runs
     assert [[len(row) for row in group.runs] for group in groups] == [[2, 2], [2], [2, 2], [2]]
     assert groups[0].epochs == 8
-    assert engine.plan(runs, max_runs=4) == groups
-    assert engine.plan([]) == []
+    assert engine.Program.plan(runs, max_runs=4) == groups
+    assert engine.Program.plan([]) == []
 
 
 def test_seeds_with_other_members_are_groups_of_their_own():
     runs = make_runs("adam", seeds=(0, 1, 2))[:-1]  # one that is missing
-    assert [len(list(group)) for group in engine.plan(runs)] == [4, 1]
+    assert [len(list(group)) for group in engine.Program.plan(runs)] == [4, 1]
 
 
 @pytest.mark.parametrize(
@@ -545,7 +546,7 @@ def test_seeds_with_other_members_are_groups_of_their_own():
 )
 def test_what_differs_in_shape_is_not_stacked(changes, stacked):
     (run,) = make_runs("adam", ("vanilla",), seeds=(0,))
-    groups = engine.plan([run, dataclasses.replace(run, **changes)])
+    groups = engine.Program.plan([run, dataclasses.replace(run, **changes)])
     assert len(groups) == (1 if stacked else 2)
 
 
@@ -597,7 +598,7 @@ class Bar:
 
 def test_stops_when_asked_and_counts_epochs():
     done = []
-    assert engine.train_group(make_group("adam"), digits(), done.append, lambda: len(done) == 1) is None
+    assert engine.Program.train_group(make_group("adam"), digits(), done.append, lambda: len(done) == 1) is None
     assert done == [4]
 
 
@@ -613,7 +614,7 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     results, bar, loaded = store.Results(tmp_path), Bar(), []
     results.append([dataclasses.replace(expected[1], seconds=0.125)])
     load = lambda run: loaded.append(run.dataset) or digits()
-    engine.train(list(group), load, results, bar)
+    engine.Program.train(list(group), load, results, bar)
     assert loaded == ["digits"]
     assert bar.total == 8
     lines = (tmp_path / "mlp-digits.jsonl").read_text().splitlines()
@@ -622,22 +623,22 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     assert again[expected[1].run].seconds == 0.125
     for result in expected:  # the digits that it has in any other sweep with the same company
         assert (again[result.run].measures, again[result.run].curve) == (result.measures, result.curve)
-    monkeypatch.setattr(engine, "train_group", lambda *args: pytest.fail("trained again"))
-    engine.train(list(group), load, again, bar)
+    monkeypatch.setattr(engine.Program, "train_group", lambda *args: pytest.fail("trained again"))
+    engine.Program.train(list(group), load, again, bar)
     assert bar.total == 16
     assert len((tmp_path / "mlp-digits.jsonl").read_text().splitlines()) == 4
 
 
 def test_seeds_and_members_that_are_on_file_are_left_out_of_a_group(tmp_path):
     group, results = make_group("sgd", ("vanilla", "zero_sum", "inverted"), seeds=(0, 1, 2)), store.Results(tmp_path)
-    assert stacks.missing(group, results) == group
+    assert missing(group, results) == group
     row, column = group.runs[1], [row[2] for row in group.runs]
     results.append([store.Result(run, {}, {}, 1.0, {}) for run in dict.fromkeys([*row, *column])])
-    assert stacks.missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    assert missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
     results.append([store.Result(group.runs[0][0], {}, {}, 1.0, {})])
-    assert stacks.missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
+    assert missing(group, results) == engine.Group((group.runs[0][:2], group.runs[2][:2]))
     results.append([store.Result(run, {}, {}, 1.0, {}) for run in group if run not in results])
-    assert list(stacks.missing(group, results)) == []
+    assert list(missing(group, results)) == []
 
 
 @pytest.mark.parametrize("where", ["load", "train", "append"])
@@ -649,10 +650,10 @@ def test_what_goes_wrong_in_a_thread_is_raised(tmp_path, monkeypatch, where):
     if where == "load":
         load = fail
     else:
-        monkeypatch.setattr(engine, "train_group", fail if where == "train" else lambda *args: [])
+        monkeypatch.setattr(engine.Program, "train_group", fail if where == "train" else lambda *args: [])
         monkeypatch.setattr(results, "append", fail)
     with pytest.raises(OSError, match=f"no {where}"):
-        engine.train(make_runs("adam"), load, results, Bar(), max_runs=2)
+        engine.Program.train(make_runs("adam"), load, results, Bar(), max_runs=2)
 
 
 def test_every_device_takes_groups_until_none_are_left(tmp_path, monkeypatch):
@@ -662,13 +663,13 @@ def test_every_device_takes_groups_until_none_are_left(tmp_path, monkeypatch):
         seen.append((jax.config.jax_default_device, group))
         return [store.Result(run, {}, {}, 1.0, {}) for run in group]
 
-    monkeypatch.setattr(engine, "train_group", made_up)
+    monkeypatch.setattr(engine.Program, "train_group", made_up)
     runs = make_runs("adam", seeds=range(30))
     results = store.Results(tmp_path)
-    engine.train(runs, lambda run: digits(), results, Bar(), max_runs=2)
+    engine.Program.train(runs, lambda run: digits(), results, Bar(), max_runs=2)
     assert len(results) == len(runs) == 60
     assert {device for device, _ in seen} <= set(jax.local_devices())
-    assert {group for _, group in seen} == set(engine.plan(runs, max_runs=2))
+    assert {group for _, group in seen} == set(engine.Program.plan(runs, max_runs=2))
     assert len(seen) == 30
 
 

@@ -319,7 +319,7 @@ def test_every_picture_is_drawn_and_shown(tmp_path, use):
     for experiment in table.values():
         runs = [run for run in experiment.runs() if run not in results][1:]
         results.append([made_up(run, math.nan if i == 0 else None) for i, run in enumerate(runs)])
-    toy.save(toy.run(), results.folder / "fig1")
+    store.save_json(results.folder / toy.FILE, toy.run())
     written = report.write(results, tmp_path / "docs")
     shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", written[0].read_text())
     assert sorted(shown) == sorted(str(path.relative_to(tmp_path / "docs")) for path in written[1:])
@@ -349,7 +349,7 @@ def test_the_table_in_the_readme(tmp_path, use):
     readme = tmp_path / "README.md"
     readme.write_text("Before.\n<!-- reproduction -->\nold\n<!-- /reproduction -->\nAfter.\n")
     for _ in range(2):
-        report.update_readme(readme, results)
+        report.update(readme, report.MARKERS, report.summary_markdown(results))
         text = readme.read_text()
         assert text.startswith("Before.\n<!-- reproduction -->\n| Δ accuracy, points |")
         assert "\n\nOurs: epochs 5, 3 seeds; and epochs 2, 3 seeds; in brackets, the 95 % interval.\n" in text
@@ -368,7 +368,7 @@ def test_the_readme_without_runs_or_markers(tmp_path, use):
     assert report.summary_markdown(results) == "Not run: `python -m examples.reproduce run table1`"
     readme.write_text("<!-- /reproduction -->\n<!-- reproduction -->\n")
     with pytest.raises(ValueError, match=r"README.md must have the markers <!-- reproduction --> and"):
-        report.update_readme(readme, results)
+        report.update(readme, report.MARKERS, report.summary_markdown(results))
 
 
 # The transcription.

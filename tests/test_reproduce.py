@@ -18,6 +18,7 @@ import pytest
 
 from examples import datasets, reproduce
 from examples.reproduction import engine, report, sections, store, studies, toy
+from examples.reproduction.groups import shared_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = sections.Section(
@@ -224,7 +225,7 @@ def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
     for _ in range(2):  # what is there is not made again
         reproduce.Run(names=("fig1",), results=tmp_path).main()
         assert capsys.readouterr().out == f"fig1 is on file in {tmp_path / 'fig1'}\n"
-        assert toy.load(tmp_path / "fig1") == {"made": "up"}
+        assert toy.load(tmp_path)["made"] == "up"
     reproduce.List(results=tmp_path).main()
     assert ["fig1", "-", "done"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
 
@@ -258,7 +259,7 @@ def test_the_data_sets_of_figure_8(tmp_path, monkeypatch):
         trained.append((group.runs[0][0].dataset, data.num_classes))
         return [store.Result(run, {"accuracy": 0.5}, {}, 1.0, {}) for run in group]
 
-    monkeypatch.setattr(engine, "train_group", train_group)
+    monkeypatch.setattr(engine.Program, "train_group", train_group)
     monkeypatch.setattr(datasets, "load_images", lambda name, data_dir: noise(name))
     reproduce.Run(names=("fig8",), results=tmp_path, data_dir=tmp_path, epochs=1).main()
     assert set(trained) == {("svhn_cropped", 10), ("cifar100", 100)}
@@ -273,7 +274,7 @@ def shapes(name):
     runs = studies.SECTIONS[name].runs()
     short = [dataclasses.replace(run, epochs=1, seed=0, subset=2 * run.batch_size) for run in runs]
     groups = {}
-    for group in engine.plan(short):
+    for group in engine.Program.plan(short):
         run = group.runs[0][0]
         groups.setdefault((run.depth, run.width, run.batch_size, run.sparsity, run.optimizer, run.dataset), group)
     return groups
@@ -289,7 +290,7 @@ def test_every_experiment_is_traced(name):
     for group in mine:
         run = group.runs[0][0]
         strategies = tuple(sorted({run.strategy for run in group}))
-        program = engine.program_of(engine._shared(run), strategies, 3072, 10, 2)
+        program = engine.program_of(shared_of(run), strategies, 3072, 10, 2)
         like = jax.ShapeDtypeStruct
         count, size = len(group.runs[0]), 40 if run.augmentation == "crop_flip" else 32
         members = engine.Member(like((count,), np.int32), like((count,), np.float32), like((count,), np.float32))
@@ -363,7 +364,7 @@ runs = [
     for seed in range(14)
     for strategy in ("vanilla", "zero_sum")
 ]
-engine.train(runs, lambda name: datasets.load_digits(), results, Bar(), max_runs=2)
+engine.Program.train(runs, lambda name: datasets.load_digits(), results, Bar(), max_runs=2)
 """
 
 

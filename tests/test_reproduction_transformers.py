@@ -43,12 +43,12 @@ def text():
 
 def train_vit(digits, *args, **kwargs):
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
-        return transformers.train_vit(configs.ViTRun(**VIT | kwargs), digits, *args)
+        return transformers.train(configs.ViTRun(**VIT | kwargs), digits, *args)
 
 
 def train_gpt(text, *args, **kwargs):
     with jax.numpy_dtype_promotion("standard"):
-        return transformers.train_gpt(configs.GPTRun(**GPT | kwargs), text, *args)
+        return transformers.train(configs.GPTRun(**GPT | kwargs), text, *args)
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_a_short_run_leaves_no_checkpoint(digits, tmp_path, vit):
 
 def test_the_rate_rises_and_falls_as_a_cosine():
     run = configs.ViTRun(optimizer="sgd", learning_rate=2.0, warmup=0.2)
-    tx = transformers.make_optimizer(run, 20, None)
+    tx = transformers.make_optimizer(run, 20)
     params = {"w": jnp.ones(())}
     state, rates = tx.init(params), []
     for _ in range(21):

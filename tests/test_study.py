@@ -6,14 +6,27 @@ import math
 import numpy as np
 import pytest
 
-from examples import datasets
-from examples.reproduction import answer, engine, evidence, inside, minis, pictures, report, sections, store, studies
+from examples import datasets, reproduce
+from examples.reproduction import (
+    answer,
+    claims,
+    engine,
+    evidence,
+    inside,
+    minis,
+    pictures,
+    report,
+    sections,
+    stacks,
+    store,
+    studies,
+)
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
-WHERES = sections.product(studies.rates(0.1, 0.2, 0.3), (studies.BASELINE, studies.ZERO_SUM))
-CLAIM = studies.beats("zero_sum is better", studies.ZERO_SUM, studies.BASELINE, learning_rate="best")
-STUDY = studies.study("look", "A look", WHERES, (CLAIM,), seeds=4, settings={"subset": 100}, draw=("over_rates",))
+WHERES = sections.product(claims.rates(0.1, 0.2, 0.3), (claims.BASELINE, claims.ZERO_SUM))
+CLAIM = claims.beats("zero_sum is better", claims.ZERO_SUM, claims.BASELINE, learning_rate="best")
+STUDY = claims.study("look", "A look", WHERES, (CLAIM,), seeds=4, settings={"subset": 100}, draw=("over_rates",))
 STUDIES = {section.name: section for section in studies.STUDIES}
 
 
@@ -54,13 +67,14 @@ def test_the_best_rate_is_chosen_on_held_out_data(tmp_path):
         return test, 0.9 if chosen else 0.8
 
     results = fill(tmp_path, values)
-    rate = lambda where: evidence.resolve(results, STUDY, where, "accuracy")["learning_rate"]
-    assert rate({**studies.ZERO_SUM, "learning_rate": "best"}) == 0.1
-    assert rate({**studies.BASELINE, "learning_rate": "best"}) == 0.2
-    assert rate({**studies.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
-    assert rate({**studies.ZERO_SUM, "learning_rate": 0.3}) == 0.3
+    rate = lambda where: evidence.resolve(results, STUDY, where)["learning_rate"]
+    assert rate({**claims.ZERO_SUM, "learning_rate": "best"}) == 0.1
+    assert rate({**claims.BASELINE, "learning_rate": "best"}) == 0.2
+    assert rate({**claims.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
+    assert rate({**claims.ZERO_SUM, "learning_rate": 0.3}) == 0.3
     assert evidence.contrast(results, STUDY, CLAIM).mean == pytest.approx(0.1)
-    smallest = evidence.resolve(results, STUDY, {**studies.BASELINE, "learning_rate": "best"}, "loss")
+    of_losses = dataclasses.replace(STUDY, measure="loss")
+    smallest = evidence.resolve(results, of_losses, {**claims.BASELINE, "learning_rate": "best"})
     assert smallest["learning_rate"] in (0.1, 0.3)  # of a loss, the smallest is best
 
 
@@ -73,9 +87,9 @@ def test_a_rate_that_diverged_is_not_chosen_and_seeds_without_all_rates_do_not_c
         return 0.5, 0.8 - row["learning_rate"]
 
     results = fill(tmp_path, values)
-    where = {**studies.BASELINE, "learning_rate": "best"}
-    assert evidence.resolve(results, STUDY, where, "accuracy")["learning_rate"] == 0.1
-    assert evidence.resolve(store.Results(tmp_path / "none"), STUDY, where, "accuracy") is None
+    where = {**claims.BASELINE, "learning_rate": "best"}
+    assert evidence.resolve(results, STUDY, where)["learning_rate"] == 0.1
+    assert evidence.resolve(store.Results(tmp_path / "none"), STUDY, where) is None
     assert evidence.contrast(store.Results(tmp_path / "none"), STUDY, CLAIM).n == 0
 
 
@@ -123,27 +137,27 @@ def test_a_tiny_version(name, monkeypatch):
     """Two steps of one seed of every row, on digits or on the text that comes with Python; at most 3 hidden layers."""
     section = STUDIES[name]
     runs = [section.make_run(row["where"], 0) for row in section.rows]
-    if section.kind == "mini_gpt":
+    is_text = section.kind == "mini_gpt"
+    if section.kind == "mlp":
+        small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
+        tiny = [dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs]
+    else:
         monkeypatch.setattr(minis, "STEPS", 2)
         monkeypatch.setattr(minis, "WINDOWS", 64)
-        minis.program_of.cache_clear()
-        small = {"dataset": "python-reference", "d_model": 8, "num_heads": 2, "d_ff": 8, "context": 8, "epochs": 1}
-        text = minis.load_text("python-reference", None)
-        groups = minis.plan(dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs)
-        train = lambda group: minis.train_group(group, text, lambda runs: None, lambda: False)
-        results = [result for group in groups for result in train(group)]
-        minis.program_of.cache_clear()
-    else:
-        small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
-        groups = engine.plan(dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs)
-        train = lambda group: engine.train_group(group, datasets.load_digits(), lambda runs: None, lambda: False)
-        results = [result for group in groups for result in train(group)]
+        small = {"d_model": 8, "num_heads": 2, "d_ff": 8, "epochs": 1}
+        small |= {"dataset": "python-reference", "context": 8} if is_text else {"dataset": "digits"}
+        tiny = [dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs]
+    data = minis.load_text("python-reference", None) if is_text else datasets.load_digits()
+    stacks.program_of.cache_clear()
+    program = reproduce.STACKED[section.kind]
+    groups = program.plan(tiny)
+    results = [r for group in groups for r in program.train_group(group, data, lambda runs: None, lambda: False)]
+    stacks.program_of.cache_clear()
     assert results
     for result in results:
         assert set(result.measures) >= {section.measure, "validation", "max_load", "dead"}
-        assert np.isfinite(
-            [*result.curve["train_loss"], result.measures[section.measure], result.measures["validation"]]
-        ).all()
+        found = result.curve["train_loss"], result.measures[section.measure], result.measures["validation"]
+        assert np.isfinite(np.concatenate([np.ravel(value) for value in found])).all()
 
 
 def test_the_table_of_the_answer(tmp_path, monkeypatch):
@@ -173,7 +187,7 @@ def test_inside_is_that_of_the_models(tmp_path):
     assert len(outcome["rows"]) == len(inside.ROWS)
     row = outcome["rows"]["baseline, 0.001"]
     run = STUDIES["deep_digits"].make_run({**inside.ROWS[0], **small}, seed=1)
-    program, _, seeds, on_device, _ = engine.prepare(engine.Group(((run,),)), data)
+    program, _, seeds, on_device, _ = engine.Program.prepare(engine.Group(((run,),)), data)
     model = program.make_model(seeds[0])
     model.eval()
     h = np.asarray(program.normalize(on_device.train_images, on_device)).reshape(64, -1)

@@ -1,12 +1,13 @@
 """The toy problem of figure 1: trajectories against their closed form, steps, the table and the picture."""
 
+import json
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.reproduction import toy
+from examples.reproduction import store, toy
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +76,14 @@ def test_a_rate_that_is_too_large_never_arrives():
 
 
 def test_saved_and_loaded(tmp_path, outcome):
-    assert toy.load(tmp_path / "fig1") is None
-    assert toy.save(outcome, tmp_path / "fig1").name == "toy.json"
-    assert toy.load(tmp_path / "fig1") == outcome
-    path = tmp_path / "fig1" / "toy.json"
+    assert toy.load(tmp_path) is None
+    path = tmp_path / toy.FILE
+    store.save_json(path, outcome)
+    assert toy.load(tmp_path) == json.loads(json.dumps(outcome)) | {"about": toy.load(tmp_path)["about"]}
+    assert {"date", "device"} <= set(toy.load(tmp_path)["about"])
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match=rf"{path} is damaged .*; delete it, and run fig1 again"):
-        toy.load(tmp_path / "fig1")
+        toy.load(tmp_path)
 
 
 def test_the_table_has_every_method_on_every_bowl(outcome):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 _RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "at least 1": (("epochs", "subset", "width", "depth", "batch_size"), lambda value: value >= 1),
     "at least 0": (("seed",), lambda value: value >= 0),
-    "finite and not negative": (("gamma", "load_balancing"), lambda value: 0 <= value < math.inf),
+    "finite and not negative": (("gamma", "load_balancing", "router_bias"), lambda value: 0 <= value < math.inf),
     "finite and positive": (("learning_rate", "expert_rate", "epsilon"), lambda value: 0 < value < math.inf),
     "a share, in [0, 1]": (("sparsity", "warmup"), lambda value: 0 <= value <= 1),
 }
@@ -188,29 +188,49 @@ class GPTRun(TransformerRun):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MiniGPTRun(TransformerRun):
-    """A GPT-MoE in miniature, on bytes, small enough that a CPU trains it in seconds.
+class MiniRun(TransformerRun):
+    """A transformer in miniature, small enough that a CPU trains it in seconds.
 
-    An epoch is 100 batches of random windows. Warm-up over the first 5 % of the steps, then cosine decay to zero.
+    An epoch is 100 batches of random examples. Warm-up over the first 5 % of the steps, then cosine decay to zero.
     """
 
-    kind: ClassVar[str] = "mini_gpt"
+    added: ClassVar[tuple[str, ...]] = ("router_bias",)
 
-    dataset: str = "python-reference"  # or "tinyshakespeare"
     num_experts: int = 16
     d_ff: int = 128
     d_model: int = 64
     num_layers: int = 2
     num_heads: int = 4
-    context: int = 64
     batch_size: int = 16
     epochs: int = 4
     learning_rate: float = 1e-3  # of AdamW with a weight decay of 0.01, at its peak
     expert_rate: float = 1.0  # a static factor on the updates of the experts
     component: Component = "both"
+    router_bias: float = 0.0  # the rate of `models.router.update_router_bias`; 0: routers have no selection bias
 
 
-KINDS: dict[str, type[Run]] = {config.kind: config for config in (MLPRun, ViTRun, GPTRun, MiniGPTRun)}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiniGPTRun(MiniRun):
+    """A GPT-MoE in miniature, on bytes."""
+
+    kind: ClassVar[str] = "mini_gpt"
+
+    dataset: str = "python-reference"  # or "tinyshakespeare"
+    context: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiniViTRun(MiniRun):
+    """A MoE-ViT in miniature, on images. Half of them are mirrored, unless they are of digits."""
+
+    kind: ClassVar[str] = "mini_vit"
+
+    num_experts: int = 64
+    batch_size: int = 64
+    patch_size: int = 8
+
+
+KINDS: dict[str, type[Run]] = {config.kind: config for config in (MLPRun, ViTRun, GPTRun, MiniGPTRun, MiniViTRun)}
 
 
 def from_json(config: dict[str, Any]) -> Run:

@@ -5,9 +5,8 @@ The data stays on the device as bytes; shuffling, augmentation and evaluation ha
 Axis letters: S seeds, M members (the runs of a seed), L hidden layers, E neurons, C classes, B batch.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +17,15 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets, training
-from examples.reproduction import configs, stacks, store
+from examples.reproduction import configs, groups, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import topk_mlp
 
-Group, Member = stacks.Group, stacks.Member
+Group, Member = groups.Group, groups.Member
 
 PAD = 4  # pixels on every side, black, for random crops
 HELD_OUT = 5000  # the most images that `validation` is measured on
-ALONG = ("accuracy", "entropy", "specialization")  # measures that are kept along training
 
 # Where Optax's defaults are not those of PyTorch, PyTorch's: the paper names no values, and these are the common ones.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = training.OPTIMIZERS | {
@@ -36,29 +34,6 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = training.OP
     "adagrad": functools.partial(optax.adagrad, initial_accumulator_value=0.0, eps=1e-20),  # in the root
 }
 ACTIVATIONS = {"relu": nnx.relu, "none": lambda h: h}
-
-
-def plan(runs: Iterable[configs.MLPRun], max_runs: int | None = None, max_epochs: int | None = None) -> list[Group]:
-    """Groups for the runs, in their order, each of at most `max_runs` runs, as many as are small in memory and time.
-
-    A group has at most `max_epochs` epochs of 50,000 images, over all of its runs: an interruption loses the epochs of
-    the groups that are training. The defaults are 18 and 300; 64 and 2000 on an accelerator, which fewer do not fill.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    max_runs, max_epochs = max_runs or (18 if on_cpu else 64), max_epochs or (300 if on_cpu else 2000)
-
-    def limits(shared: configs.MLPRun) -> tuple[int, int]:
-        images = 1_437 if shared.dataset == "digits" else 50_000
-        work = shared.epochs * min(images, shared.subset or images)
-        limit = max(1, min(max_runs, 50_000 * max_epochs // work))
-        return limit, limit
-
-    return stacks.plan(runs, _shared, limits)
-
-
-def _shared(run: configs.MLPRun) -> configs.MLPRun:
-    """What runs must have in common to be stacked: everything but what a `Member` and a seed are made of."""
-    return dataclasses.replace(run, seed=0, strategy="vanilla", component="both", learning_rate=1.0)
 
 
 class Data(NamedTuple):
@@ -72,6 +47,27 @@ class Data(NamedTuple):
     deviation: jax.Array  # or 1
     held_out_images: jax.Array | None = None  # uint8, training images that a subset leaves out, at most `HELD_OUT`
     held_out_labels: jax.Array | None = None
+
+
+def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
+    """The data set on JAX's default device, prepared for the runs of a group."""
+    train_images, train_labels = data.train_images[: shared.subset], data.train_labels[: shared.subset]
+    held_out = slice(len(train_labels), len(train_labels) + HELD_OUT)
+    left_out = (data.train_images[held_out], data.train_labels[held_out])
+    left_out = left_out if len(left_out[1]) else ()
+    mean, deviation = np.float32(0), np.float32(1)
+    if shared.normalization == "standard":
+        values = np.arange(256) / 255
+        channels = range(train_images.shape[-1])
+        shares = np.stack([np.bincount(train_images[..., c].ravel(), minlength=256) for c in channels])
+        shares = shares / shares.sum(1, keepdims=True)
+        mean = (shares @ values).astype(np.float32)
+        deviation = np.sqrt(shares @ values**2 - (shares @ values) ** 2).astype(np.float32)
+    if shared.augmentation == "crop_flip":
+        train_images = np.pad(train_images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
+    channels = mean.reshape(1, 1, 1, -1), deviation.reshape(1, 1, 1, -1)
+    test = data.test_images, data.test_labels
+    return Data(*map(jnp.asarray, (train_images, train_labels, *test, *channels, *left_out)))
 
 
 class VariantMLP(topk_mlp.TopKMLP):
@@ -105,25 +101,40 @@ class VariantMLP(topk_mlp.TopKMLP):
 
 
 class Program(stacks.Program):
-    """The compiled functions of a group."""
+    """The compiled functions of a group. Sizes are the input's, the number of classes, and the steps of an epoch."""
 
-    def __init__(
-        self,
-        shared: configs.MLPRun,
-        strategies: tuple[str, ...],
-        input_dim: int,
-        num_classes: int,
-        steps_per_epoch: int,
-        components: tuple[configs.Component, ...] = ("both",),
-    ):
-        self.num_classes, self.steps_per_epoch = num_classes, steps_per_epoch
+    together = True
+    along = ("accuracy", "entropy", "specialization")
+    put = staticmethod(put)
+
+    def __init__(self, shared: configs.MLPRun, strategies: Sequence[str], *sizes: int, **options: Any):
+        input_dim, self.num_classes, self.steps_per_epoch = sizes
         self.model_config = topk_mlp.TopKMLPConfig(
-            input_dim, shared.width, shared.depth, num_classes, shared.sparsity, ACTIVATIONS[shared.activation]
+            input_dim, shared.width, shared.depth, self.num_classes, shared.sparsity, ACTIVATIONS[shared.activation]
         )
-        # Seeds that take turns leave a CPU's caches to one seed's models; wider devices train them side by side.
-        self.wide = jax.default_backend() != "cpu"
-        self.shared = shared
-        super().__init__(shared, strategies, components, lambda: self.make_model(0))
+        super().__init__(shared, strategies, *sizes, **options)
+
+    @classmethod
+    def limits(cls, shared: Any, max_runs: int | None = None, max_epochs: int | None = None) -> tuple[int, int]:
+        """At most `max_runs` runs, as many as are small in memory and time; as many seeds.
+
+        A group has at most `max_epochs` epochs of 50,000 images, over all of its runs: an interruption loses the epochs
+        of the groups that are training. The defaults are 18 and 300; 64 and 2000 on an accelerator.
+        """
+        on_cpu = jax.default_backend() == "cpu"
+        max_runs, max_epochs = max_runs or (18 if on_cpu else 64), max_epochs or (300 if on_cpu else 2000)
+        images = 1_437 if shared.dataset == "digits" else 50_000
+        work = shared.epochs * min(images, shared.subset or images)
+        limit = max(1, min(max_runs, 50_000 * max_epochs // work))
+        return limit, limit
+
+    @classmethod
+    def sizes_of(cls, shared: Any, data: datasets.ImageData) -> tuple[int, ...]:
+        """The model's sizes, and steps. Raises ValueError if there is not a single full batch."""
+        examples = len(data.train_labels[: shared.subset])
+        if shared.batch_size > examples:
+            raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
+        return data.input_dim, data.num_classes, examples // shared.batch_size
 
     def make_model(self, seed) -> VariantMLP:
         """The model that every run of a seed starts from."""
@@ -142,38 +153,19 @@ class Program(stacks.Program):
         epsilon = {"eps": self.shared.epsilon} if self.shared.optimizer in ("adam", "adamw") else {}
         return optax.chain(
             OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count), **epsilon),
-            stacks.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
+            groups.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
         )
 
-    def _init(self, members: Member, seeds):
-        """Parameters and optimizer states `[S, M, ...]`: of a seed, all members have the same parameters."""
+    def rows(self, key, data: Data):
+        """Indices and a key for each batch of an epoch; the last batch is dropped unless it is full."""
+        order = jax.random.permutation(key, data.train_labels.shape[0])
+        order = order[: self.steps_per_epoch * self.shared.batch_size].reshape(-1, self.shared.batch_size)
+        return order, jax.random.split(jax.random.fold_in(key, 1), self.steps_per_epoch)
 
-        def one(seed, member):
-            params = nnx.state(self.make_model(seed))
-            return params, self.make_optimizer(member, seed).init(params)
-
-        return jax.vmap(lambda seed: jax.vmap(functools.partial(one, seed))(members))(seeds)
-
-    def _train_epoch(self, states, members: Member, seeds, epoch, data: Data):
-        """An epoch of every run; the last batch is dropped unless it is full. Returns the mean losses too."""
-        examples, batch_size = data.train_labels.shape[0], self.shared.batch_size
-
-        def train_seed(operands):
-            states, seed = operands
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
-            order = jax.random.permutation(key, examples)[: self.steps_per_epoch * batch_size]
-            keys = jax.random.split(jax.random.fold_in(key, 1), self.steps_per_epoch)
-
-            def step(states, batch):
-                indices, key = batch
-                images = self.normalize(self.augment(key, data.train_images, indices), data)
-                one = lambda state, member: self.train_step(state, member, seed, (images, data.train_labels[indices]))
-                return jax.vmap(one)(states, members)
-
-            states, losses = jax.lax.scan(step, states, (order.reshape(-1, batch_size), keys))
-            return states, jnp.mean(losses, axis=0)
-
-        return jax.lax.map(train_seed, (states, seeds), batch_size=seeds.shape[0] if self.wide else None)
+    def batch(self, data: Data, row):
+        """Images and labels."""
+        indices, key = row
+        return self.normalize(self.augment(key, data.train_images, indices), data), data.train_labels[indices]
 
     def loss_fn(self, params, member: Member, batch):
         """What is minimized on images and labels, the loss and the routing."""
@@ -205,93 +197,30 @@ class Program(stacks.Program):
         """Bytes to floats."""
         return (images.astype(jnp.float32) / 255 - data.mean) / data.deviation
 
-    def _evaluate(self, params, data: Data) -> dict[str, jax.Array]:
-        """Measures `[S, M]` and, by layer, `[S, M, L]` of every run on the test images.
+    def measure_all(self, params, data: Data) -> dict[str, jax.Array]:
+        """Measures of a run on the test images, some of them by layer `[L]`.
 
         `accuracy` is NaN for a model that diverged; `validation` is the accuracy on training images that the runs leave
         out, if any; `entropy` (nats) is that of the shares of the kept neurons in what a layer passes on; `max_load` is
         that of the busiest neuron, over the mean; `dead` is the share of neurons that no image activates.
         """
-        images = self.normalize(data.test_images, data)
-
-        def evaluate(params):
-            model = nnx.merge(self.graphdef, params)
-            hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
-            logits, validation = model.logits(hidden), {}
-            if data.held_out_images is not None:
-                model.eval()
-                found = _accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
-                validation = {"validation": found}
-            active = [h != 0 for h in hidden]
-            loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
-            classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
-            return validation | {
-                "accuracy": _accuracy(logits, data.test_labels),
-                "entropy": jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
-                "specialization": jax.vmap(metrics.specialization_score)(classes),
-                "max_load": metrics.max_over_mean_load(loads),
-                "dead": metrics.dead_experts(loads),
-            }
-
-        return jax.lax.map(jax.vmap(evaluate), params)
+        model = nnx.merge(self.graphdef, params)
+        hidden, _ = excitation_flax.capture_routing(model.hidden)(self.normalize(data.test_images, data))
+        logits, validation = model.logits(hidden), {}
+        if data.held_out_images is not None:
+            model.eval()
+            found = stacks.accuracy(model(self.normalize(data.held_out_images, data)), data.held_out_labels)
+            validation = {"validation": found}
+        active = [h != 0 for h in hidden]
+        loads = jnp.stack([excitation_optax.count_active(a).utilization for a in active])
+        classes = jnp.stack([metrics.class_counts(a, data.test_labels, self.num_classes) for a in active])
+        return validation | {
+            "accuracy": stacks.accuracy(logits, data.test_labels),
+            "entropy": jnp.stack([metrics.routing_entropy(jnp.abs(h)) for h in hidden]),
+            "specialization": jax.vmap(metrics.specialization_score)(classes),
+            "max_load": metrics.max_over_mean_load(loads),
+            "dead": metrics.dead_experts(loads),
+        }
 
 
-def _accuracy(logits, labels):
-    """NaN if a logit is not finite."""
-    return jnp.where(jnp.all(jnp.isfinite(logits)), jnp.mean(jnp.argmax(logits, axis=-1) == labels), jnp.nan)
-
-
-program_of = functools.cache(Program)  # groups that differ in members and seeds alone share one
-
-
-def put(data: datasets.ImageData, shared: configs.MLPRun) -> Data:
-    """The data set on JAX's default device, prepared for the runs of a group."""
-    train_images, train_labels = data.train_images[: shared.subset], data.train_labels[: shared.subset]
-    held_out = slice(len(train_labels), len(train_labels) + HELD_OUT)
-    left_out = (data.train_images[held_out], data.train_labels[held_out])
-    left_out = left_out if len(left_out[1]) else ()
-    mean, deviation = np.float32(0), np.float32(1)
-    if shared.normalization == "standard":
-        values = np.arange(256) / 255
-        channels = range(train_images.shape[-1])
-        shares = np.stack([np.bincount(train_images[..., c].ravel(), minlength=256) for c in channels])
-        shares = shares / shares.sum(1, keepdims=True)
-        mean = (shares @ values).astype(np.float32)
-        deviation = np.sqrt(shares @ values**2 - (shares @ values) ** 2).astype(np.float32)
-    if shared.augmentation == "crop_flip":
-        train_images = np.pad(train_images, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)))
-    channels = mean.reshape(1, 1, 1, -1), deviation.reshape(1, 1, 1, -1)
-    test = data.test_images, data.test_labels
-    return Data(*map(jnp.asarray, (train_images, train_labels, *test, *channels, *left_out)))
-
-
-def prepare(group: Group, data: datasets.ImageData) -> stacks.Prepared:
-    """What a group trains with, on JAX's default device. Raises ValueError if there is not a single full batch."""
-    shared = _shared(group.runs[0][0])
-    examples = len(data.train_labels[: shared.subset])
-    if shared.batch_size > examples:
-        raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
-    strategies, components, members = stacks.choices(group)
-    sizes = data.input_dim, data.num_classes, examples // shared.batch_size
-    program = program_of(shared, strategies, *sizes, components)
-    about = {"data": f"{shared.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
-    about |= {"fingerprint": data.fingerprint}
-    return stacks.Prepared(program, members, jnp.array([row[0].seed for row in group.runs]), put(data, shared), about)
-
-
-def train_group(
-    group: Group, data: datasets.ImageData, advance: Callable[[int], Any], stopped: Callable[[], bool]
-) -> list[store.Result] | None:
-    """Trains the runs of a group, as `stacks.train_group` says."""
-    return stacks.train_group(group, lambda: prepare(group, data), ALONG, advance, stopped)
-
-
-def train(
-    runs: Iterable[configs.MLPRun],
-    load: Callable[[configs.Run], datasets.ImageData],
-    results: store.Results,
-    progress: Any,
-    **limits: int,
-) -> None:
-    """Trains what is missing among the runs, as `stacks.train` says; limits are those of `plan`."""
-    stacks.train(plan(runs, **limits), train_group, load, results, progress)
+program_of = functools.partial(stacks.program_of, Program)

@@ -57,7 +57,7 @@ def measured(result: store.Result, spec: Row) -> float:
 
 def by_seed(results: store.Results, section: Section, spec: Row) -> np.ndarray:
     """The linear combination of a claim or row, for each seed that has all runs; NaN if one of them diverged."""
-    wheres = [(factor, resolve(results, section, where, spec["measure"])) for factor, where in spec["contrast"]]
+    wheres = [(factor, resolve(results, section, where)) for factor, where in spec["contrast"]]
     if any(where is None for _, where in wheres):
         return np.array([])
     combinations = []
@@ -74,7 +74,7 @@ def finite(results: store.Results, section: Section, spec: Row) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def resolve(results: store.Results, section: Section, where: Row, measure: str) -> Row | None:
+def resolve(results: store.Results, section: Section, where: Row) -> Row | None:
     """The setting with a number for its learning rate, if the claim says "best" or "baseline's best".
 
     The best rate has the best mean on held-out data, over the seeds that have runs of all rates. A rate at which a seed
@@ -91,7 +91,7 @@ def resolve(results: store.Results, section: Section, where: Row, measure: str) 
     if not complete:
         return None
     scores = np.mean([[results[run].measures["validation"] for run in row] for row in complete], axis=0)
-    scores = -scores if measure == "loss" else scores
+    scores = -scores if section.measure == "loss" else scores
     return None if np.isnan(scores).all() else where | {"learning_rate": rates[int(np.nanargmax(scores))]}
 
 

@@ -6,7 +6,6 @@ Axis letters: S seeds, M members, L hidden layers, E neurons, B images.
 """
 
 import functools
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets
-from examples.reproduction import configs, engine, store, studies
+from examples.reproduction import claims, configs, engine, store, studies
 from examples.reproduction.sections import Row, words
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
@@ -28,7 +27,7 @@ SEEDS = 3
 EVERY = 10  # epochs
 ROWS: tuple[Row, ...] = (
     *({"strategy": "vanilla", "learning_rate": rate} for rate in (1e-3, 3e-3)),
-    *({"strategy": "zero_sum", "component": c, "learning_rate": 1e-3} for c in studies.COMPONENTS),
+    *({"strategy": "zero_sum", "component": c, "learning_rate": 1e-3} for c in claims.COMPONENTS),
     {"strategy": "zero_sum", "component": "direction", "learning_rate": 3e-3},
 )
 
@@ -73,7 +72,7 @@ def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str
     settings: dict[str, Any] = studies.SECTIONS["deep_digits"].settings | {"epochs": epochs} | changes
     make = lambda row, seed: configs.MLPRun(**{**settings, **row, "seed": seed})
     group = engine.Group(tuple(tuple(make(row, seed) for row in ROWS) for seed in range(SEEDS)))
-    program, members, seeds, on_device, _ = engine.prepare(group, data)
+    program, members, seeds, on_device, _ = engine.Program.prepare(group, data)
     measure = jax.jit(lambda params: jax.vmap(jax.vmap(functools.partial(look, program, data=on_device)))(params))
     kernels = lambda params: [np.asarray(params["layers"][i]["kernel"][...]) for i in range(settings["depth"])]
     states = program.init(members, seeds)
@@ -97,8 +96,7 @@ def run(data: datasets.ImageData, epochs: int = 100, **changes: Any) -> dict[str
 
 def load(folder: pathlib.Path) -> dict[str, Any] | None:
     """What is on file in the folder of results, if anything."""
-    path = folder / FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return store.load_json(folder / FILE, "examples.reproduction.inside")
 
 
 def draw(outcome: dict[str, Any], figure: Any) -> None:
@@ -125,8 +123,7 @@ def draw(outcome: dict[str, Any], figure: Any) -> None:
 def main() -> None:
     """Trains, looks, and writes the file."""
     path = store.FOLDER / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run(datasets.load_digits()) | {"about": store.environment() | {"date": store.now()}}))
+    store.save_json(path, run(datasets.load_digits()))
     print(path)
 
 

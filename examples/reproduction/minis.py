@@ -1,6 +1,6 @@
-"""Trains GPT-MoEs in miniature, stacked (`stacks`): a program for all runs that differ in their optimizer alone.
+"""Trains transformers in miniature, stacked (`stacks`): a program for all runs that differ in their optimizer alone.
 
-A group has one seed. Its runs start from the same parameters and see the same windows of text.
+A group has one seed. Its runs start from the same parameters and see the same batches.
 
 Axis letters: M members (the runs of a seed), B batch, S sequence, L layers, E experts.
 """
@@ -8,8 +8,7 @@ Axis letters: M members (the runs of a seed), B batch, S sequence, L layers, E e
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,161 +17,214 @@ import optax
 from flax import nnx
 
 import excitation_optax
-from examples import texts, train_gpt_moe
-from examples.reproduction import configs, stacks, store
+from examples import datasets, texts, train_gpt_moe, train_moe_vit
+from examples.reproduction import configs, groups, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
-from models import gpt_moe, moe
+from models import gpt_moe, moe, moe_vit, router
 
-Member = stacks.Member
+Member = groups.Member
 STEPS = 100  # batches of an epoch
 WINDOWS = 512  # of the evaluation text, evenly spaced; as many of the validation text
-EVALUATION_BATCH = 64
-FILES = {"tinyshakespeare": "tinyshakespeare.txt", "python-reference": None}  # None: it comes with Python
-# Losses in nats per byte; by layer, the load of the busiest expert over the mean, and the share of dead experts.
-MEASURES = ("loss", "validation", "max_load", "dead")
-DIFFER = ("expert_rate", "load_balancing")  # between members, beside what all stacks may differ in
+IMAGES = 4096  # of the test images at most, and half as many for validation
+TEXTS = {"tinyshakespeare": "tinyshakespeare.txt", "python-reference": None}  # None: it comes with Python
+# On data that is not trained on; the last two by layer: the load of the busiest expert over the mean, and the share of
+# dead experts.
+ROUTING = ("validation", "max_load", "dead")
 
 
-class Text(NamedTuple):
-    """Bytes on a device: the training text, and windows `[WINDOWS, S + 1]` of two texts that are not trained on."""
+class Examples(NamedTuple):
+    """Data on a device. The last tenth of the training data is for validation and not trained on."""
 
-    train: jax.Array
-    validation: jax.Array
-    test: jax.Array
-
-
-def make_model(run: configs.MiniGPTRun, seed: Any) -> gpt_moe.GPTMoE:
-    """The model that every run of a seed starts from."""
-    config = train_gpt_moe.model_config(run, texts.VOCAB_SIZE["bytes"])
-    return gpt_moe.GPTMoE(config, rngs=nnx.Rngs(jax.random.key(seed)))
-
-
-def shared_of(run: configs.MiniGPTRun) -> configs.MiniGPTRun:
-    """The config that the runs of a group have in common, without the seed."""
-    default = configs.MiniGPTRun()
-    names = ("seed", "strategy", "component", "gamma", "learning_rate", *DIFFER)
-    return dataclasses.replace(run, **{name: getattr(default, name) for name in names})
-
-
-def plan(runs: Iterable[configs.MiniGPTRun], max_runs: int | None = None) -> list[stacks.Group]:
-    """Groups of at most 16 runs (64 on an accelerator) that have a seed and a model in common, in their order."""
-    max_runs = max_runs or (16 if jax.default_backend() == "cpu" else 64)
-    return stacks.plan(runs, shared_of, lambda shared: (max_runs, 1))
+    train: Any
+    validation: Any
+    test: Any
 
 
 class Program(stacks.Program):
-    """The compiled functions of a group."""
+    """The compiled functions of a group, of one seed. A subclass has `measure`, `make_model`, `draws` and `batch`."""
 
-    def __init__(
-        self, shared: configs.MiniGPTRun, strategies: tuple[str, ...], components: tuple[configs.Component, ...]
-    ):
-        super().__init__(shared, strategies, components, lambda: make_model(shared, 0))
+    together = False
+    measure: ClassVar[str]  # what is evaluated on the test data, and on held-out training data as `validation`
+    evaluation_batch: ClassVar[int]
+    draws: Any  # of data: how many numbers name examples
+
+    @classmethod
+    def limits(cls, shared: Any, max_runs: int | None = None) -> tuple[int, int]:
+        """At most 16 runs (64 on an accelerator) of one seed."""
+        del shared
+        return max_runs or (16 if jax.default_backend() == "cpu" else 64), 1
+
+    def with_bias(self, config: Any) -> Any:
+        """The model's config, with a selection bias if the runs have one."""
+        layer = dataclasses.replace(config.moe, selection_bias=self.shared.router_bias > 0)
+        return dataclasses.replace(config, moe=layer)
 
     def make_optimizer(self, member: Member, seed: Any) -> optax.GradientTransformationExtraArgs:
         """AdamW with its schedule, then Excitation, then the static factor on the experts' updates."""
-        steps, expert_axis = STEPS * self.shared.epochs, gpt_moe.GPTMoE.expert_axis
+        steps = STEPS * self.shared.epochs
         shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 20), steps)
+        # A selection bias has no gradient. Without weight decay, AdamW leaves it alone.
+        mask = _is_param if self.shared.router_bias else None
         return optax.chain(
-            optax.adamw(lambda count: member.learning_rate * shape(count), weight_decay=0.01),
-            stacks.excite(self.strategies, self.components, member, expert_axis, seed),
-            excitation_optax.scale_by_excitation(jnp.full_like, member.expert_rate, expert_axis=expert_axis),
+            optax.adamw(lambda count: member.learning_rate * shape(count), weight_decay=0.01, mask=mask),
+            groups.excite(self.strategies, self.components, member, None, seed),
+            excitation_optax.scale_by_excitation(jnp.full_like, member.expert_rate),
         )
 
-    def _init(self, members: Member, seeds):
-        params = nnx.state(make_model(self.shared, seeds[0]))
-        return jax.vmap(lambda member: (params, self.make_optimizer(member, seeds[0]).init(params)))(members)
+    def rows(self, key, data: Examples):
+        """Numbers that name the examples of each batch."""
+        return jax.random.randint(key, (STEPS, self.shared.batch_size), 0, self.draws(data))
 
-    def _train_epoch(self, states, members: Member, seeds, epoch, text: Text):
-        """The states after an epoch, and the mean loss of each member `[1, M]`, in nats per byte."""
-        seed, length = seeds[0], self.shared.context + 1
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
-        starts = jax.random.randint(key, (STEPS, self.shared.batch_size), 0, len(text.train) - length)
+    def after_step(self, params, utilization):
+        """The parameters with the selection biases moved, if there are any."""
+        if self.shared.router_bias:
+            bias = params["layers"]["stack"]["moe"]["router"]["bias"]
+            bias[...] = router.update_router_bias(bias[...], routing_of(utilization), self.shared.router_bias)
+        return params
 
-        def train(operands):
-            state, member = operands
-            batch = lambda starts: text.train[starts[:, None] + jnp.arange(length)]
-            step = lambda state, starts: self.train_step(state, member, seed, batch(starts))
-            return jax.lax.scan(step, state, starts)
-
-        states, losses = jax.lax.map(train, (states, members))
-        return states, jnp.mean(losses, axis=-1)[None]
-
-    def loss_fn(self, params, member: Member, tokens):
-        """What is minimized on tokens `[B, S + 1]`, the loss and the routing."""
-        loss, utilization, sown = self.loss(params, tokens)
+    def loss_fn(self, params, member: Member, batch):
+        """What is minimized on a batch, the loss and the routing."""
+        loss, _, utilization, sown = self.apply(params, batch)
         return loss + member.load_balancing * moe.auxiliary_losses(sown).load_balancing, (loss, utilization)
 
-    def loss(self, params, tokens):
-        """The mean loss in nats per byte of tokens `[B, S + 1]`, the routing, and the routers' losses."""
+    def apply(self, params, batch):
+        """The mean loss, `measure`, the routing, and the routers' losses."""
         params = jax.tree.map(lambda leaf: leaf, params)  # new Variables, of the trace level of this call
         model = excitation_flax.capture_routing(nnx.merge(self.graphdef, params), moe.AuxiliaryLoss)
-        logits, utilization, sown = model(tokens[:, :-1])
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jnp.mean(loss), utilization, sown
+        inputs, labels = batch
+        logits, utilization, sown = model(inputs)
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        return loss, loss if self.measure == "loss" else stacks.accuracy(logits, labels), utilization, sown
 
-    def _evaluate(self, params, text: Text):
-        """`MEASURES` of every member on the windows that are not trained on, with axes `[1, M]`."""
+    def measure_all(self, params, data: Examples):
+        """`along` on what is not trained on."""
 
-        def batches(params, windows):
-            def one(tokens):
-                loss, utilization, _ = self.loss(params, tokens)
-                is_counts = lambda node: isinstance(node, excitation_optax.RoutingCounts)
-                return loss, jax.tree.leaves(utilization, is_leaf=is_counts)[0]
+        def whole(part):
+            def one(batch):
+                _, found, utilization, _ = self.apply(params, batch)
+                return found, routing_of(utilization)
 
-            losses, counts = jax.lax.map(one, windows.reshape(-1, EVALUATION_BATCH, windows.shape[-1]))
-            return jnp.mean(losses), jax.tree.map(functools.partial(jnp.sum, axis=0), counts)
+            batch = min(self.evaluation_batch, len(part[1]))
+            cut = lambda array: array.reshape(-1, batch, *array.shape[1:])
+            found, counts = jax.lax.map(one, jax.tree.map(cut, part))
+            return jnp.mean(found), jax.tree.map(functools.partial(jnp.sum, axis=0), counts)
 
-        def evaluate(params):
-            (loss, counts), (validation, _) = batches(params, text.test), batches(params, text.validation)
-            found = loss, validation, metrics.max_over_mean_load(counts), metrics.dead_experts(counts)
-            return dict(zip(MEASURES, found, strict=True))
-
-        return jax.tree.map(lambda value: value[None], jax.lax.map(evaluate, params))
+        (test, counts), (validation, _) = whole(data.test), whole(data.validation)
+        found = test, validation, metrics.max_over_mean_load(counts), metrics.dead_experts(counts)
+        return dict(zip(self.along, found, strict=True))
 
 
-program_of = functools.cache(Program)  # groups that differ in members and seeds alone share one
+def routing_of(utilization: Any) -> excitation_optax.RoutingCounts:
+    """The counts of all layers `[L, E]`."""
+    return utilization["layers"]["stack"]["moe"]["experts"]
+
+
+def _is_param(params):
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    return jax.tree.map(lambda v: isinstance(v, nnx.Param), params, is_leaf=is_variable)
+
+
+def _cut(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cut = len(array) * 9 // 10
+    return array[:cut], array[cut:]
+
+
+class GPTProgram(Program):
+    """The model takes bytes `[B, S]`, and the labels are the bytes that follow each; losses are in nats per byte."""
+
+    measure, evaluation_batch = "loss", 64
+    along = (measure, *ROUTING)
+
+    @classmethod
+    def sizes_of(cls, shared: Any, data: texts.Text) -> tuple[int, ...]:
+        """Nothing: there are 256 bytes."""
+        return ()
+
+    @classmethod
+    def about(cls, data: texts.Text, shared: Any) -> dict[str, Any]:
+        """What a result says about its data."""
+        return {"data": f"{shared.dataset}, as bytes", "fingerprint": data.fingerprint}
+
+    @classmethod
+    def put(cls, data: texts.Text, shared: Any) -> Examples:
+        """The bytes, and evenly spaced windows of those that are not trained on."""
+        train, held_out = _cut(data.train)
+
+        def windows(tokens):
+            starts = np.linspace(0, len(tokens) - shared.context - 1, WINDOWS).astype(int)
+            tokens = tokens[starts[:, None] + np.arange(shared.context + 1)]
+            return tokens[:, :-1], tokens[:, 1:]
+
+        parts = train[: shared.subset], windows(held_out), windows(data.evaluation)
+        return Examples(*jax.tree.map(lambda part: jnp.asarray(part, jnp.int32), parts))
+
+    def make_model(self, seed: Any) -> nnx.Module:
+        """The GPT-MoE."""
+        config = train_gpt_moe.model_config(self.shared, texts.VOCAB_SIZE["bytes"])
+        return gpt_moe.GPTMoE(self.with_bias(config), rngs=nnx.Rngs(jax.random.key(seed)))
+
+    def draws(self, data):
+        """The first positions of windows."""
+        return len(data.train) - self.shared.context - 1
+
+    def batch(self, data, row):
+        """Windows, and the same one byte later."""
+        tokens = data.train[row[:, None] + jnp.arange(self.shared.context + 1)]
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+class ViTProgram(Program):
+    """The model takes images `[B, H, W, 3]` of the sizes (H, C). Gray images are repeated in 3 channels."""
+
+    measure, evaluation_batch = "accuracy", 256
+    along = (measure, *ROUTING)
+
+    @classmethod
+    def sizes_of(cls, shared: Any, data: datasets.ImageData) -> tuple[int, ...]:
+        """Pixels and classes."""
+        return data.train_images.shape[1], data.num_classes
+
+    @classmethod
+    def put(cls, data: datasets.ImageData, shared: Any) -> Examples:
+        """Bytes to train on, and floats that are not trained on: whole batches of the first of them."""
+        (images, more_images), (labels, more_labels) = _cut(data.train_images), _cut(data.train_labels)
+        rgb = lambda images: jnp.broadcast_to(images, (*images.shape[:-1], 3))
+
+        def first(images, labels, most):
+            number, batch = min(len(labels), most), cls.evaluation_batch
+            number -= number % batch if number > batch else 0
+            return train_moe_vit.to_unit_range(rgb(images[:number])), jnp.asarray(labels[:number])
+
+        return Examples(
+            (rgb(images[: shared.subset]), jnp.asarray(labels[: shared.subset])),
+            first(more_images, more_labels, IMAGES // 2),
+            first(data.test_images, data.test_labels, IMAGES),
+        )
+
+    def make_model(self, seed: Any) -> nnx.Module:
+        """The MoE-ViT."""
+        image_size, num_classes = self.sizes
+        sizes = {"image_size": image_size, "num_classes": num_classes, "patch_size": self.shared.patch_size}
+        config = train_moe_vit.model_config(self.shared, **sizes)
+        return moe_vit.MoEViT(self.with_bias(config), rngs=nnx.Rngs(jax.random.key(seed)))
+
+    def draws(self, data):
+        """Numbers past the last image name mirrored images."""
+        return (1 if self.shared.dataset in configs.DIGITS else 2) * len(data.train[1])
+
+    def batch(self, data, row):
+        """Images and labels."""
+        images, labels = data.train
+        is_mirrored, rows = row >= len(labels), row % len(labels)
+        images = train_moe_vit.to_unit_range(images[rows])
+        return jnp.where(is_mirrored[:, None, None, None], images[:, :, ::-1], images), labels[rows]
 
 
 def load_text(dataset: str, folder: pathlib.Path | None) -> texts.Text:
-    """Reads a text of `FILES` as bytes. Raises FileNotFoundError if the folder lacks the file."""
-    name = FILES[dataset]
+    """Reads a text of `TEXTS` as bytes. Raises FileNotFoundError if the folder lacks the file."""
+    name = TEXTS[dataset]
     path = None if name is None else (folder or pathlib.Path()) / name
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"{dataset} is read from {path}, which is missing; name its folder with --data-dir.")
     return texts.load([path] if path else [], "bytes")
-
-
-def put(text: texts.Text, context: int) -> Text:
-    """The text on JAX's default device. The last tenth of the training text is for validation and not trained on."""
-
-    def windows(tokens):
-        starts = np.linspace(0, len(tokens) - context - 1, WINDOWS).astype(int)
-        return tokens[starts[:, None] + np.arange(context + 1)]
-
-    cut = len(text.train) * 9 // 10
-    parts = text.train[:cut], windows(text.train[cut:]), windows(text.evaluation)
-    return Text(*(jnp.asarray(part, jnp.int32) for part in parts))
-
-
-def prepare(group: stacks.Group, text: texts.Text) -> stacks.Prepared:
-    """What a group trains with, on JAX's default device."""
-    shared = shared_of(group.runs[0][0])
-    strategies, components, members = stacks.choices(group, component=True, also=DIFFER)
-    about = {"data": f"{shared.dataset}, as bytes", "fingerprint": text.fingerprint}
-    seeds = jnp.array([row[0].seed for row in group.runs])
-    return stacks.Prepared(program_of(shared, strategies, components), members, seeds, put(text, shared.context), about)
-
-
-def train_group(
-    group: stacks.Group, text: texts.Text, advance: Callable[[int], Any], stopped: Callable[[], bool]
-) -> list[store.Result] | None:
-    """Trains the runs of a group, as `stacks.train_group` says."""
-    return stacks.train_group(group, lambda: prepare(group, text), MEASURES, advance, stopped)
-
-
-def train(
-    runs: Iterable[configs.MiniGPTRun], load: Callable[[configs.Run], texts.Text], results: store.Results, progress: Any
-) -> None:
-    """Trains what is missing among the runs, as `stacks.train` says."""
-    stacks.train(plan(runs), train_group, load, results, progress)

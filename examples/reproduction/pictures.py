@@ -11,7 +11,9 @@ from examples.reproduction.sections import Row, Section, words
 from examples.reproduction.tables import SHOWN, UNIT
 from excitation_optax import plotting
 
-VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing")  # lines of a picture, not panels
+# Fields that make lines of a picture, not panels.
+VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "router_bias")
+FIELDS = {"learning_rate": "learning rate", "num_experts": "experts"}
 STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}}
 for strategy in ("zero_sum", "positive_sum"):
     STYLES[strategy] = {"color": plotting.COLORS[strategy]}
@@ -20,36 +22,31 @@ for strategy in ("zero_sum", "positive_sum"):
 
 
 def curves(results: store.Results, section: Section, figure: Any) -> None:
-    """A measure along training: the mean over seeds, and a band from the lowest to the highest."""
-    factor = SHOWN.get(section.measure, (1, 3))[0]
-
-    def of(found: list[store.Result]) -> tuple[Any, np.ndarray] | None:
-        found = [result for result in found if section.measure in result.curve]
-        values = [result.curve[section.measure] for result in found]
-        return (found[0].curve["epoch"], factor * np.array(values, float)) if found else None
-
-    _bands(results, section, figure, "epoch", of)
+    """A measure along training."""
+    _bands(results, section, figure, "epoch")
 
 
 def by_layer(results: store.Results, section: Section, figure: Any) -> None:
     """A measure by hidden layer, at the end of training."""
-
-    def of(found: list[store.Result]) -> tuple[Any, np.ndarray] | None:
-        values = np.array([result.measures[section.measure] for result in found], float)
-        return (np.arange(1, values.shape[1] + 1), values) if found else None
-
-    _bands(results, section, figure, "hidden layer", of, marker=".")
+    _bands(results, section, figure, "hidden layer", marker=".")
 
 
-def _bands(results: store.Results, section: Section, figure: Any, xlabel: str, of: Callable, **style: Any) -> None:
-    """A panel for each label, a line for each column: the mean over seeds, and a band; NaNs are left out."""
+def _bands(results: store.Results, section: Section, figure: Any, xlabel: str, **style: Any) -> None:
+    """A panel for each label, a line for each column: the mean over seeds, and a band from the lowest to the highest.
+
+    NaNs are left out.
+    """
+    factor, measure = SHOWN.get(section.measure, (1, 3))[0], section.measure
     for axes, (label, rows) in panels(figure, grouped(section.rows, lambda row: row["label"])):
-        axes.set(title=label, xlabel=xlabel, ylabel=UNIT.get(section.measure, section.measure))
+        axes.set(title=label, xlabel=xlabel, ylabel=UNIT.get(measure, measure))
         for row in rows:
             runs = [section.make_run(row["where"], seed) for seed in range(section.seeds)]
-            if (found := of([results[run] for run in runs if run in results])) is None:
+            found = [results[run] for run in runs if run in results]
+            sources = [result.curve if xlabel == "epoch" else result.measures for result in found]
+            values = factor * np.array([source[measure] for source in sources if measure in source], float)
+            if not len(values):
                 continue
-            x, values = found
+            x = sources[0]["epoch"] if xlabel == "epoch" else np.arange(1, values.shape[1] + 1)
             count, color = np.isfinite(values).sum(0), plotting.COLORS[row["column"]]
             mean = np.where(count > 0, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
             axes.plot(x, mean, label=row["column"], color=color, linewidth=1.2, **style)
@@ -60,23 +57,37 @@ def _bands(results: store.Results, section: Section, figure: Any, xlabel: str, o
 
 def learning_rates(results: store.Results, section: Section, figure: Any) -> None:
     """Final accuracy over the learning rate, of a table of the paper."""
-    for axes, (optimizer, rows) in panels(figure, grouped(section.rows, lambda row: row["label"].split(",")[0])):
-        axes.set(title=optimizer, xscale="log", xlabel="learning rate", ylabel=UNIT[section.measure])
-        for strategy, line in grouped(rows, lambda row: row["column"]).items():
-            rates = [row["where"]["learning_rate"] for row in line]
-            reached(axes, rates, results, section, line, strategy, color=plotting.COLORS[strategy])
-            _papers(axes, rates, [row["value"] for row in line], color=plotting.COLORS[strategy])
-        axes.legend(fontsize="x-small")
+    panel, style = lambda row: row["label"].split(",")[0], lambda name, axes: {"color": plotting.COLORS[name]}
+    _lines(results, section, figure, "learning_rate", panel, lambda row: row["column"], style, paper=True)
 
 
 def over_rates(results: store.Results, section: Section, figure: Any) -> None:
     """What a study's rows reached, over the learning rate: means and standard deviations, a panel for each setting."""
-    for axes, (title, rows) in panels(figure, grouped(section.rows, lambda row: words(row["where"], *VARIANT))):
-        axes.set(title=title, xscale="log", xlabel="learning rate", ylabel=UNIT[section.measure])
-        variant = lambda row: words({key: row["where"][key] for key in VARIANT if key in row["where"]})
-        for name, line in grouped(rows, variant).items():
-            style = STYLES.get(name, {"color": f"C{len(axes.containers) % 10}", "linestyle": ":"})
-            reached(axes, [row["where"]["learning_rate"] for row in line], results, section, line, name, **style)
+    variant = lambda row: words({key: row["where"][key] for key in VARIANT if key in row["where"]})
+    style = lambda name, axes: STYLES.get(name, {"color": f"C{len(axes.containers) % 10}", "linestyle": ":"})
+    _lines(results, section, figure, "learning_rate", lambda row: words(row["where"], *VARIANT), variant, style)
+
+
+def by_experts(results: store.Results, section: Section, figure: Any) -> None:
+    """Gains over the number of experts, for each width and number of experts per token."""
+    panel = lambda row: f"k = {row['where']['experts_per_token']}"
+    line = lambda row: f"d_ff = {row['where']['d_ff']}"
+    style = lambda name, axes: {"color": f"C{len(axes.containers)}"}
+    _lines(results, section, figure, "num_experts", panel, line, style, paper=True)
+
+
+def _lines(results, section, figure, field: str, panel, line, style, paper: bool = False) -> None:
+    """What rows reached, over a field of their runs: panels and lines by their names, which the style goes with."""
+    for axes, (title, rows) in panels(figure, grouped(section.rows, panel)):
+        axes.set(title=title, xscale="log", xlabel=FIELDS[field], ylabel=UNIT[section.measure])
+        for name, members in grouped(rows, line).items():
+            x, look = [row["where"][field] for row in members], style(name, axes)
+            if field == "num_experts":
+                axes.set_xticks(x, [str(n) for n in x])
+                axes.minorticks_off()
+            reached(axes, x, results, section, members, name, **look)
+            if paper:
+                _papers(axes, x, [row["value"] for row in members], color=look["color"])
         if axes.containers:
             axes.legend(fontsize="x-small")
 
@@ -107,19 +118,6 @@ def gains(results: store.Results, section: Section, figure: Any, field: str, sca
         axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
     axes.legend(fontsize="small")
     axes.minorticks_off()
-
-
-def by_experts(results: store.Results, section: Section, figure: Any) -> None:
-    """Gains over the number of experts, for each width and number of experts per token."""
-    for axes, (k, rows) in panels(figure, grouped(section.rows, lambda row: row["where"]["experts_per_token"])):
-        axes.set(title=f"k = {k}", xscale="log", xlabel="experts", ylabel=UNIT[section.measure])
-        for number, (width, line) in enumerate(grouped(rows, lambda row: row["where"]["d_ff"]).items()):
-            experts = [row["where"]["num_experts"] for row in line]
-            axes.set_xticks(experts, [str(n) for n in experts])
-            reached(axes, experts, results, section, line, f"d_ff = {width}", color=f"C{number}")
-            _papers(axes, experts, [row["value"] for row in line], color=f"C{number}")
-        axes.minorticks_off()
-        axes.legend(fontsize="x-small")
 
 
 def summary(results: store.Results, section: Section, figure: Any) -> None:

@@ -39,9 +39,13 @@ def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Pat
         update(docs_folder / "does-it-help.md", ANSWER, answer.markdown(results))
     drawn = [s for s in studies.SECTIONS.values() if s.is_drawn and evidence.found(results, s)]
     tasks: list[tuple[Any, ...]] = [(s.name, pictures.draw, s, results) for s in drawn]
-    tasks += [("answer", answer.draw, results)] if answer.has_runs(results) else []
+    tasks += (
+        [("answer", answer.draw, results)]
+        if any(evidence.found(results, studies.SECTIONS[name]) for name, *_ in answer.ANSWER.values())
+        else []
+    )
     tasks += [("inside", inside.draw, outcome)] if (outcome := inside.load(results.folder)) else []
-    tasks += [("fig1", toy.draw, outcome)] if (outcome := toy.load(results.folder / "fig1")) else []
+    tasks += [("fig1", toy.draw, outcome)] if (outcome := toy.load(results.folder)) else []
     return [page, *(pictures.save(docs_folder / _image(name), *task) for name, *task in tasks)]
 
 
@@ -86,7 +90,7 @@ def summary_line(results: store.Results, s: Section) -> tuple:
 def state_elsewhere(results: store.Results, s: Section) -> str:
     """How far a section without runs is; empty if it was not made."""
     if s.kind == "toy":
-        return "done" if toy.load(results.folder / s.name) else ""
+        return "done" if toy.load(results.folder) else ""
     made = {entry["row"] for entry in overhead.load(results.folder)}
     return f"{len(made)} of {len(s.rows)} rows" if made else ""
 
@@ -96,7 +100,7 @@ def _elsewhere(results: store.Results, s: Section) -> str:
     if not state_elsewhere(results, s):
         return "\n\n".join(filter(None, [f"{s.where_in_paper}. Not run: {s.command}", s.note]))
     if s.kind == "toy":
-        body = f"{_picture(s.name, s.heading)}\n\n{toy.markdown(toy.load(results.folder / s.name) or {}).strip()}"
+        body = f"{_picture(s.name, s.heading)}\n\n{toy.markdown(toy.load(results.folder) or {}).strip()}"
     else:
         body = overhead.table(overhead.load(results.folder))
     return "\n\n".join(filter(None, [f"{s.where_in_paper}. Made by {s.command}", s.note, body, s.remark.strip()]))
@@ -220,8 +224,3 @@ def update(path: pathlib.Path, markers: tuple[str, str], part: str) -> None:
         raise ValueError(f"{path.name} must have the markers {begin} and {end} once each, in this order.")
     before, after = text[: text.index(begin)], text[text.index(end) :]
     path.write_text(f"{before}{begin}\n{part}\n{after}", encoding="utf-8")
-
-
-def update_readme(path: pathlib.Path, results: store.Results) -> None:
-    """Puts the README's part between the markers of a text."""
-    update(path, MARKERS, summary_markdown(results))

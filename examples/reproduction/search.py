@@ -85,63 +85,22 @@ CHOICES = grid(
     normalization=("standard", "unit"),
     initialization=("lecun_normal", "torch", "he_normal"),
 )
-BESIDE = "; in parentheses ours minus the paper's"
 
 SEARCH = (
-    Section(
+    sections.ours(
         "table2_brief",
-        "The smallest GPT-MoE, forty steps on WikiText's validation split",
-        kind="gpt",
-        seeds=2,
-        settings={"dataset": "wikitext-valid", "epochs": 1, "subset": 320, "batch_size": 8},
-        measure="perplexity",
         rows=rows(grid(num_experts=(4,), d_ff=(256,), strategy=("vanilla", "positive_sum")), "perplexity"),
         table=tables.one_by_one,
-        remark="""
-A check that the program of Table 2 trains the paper's smallest model on real text, and no more: forty steps are not
-even the warm-up of five epochs of WikiText-103.""",
     ),
-    Section(
-        "search",
-        "The open choices, first look: baseline, constant rate",
-        seeds=1,
-        settings={"epochs": 30, "depth": 4, "schedule": "constant"},
-        rows=rows(product(CHOICES, (SGD, ADAM))),
-        table=extrapolations,
-        note=". Only the baseline was looked at",
-        remark="""
-A setting fits if baseline SGD and baseline Adam, both at a constant rate, would reach what the paper prints after
-the same number of epochs, so that one length of training explains both: the last column is the larger over the
-smaller. Extrapolations from 30 epochs cannot tell the first four apart. Of these, the two without normalization
-would take twice as long or more. Between the others, augmentation decides: without it, the 56 % that the paper
-prints for more active neurons, and for larger rates, should be out of reach, which the third look checks.""",
-    ),
-    Section(
+    sections.ours("search", rows=rows(product(CHOICES, (SGD, ADAM))), table=extrapolations),
+    sections.ours(
         "search_variants",
-        "The open choices, second look: one at a time, baseline",
-        seeds=1,
-        settings={"epochs": 30, "depth": 4, "augmentation": "crop_flip"},
         rows=rows({**row["where"], **variant} for variant in VARIANTS for row in targets()),
         table=residuals,
-        note=BESIDE,
-        remark="""
-What the first look favours leaves the sparse models four to seven points below the paper at their full length, and
-the dense ones at it (third look). Of what was left to try, one thing moves the sparse models and leaves the dense
-ones where they are: three hidden layers, so that the paper's "4-layer MLP" counts its output layer. Mirroring
-without crops gets everything further in the same time. Leaving out ReLU does neither.""",
     ),
-    Section(
+    sections.ours(
         "search_long",
-        "The open choices, third look: candidates at their length, baseline",
-        seeds=1,
         rows=rows({**row["where"], **choice} for choice in CANDIDATES for row in targets()),
         table=residuals,
-        note=BESIDE,
-        remark="""
-Frozen before any excited run was made with it, and used by every table and figure whose section does not say
-otherwise: three hidden layers, mirrored images, standardized pixels, LeCun-normal initialization, ReLU before Top-K;
-and 100 epochs as the full length, the only one that was tried with three hidden layers. By then Table 1 and Figure 2
-had been run, Excitation included, in the setting that the first look favours (their sections named crops); the
-choice between the settings was made by the baseline columns above. The last row was completed after the freeze.""",
     ),
 )

@@ -1,7 +1,8 @@
 """The sections of the report: one value for each table or figure of the paper, and for each study of ours.
 
 A section holds what is specific to it: its runs, claims, remark, table and drawing. Those of the paper come from
-`paper.json`, what the paper prints, and `paper.toml`, what we chose for it. Ours are in `studies` and `search`.
+`paper.json`, what the paper prints, and `paper.toml`, what we chose for it. Ours are in `studies`, `search` and
+`ours.toml`.
 """
 
 import dataclasses
@@ -124,6 +125,16 @@ def paper() -> dict[str, Section]:
         tomllib.loads(PAPER.with_suffix(".toml").read_text("utf-8")),
     )
     return {name: _from_paper(name, views, chosen) for name in chosen}
+
+
+@functools.cache
+def _ours() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(PAPER.with_name("ours.toml").read_text("utf-8"))
+
+
+def ours(name: str, **fields: Any) -> Section:
+    """A section of our own, of what `ours.toml` says about it and these fields."""
+    return Section(name, **_ours()[name] | fields)
 
 
 def _from_paper(name: str, views: dict[str, Any], chosen: dict[str, Any]) -> Section:

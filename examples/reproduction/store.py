@@ -99,6 +99,21 @@ class Results:
             self._results |= {r.run.key: r for r in group}
 
 
+def load_json(path: pathlib.Path, command: str) -> Any:
+    """What a JSON file holds; None if there is none. Raises ValueError if it is damaged; `command` makes it again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and run {command} again.") from error
+
+
+def save_json(path: pathlib.Path, outcome: dict[str, Any]) -> None:
+    """Writes a JSON file, with what made it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = environment() | {"date": now()}
+    path.write_text(json.dumps(outcome | {"about": about}) + "\n", encoding="utf-8")
+
+
 def _append(path: pathlib.Path, text: bytes) -> None:
     """Appends the whole text or nothing. Several programs may write to one file."""
     with path.open("ab", buffering=0) as file:

@@ -4,72 +4,30 @@
 * deep, depth, ways_out, rescue: deep networks that the baseline does not train, and other ways to train them.
 * mini: transformers in miniature, at tuned learning rates, with and without a balancing loss.
 
-A learning rate "best" in a claim is the rate of the row's best mean on held-out data; "baseline's best" is the best
-rate of the same row without Excitation. See results/PLAN.md.
+See results/PLAN.md.
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from examples.reproduction import search, sections, tables
-from examples.reproduction.sections import Row, Section, grid, product, rows
-
-BASELINE: Row = {"strategy": "vanilla"}
-ZERO_SUM, POSITIVE_SUM = TWO = tuple({"strategy": name} for name in ("zero_sum", "positive_sum"))
-COMPONENTS = ("both", "direction", "norm")
-VARIANTS: tuple[Row, ...] = (BASELINE, *product(TWO, grid(component=COMPONENTS)))
-# Scikit-learn's digits: the last 157 training images are held out.
-DIGITS: Row = {"dataset": "digits", "subset": 1280, "batch_size": 128, "schedule": "constant", "epochs": 100}
-TORCH: Row = {"initialization": "torch"}
-UNBALANCED: Row = {"load_balancing": 0.0}
-BALANCED: Row = {"load_balancing": 0.01}
-BEST: Row = {"learning_rate": "best"}
-AT_BEST = "each at its best rate"
-
-
-def rates(*values: float) -> tuple[Row, ...]:
-    """Parts of settings: learning rates."""
-    return grid(learning_rate=values)
-
-
-def beats(text: str, better: Row, worse: Row, measure: str = "accuracy", **common: Any) -> Row:
-    """The claim that one setting is better than another: more accurate, or of a smaller loss."""
-    contrast = [[1.0, {**common, **better}], [-1.0, {**common, **worse}]]
-    return {"text": text, "measure": measure, "contrast": contrast, "sign": -1 if measure == "loss" else 1}
-
-
-def tuned(prefix: str, measure: str = "accuracy", **common: Any) -> list[Row]:
-    """Claims about both strategies and their components, each at its own best learning rate."""
-    claims = []
-    for two in TWO:
-        part = {c: {**two, "component": c} for c in COMPONENTS}
-        pairs = [(part[c], BASELINE, f"{c} beats the baseline") for c in COMPONENTS]
-        pairs += [(part["both"], part[c], f"both beats {c}") for c in ("direction", "norm")]
-        for better, worse, text in pairs:
-            text = f"{prefix}{two['strategy']}: {text}, {AT_BEST}"
-            claims.append(beats(text, better, worse, measure, **BEST, **common))
-    return claims
-
-
-def at_each(prefix: str, values: Iterable[float], **common: Any) -> list[Row]:
-    """Claims about components at the same learning rate."""
-    claims = []
-    for rate in values:
-        for two in TWO:
-            both, direction, norm = ({**two, "component": c} for c in COMPONENTS)
-            pairs = [(both, BASELINE, "both beats the baseline"), (both, norm, "both beats norm")]
-            for better, worse, text in [*pairs, (direction, BASELINE, "direction beats the baseline")]:
-                text = f"{prefix} {rate:g}, {two['strategy']}: {text}"
-                claims.append(beats(text, better, worse, learning_rate=rate, **common))
-    return claims
-
-
-def study(name: str, title: str, wheres: Iterable[Row], claims: Iterable[Row] = (), **fields: Any) -> Section:
-    """A section for a study: a picture and a table over the learning rate, and claims with a correction."""
-    measure = "loss" if fields.get("kind") == "mini_gpt" else "accuracy"
-    every: Row = {"seeds": 5, "table": tables.by_rate, "measure": measure, "in_study": True}
-    return Section(name, title, rows=rows(wheres, measure), claims=tuple(claims), **every | fields)
+from examples.reproduction import mini_studies, search, sections, tables
+from examples.reproduction.claims import (
+    BASELINE,
+    DEEP,
+    DIGITS,
+    TORCH,
+    TWO,
+    VARIANTS,
+    ZERO_SUM,
+    at_best,
+    at_each,
+    beats,
+    rates,
+    study,
+    tuned,
+)
+from examples.reproduction.sections import Row, Section, grid, product, words
 
 
 def _mechanism(name: str, title: str, optimizers: dict[str, tuple[float, ...]], tune: bool, **fields: Any) -> Section:
@@ -78,7 +36,7 @@ def _mechanism(name: str, title: str, optimizers: dict[str, tuple[float, ...]], 
         wheres += product(({"optimizer": optimizer},), rates(*values), VARIANTS)
         claims += tuned(f"{optimizer}, ", optimizer=optimizer) if tune else []
         claims += at_each(optimizer, values, optimizer=optimizer)
-    return study(name, title, wheres, claims, draw=("over_rates",), **fields)
+    return study(name, title, wheres, claims, **fields)
 
 
 WAYS: dict[str, Row] = {
@@ -94,24 +52,19 @@ WAYS: dict[str, Row] = {
 def _ways_out() -> Section:
     claims = []
     for name, way in list(WAYS.items())[1:]:
-        text = f"{name}: the baseline beats zero_sum in the plain network, {AT_BEST}"
-        claims.append(beats(text, {**way, **BASELINE}, {**WAYS["plain"], **ZERO_SUM}, **BEST))
-        for two in TWO:
-            text = f"{name}: {two['strategy']} beats the baseline there, {AT_BEST}"
-            claims.append(beats(text, two, BASELINE, **BEST, **way))
+        text = f"{name}: the baseline beats zero_sum in the plain network"
+        claims.append(at_best(text, {**way, **BASELINE}, {**WAYS["plain"], **ZERO_SUM}))
+        text = f"{name}: {{}} beats the baseline there"
+        claims += [at_best(text.format(two["strategy"]), two, BASELINE, **way) for two in TWO]
     wheres = product(WAYS.values(), rates(3e-4, 1e-3, 3e-3), (BASELINE, *TWO))
     title, settings = "Other ways to train 14 hidden layers on digits", {**DIGITS, "depth": 14, "optimizer": "adam"}
-    return study("deep_ways_out", title, wheres, claims, settings=settings, draw=("over_rates",))
+    return study("deep_ways_out", title, wheres, claims, settings=settings)
 
 
 def _depth() -> Section:
     depths = (4, 6, 8, 10, 12, 16, 20, 30)
-    text = "{} hidden layers: {} beats the baseline, {}"
-    claims = [
-        beats(text.format(depth, two["strategy"], AT_BEST), two, BASELINE, depth=depth, **BEST)
-        for depth in depths
-        for two in TWO
-    ]
+    text = "{} hidden layers: {} beats the baseline"
+    claims = [at_best(text.format(d, two["strategy"]), two, BASELINE, depth=d) for d in depths for two in TWO]
     return study(
         "depth_digits",
         "From 4 to 30 hidden layers on digits, PyTorch's initialization",
@@ -138,86 +91,43 @@ def _rescue() -> Section:
         wheres,
         claims,
         settings={"depth": 19, **TORCH, "optimizer": "adam", "schedule": "constant", "epochs": 60},
-        draw=("over_rates",),
     )
+
+
+def _inside_the_rescue(name: str, title: str, measure: str, draw: str, claims: Iterable[tuple[str, Row]]) -> Section:
+    """Figure 4 or 5 at the rate of `deep_digits` at which Excitation trains what the baseline does not."""
+    wheres = product(rates(1e-3), (BASELINE, *TWO))
+    beaten = [
+        beats(text.format(two["strategy"]), two, BASELINE, measure, learning_rate=1e-3) | more
+        for two in TWO
+        for text, more in claims
+    ]
+    section = study(name, title, wheres, beaten, settings=DEEP, seeds=10, measure=measure, draw=(draw,))
+    return dataclasses.replace(section, rows=tuple(map(_in_picture, section.rows)))
+
+
+def _in_picture(row: Row, **more: Any) -> Row:
+    """A row with the panel and the line of a picture, or of a table beside the paper."""
+    label, column = words(row["where"], "strategy"), words({"strategy": row["where"]["strategy"]})
+    return {**row, "label": label, "column": column, **more}
 
 
 def _torch_baseline() -> Section:
-    optimizers = (search.SGD, search.ADAM)
-    short = product(grid(depth=(3, 4), epochs=(100,)), optimizers, (BASELINE, *TWO))
-    wheres = short + product(grid(depth=(3, 4), epochs=(300,)), optimizers, (BASELINE,))
-    return study("torch_long", "PyTorch's initialization at full length", wheres, seeds=3, settings=TORCH)
-
-
-_mini = functools.partial(study, kind="mini_gpt", settings={"dataset": "tinyshakespeare"})
-
-
-def _mini_tuned() -> Section:
-    others = {
-        "zero_sum with gamma 0.5": {**ZERO_SUM, "gamma": 0.5},
-        "half the experts' rate": {**BASELINE, "expert_rate": 0.5},
-        "twice the experts' rate": {**BASELINE, "expert_rate": 2.0},
-        "no balancing loss": {**BASELINE, **UNBALANCED},
-        "zero_sum without a balancing loss": {**ZERO_SUM, **UNBALANCED},
-    }
-    claims = tuned("", "loss")
-    claims += [beats(f"{n} beats the baseline, {AT_BEST}", o, BASELINE, "loss", **BEST) for n, o in others.items()]
-    text = f"without a balancing loss, zero_sum beats the baseline, {AT_BEST}"
-    claims.append(beats(text, ZERO_SUM, BASELINE, "loss", **BEST, **UNBALANCED))
-    for two in TWO:
-        text = f"{two['strategy']} beats the baseline at the baseline's best rate"
-        claims.append(beats(text, two, BASELINE, "loss", learning_rate="baseline's best"))
-    return _mini(
-        "mini_tuned",
-        "A GPT-MoE in miniature (16 experts, 2 for each token) at tuned learning rates",
-        product(rates(1e-3, 3e-3, 1e-2, 2e-2, 3e-2), (*VARIANTS, *others.values())),
-        claims,
-        draw=("over_rates",),
-    )
-
-
-def _mini_unbalanced() -> Section:
-    sizes, claims = grid(num_experts=(64, 16), experts_per_token=(2, 1)), []
-    for size in sizes:
-        label = f"E={size['num_experts']}, K={size['experts_per_token']}"
-        for balancing, kind in ((UNBALANCED, "without a balancing loss"), (BALANCED, "with a balancing loss")):
-            for two in TWO:
-                text = f"{label}, {kind}: {two['strategy']} beats the baseline, {AT_BEST}"
-                claims.append(beats(text, two, BASELINE, "loss", **size, **balancing, **BEST))
-        text = f"{label}: zero_sum without a balancing loss beats the baseline with it, {AT_BEST}"
-        claims.append(beats(text, {**ZERO_SUM, **UNBALANCED}, {**BASELINE, **BALANCED}, "loss", **size, **BEST))
-    variants = (BASELINE, POSITIVE_SUM, *product((ZERO_SUM,), grid(component=COMPONENTS)))
-    wheres = product(sizes, (UNBALANCED, BALANCED), rates(1e-3, 3e-3, 1e-2), variants)
-    return _mini("mini_unbalanced", "GPT-MoEs in miniature with and without a balancing loss", wheres, claims, seeds=3)
-
-
-def _mini_table2() -> Section:
-    """Table 2 with an eighth of its model width and expert width, and 2 of its 12 layers."""
-    pairs = [(4, 2), (8, 2), (8, 4), *((n, k) for n in (16, 32, 64) for k in (2, 4, 8))]
-    sizes = tuple({"num_experts": n, "experts_per_token": k} for n, k in pairs)
-    two = (BASELINE, POSITIVE_SUM)
-    cells = product(sizes, grid(d_ff=(32, 48, 64, 96, 128)), rates(3e-3))
-    wheres = product(cells, two) + product(sizes, grid(d_ff=(32, 128)), rates(1e-3, 1e-2), two)
-
-    def gain(text: str, *groups: tuple[float, list[Row]]) -> Row:
-        """The claim that a sum of mean gains is positive."""
-        terms = [(factor / len(group), where) for factor, group in groups for where in group]
-        contrast = [[s * f, {**where, **e}] for f, where in terms for s, e in zip((1, -1), two, strict=True)]
-        return {"text": text, "measure": "loss", "contrast": contrast, "sign": 1}
-
-    of = lambda k, *ns: [c for c in cells if c["num_experts"] in ns and c["experts_per_token"] == k]
-    text = "N={num_experts}, k={experts_per_token}, d_ff={d_ff}: loss that positive_sum saves at 0.003"
-    larger, mean = "the gain is larger with k=2 than with k=8, mean of N=16, 32, 64", "mean of all 60 models"
-    claims = [
-        *(gain(text.format(**cell), (1.0, [cell])) for cell in cells),
-        gain(f"loss that positive_sum saves at 0.003, {mean}", (1.0, list(cells))),
-        gain(larger, (1.0, of(2, 16, 32, 64)), (-1.0, of(8, 16, 32, 64))),
-        *(
-            gain(f"k=2: the gain is larger at N={a} than at N={b}", (1.0, of(2, a)), (-1.0, of(2, b)))
-            for a, b in ((8, 4), (8, 32), (64, 32))
-        ),
-    ]
-    return _mini("mini_table2", "Table 2 in miniature", wheres, claims, seeds=3)
+    """Three hidden layers and 100 epochs first: they decide the question with a third of the work."""
+    optimizers, three = (search.SGD, search.ADAM), (BASELINE, *TWO)
+    short = lambda depth: product(grid(depth=(depth,), epochs=(100,)), optimizers, three)
+    frozen = product(grid(initialization=("lecun_normal",)), short(3))  # on file, as the full length of Table 1
+    wheres = short(3) + frozen + short(4) + product(grid(depth=(3, 4), epochs=(300,)), optimizers, (BASELINE,))
+    claims = []
+    for common in product(grid(depth=(3, 4), epochs=(100,)), optimizers):
+        text = f"{common['depth']} hidden layers, {common['optimizer']}: {{}} beats the baseline"
+        claims += [beats(text.format(two["strategy"]), two, BASELINE, **common) for two in TWO]
+    fields = {"seeds": 3, "settings": TORCH, "draw": (), "note": ". The paper's values are those of Table 1"}
+    section = study("torch_long", "PyTorch's initialization at full length", wheres, claims, **fields)
+    key = lambda where: (where["optimizer"], where["strategy"])
+    paper = {key(row["where"]): row["value"] for row in sections.paper()["table1"].rows}
+    rows = (_in_picture(row, value=paper[key(row["where"])]) for row in section.rows)
+    return dataclasses.replace(section, rows=tuple(rows), table=tables.beside_the_paper)
 
 
 STUDIES = (
@@ -245,12 +155,31 @@ does. With Adam and small rates, `direction` alone is worse than the baseline.""
         product(rates(1e-3, 1e-4, 3e-4, 3e-3, 1e-2, 3e-2), VARIANTS),
         tuned("") + at_each("adam", (1e-3,)),
         seeds=10,
-        settings={**DIGITS, "depth": 14, **TORCH, "optimizer": "adam"},
-        draw=("over_rates",),
+        settings=DEEP,
         inside=True,
         remark="""
 An accuracy of 10 % is that of a network that never started to learn, or lost what it had learned; its numbers stay
 finite, so that it does not count as diverged. That is why the intervals are wide at the larger rates.""",
+    ),
+    _inside_the_rescue(
+        "fig4_torch",
+        "Figure 4 where Excitation trains what the baseline does not: 14 hidden layers on digits",
+        "specialization",
+        "by_layer",
+        (
+            ("{} specializes more than the baseline, mean of all layers", {}),
+            ("{}: the same, mean of the middle half of the layers", {"layers": "middle"}),
+        ),
+    ),
+    _inside_the_rescue(
+        "fig5_torch",
+        "Figure 5 where Excitation trains what the baseline does not: 14 hidden layers on digits",
+        "entropy",
+        "curves",
+        (
+            ("{} ends at lower entropy than the baseline", {}),
+            ("{} is lower after a fifth of the training already", {"at": 0.2}),
+        ),
     ),
     _ways_out(),
     _depth(),
@@ -261,12 +190,9 @@ finite, so that it does not count as diverged. That is why the intervals are wid
         product(rates(0.1, 0.01), VARIANTS) + product(rates(0.03, 0.3), (BASELINE,)),
         at_each("sgd", (0.1, 0.01)),
         settings={"depth": 9, **TORCH, "optimizer": "sgd", "schedule": "constant", "epochs": 60},
-        draw=("over_rates",),
     ),
     _torch_baseline(),
-    _mini_tuned(),
-    _mini_unbalanced(),
-    _mini_table2(),
+    *mini_studies.STUDIES,
 )
 
 # All sections, in the order of the report.

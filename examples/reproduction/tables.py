@@ -13,6 +13,7 @@ SHOWN = {"accuracy": (100, 2), "perplexity": (1, 2), "perplexity_reduction": (1,
 UNIT = {
     "accuracy": "test accuracy (%)",
     "loss": "test loss (nats per byte)",
+    "specialization": "specialization",
     "entropy": "routing entropy (nats)",
     "perplexity_reduction": "perplexity saved",
 }
@@ -144,6 +145,6 @@ def with_rates(results: store.Results, section: Section, claim: Row) -> str:
     wheres = [where for _, where in claim["contrast"]]
     if not any(isinstance(where.get("learning_rate"), str) for where in wheres):
         return claim["text"]
-    chosen = [evidence.resolve(results, section, where, claim["measure"]) for where in wheres]
+    chosen = [evidence.resolve(results, section, where) for where in wheres]
     rates = [f"{row['learning_rate']:g}" if row else "?" for row in chosen]
     return f"{claim['text']} ({' and '.join(rates)})"

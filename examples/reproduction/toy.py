@@ -8,7 +8,6 @@ each has the best of a sweep.
 """
 
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -21,6 +20,8 @@ import excitation_optax
 from examples import training
 from examples.reproduction import store
 
+TEXT = pathlib.Path(__file__).with_name("toy.md")
+FILE = pathlib.Path("fig1/toy.json")  # in the folder of results
 BOWLS = {  # h0, of the busy expert, and h1
     "busy expert along the long axis": (0.1, 1.0),
     "the same, a longer bowl": (0.01, 1.0),
@@ -86,25 +87,12 @@ def run() -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "most_steps": STEPS,
         "bowls": bowls,
-        "about": store.environment() | {"date": store.now()},
     }
 
 
-def save(outcome: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
-    """Writes toy.json in the folder, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "toy.json"
-    path.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-    return path
-
-
 def load(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The outcome that was saved there, if any. Raises ValueError if the file is damaged."""
-    path = folder / "toy.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and run fig1 again.") from error
+    """What is on file in the folder of results, if anything. Raises ValueError if the file is damaged."""
+    return store.load_json(folder / FILE, "fig1")
 
 
 def markdown(outcome: dict[str, Any]) -> str:
@@ -117,22 +105,14 @@ def markdown(outcome: dict[str, Any]) -> str:
             rows.append(
                 f"| {name} | {curvature} | {method} | {steps} | {found['best_steps']} | {found['best_rate']:.3g} |"
             )
-    table = "\n".join(rows)
-    return f"""\
-Two experts, utilization {outcome["utilization"]}: the excitation of zero_sum is {phi}. The paper does not \
-give the loss; ours is (h0 w0² + h1 w1²) / 2, where the busy expert has w0. The learning rate of all methods \
-is 1 / max(h0, h1), chosen before any was run; beside it, the best of each in a sweep. Steps until the loss \
-stays under {outcome["tolerance"]:g} of its start, at most {outcome["most_steps"]}:
-
-| bowl | h0, h1 | method | steps at the same rate | steps at its own best rate | that rate |
-|---|---|---|---|---|---|
-{table}
-
-Here zero_sum is a fixed preconditioner: it multiplies h0 / h1 by {phi[0] / phi[1]:g}, which makes a bowl \
-rounder or longer, whatever the learning rate. With the busy expert along the long axis the bowl gets \
-rounder, and zero_sum is faster than SGD; along the short axis it gets longer, and zero_sum is slower. In a \
-real batch a busy expert sums over more examples, which makes its h the larger one: that is the short axis.
-"""
+    return TEXT.read_text("utf-8").format(
+        utilization=outcome["utilization"],
+        phi=phi,
+        tolerance=outcome["tolerance"],
+        most_steps=outcome["most_steps"],
+        rows="\n".join(rows),
+        ratio=phi[0] / phi[1],
+    )
 
 
 def draw(outcome: dict[str, Any], figure: Any) -> None:

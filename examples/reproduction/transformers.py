@@ -24,7 +24,7 @@ import optax
 from flax import nnx
 
 from examples import datasets, logs, texts, train_gpt_moe, train_moe_vit, training
-from examples.reproduction import configs, store
+from examples.reproduction import configs, stacks, store
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import gpt_moe, moe, moe_vit
@@ -44,28 +44,22 @@ TEXTS = {
 }
 
 
-def train(run: configs.Run, data: Any, progress: Progress | None = None, folder: pathlib.Path | None = None):
-    """Trains a run on its data set. Call `forget` once the result is on file.
+class Task(NamedTuple):
+    """What a run trains, and on what."""
 
-    Args:
-      run: what to train, a `ViTRun` on images or a `GPTRun` on a text.
-      data: the data set `run.dataset`, from `datasets.load_images` or `load_text`.
-      progress: is called after every chunk of steps.
-      folder: for the checkpoint of a long run. None writes none.
-
-    Raises:
-      ValueError: if there is not a single full batch, or a size does not fit.
-    """
-    if isinstance(run, configs.ViTRun):
-        return train_vit(run, data, progress, folder)
-    assert isinstance(run, configs.GPTRun)
-    return train_gpt(run, data, progress, folder)
+    data: Any  # arrays on the device
+    examples: int
+    unit: str  # what the examples are
+    batch: Callable[..., Any]  # (number of the step, data, indices of examples [B]) -> a batch of `loss_fn`
+    graphdef: Any
+    params: Any  # at the start; `train` donates them
+    loss_fn: Callable[..., Any]  # (graphdef, params, batch, weights of the routers' losses)
+    measure: Callable[[Any], dict[str, Any]]  # of params, on held-out data
+    about: dict[str, Any]  # the data
 
 
-def train_vit(
-    run: configs.ViTRun, data: datasets.ImageData, progress: Progress | None = None, folder: pathlib.Path | None = None
-) -> store.Result:
-    """Trains a MoE-ViT and measures it on the test images after every epoch. Gray images are repeated in 3 channels.
+def vit(run: configs.ViTRun, data: datasets.ImageData) -> Task:
+    """A MoE-ViT, measured on the test images. Gray images are repeated in 3 channels.
 
     Measures are the accuracy, and for each layer `entropy` (nats, of the router's probabilities), `max_load` (of the
     busiest expert, over the mean) and `dead` (the fraction of experts that no patch goes to).
@@ -74,12 +68,11 @@ def train_vit(
     config = train_moe_vit.model_config(run, **sizes, patch_size=run.patch_size)
     rgb = lambda images: jnp.broadcast_to(images, (*images.shape[:-1], 3))
     train_images, test_images = rgb(data.train_images[: run.subset]), rgb(data.test_images)
+    graphdef, params = nnx.split(moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)))
 
     def batch(number, train, indices):
         images, labels, augmentation_key = train
         return images[indices], labels[indices], jax.random.fold_in(augmentation_key, number)
-
-    graphdef, params = nnx.split(moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)))
 
     @jax.jit
     def evaluate(params, images, labels):
@@ -112,20 +105,12 @@ def train_vit(
     # The key is data, so that all seeds are the same program. It is apart from the keys of random strategies.
     on_device = train_images, jnp.asarray(data.train_labels), jax.random.fold_in(jax.random.key(run.seed), 1)
     loss_fn = functools.partial(train_moe_vit.loss_fn, flip=bool(run.flip))
-    model = Model(graphdef, params, moe_vit.MoEViT.expert_axis, loss_fn)
-    about = {"data": f"{run.dataset} ({data.state or 'as TensorFlow Datasets has it'})"}
-    about |= {"fingerprint": data.fingerprint}
-    task = Task(run, on_device, len(train_images), "training images", batch, measure, about)
-    return fit(task, model, progress, folder)
+    about = stacks.about_images(data, run.dataset)
+    return Task(on_device, len(train_images), "training images", batch, graphdef, params, loss_fn, measure, about)
 
 
-def train_gpt(
-    run: configs.GPTRun, text: texts.Text, progress: Progress | None = None, folder: pathlib.Path | None = None
-) -> store.Result:
-    """Trains a GPT-MoE and measures it on the held-out text, after every epoch and every thousand steps.
-
-    Measures are the `perplexity` per token and the `bits_per_byte`.
-    """
+def gpt(run: configs.GPTRun, text: texts.Text) -> Task:
+    """A GPT-MoE, measured on the held-out text by the `perplexity` per token and the `bits_per_byte`."""
     examples = (len(text.train) - 1) // run.context
     examples = examples if run.subset is None else min(examples, run.subset)
     config = train_gpt_moe.model_config(run, text.vocab_size, dtype=run.dtype)
@@ -141,10 +126,9 @@ def train_gpt(
         found = train_gpt_moe.evaluation_metrics(loss, text)
         return {name: found[name] for name in ("perplexity", "bits_per_byte")}
 
-    model = Model(graphdef, params, gpt_moe.GPTMoE.expert_axis, train_gpt_moe.loss_fn)
-    about = {"data": run.dataset, "fingerprint": text.fingerprint}
-    unit = f"sequences of {run.context} tokens"
-    return fit(Task(run, jnp.asarray(text.train), examples, unit, batch, measure, about), model, progress, folder)
+    about, unit = {"data": run.dataset, "fingerprint": text.fingerprint}, f"sequences of {run.context} tokens"
+    loss_fn = train_gpt_moe.loss_fn
+    return Task(jnp.asarray(text.train), examples, unit, batch, graphdef, params, loss_fn, measure, about)
 
 
 def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
@@ -163,54 +147,39 @@ def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
     return texts.Text(train_tokens, evaluation_tokens, parts[1], texts.VOCAB_SIZE["gpt2"], dataset)
 
 
-def make_optimizer(
-    run: configs.ViTRun | configs.GPTRun, steps: int, expert_axis: Any
-) -> optax.GradientTransformationExtraArgs:
-    """SGD or Adam with warm-up and cosine decay to zero, and Excitation after it."""
-    assert run.learning_rate is not None  # set when the config is made
+def make_optimizer(run: Any, steps: int) -> optax.GradientTransformationExtraArgs:
+    """SGD or Adam with warm-up and cosine decay to zero, and Excitation after it. Experts are the leading axes."""
     schedule = training.warmup_cosine(run.learning_rate, run.warmup, steps)
-    strategy = training.from_run(run.strategy)
     optimizer = training.OPTIMIZERS[getattr(run, "optimizer", "adam")](schedule)
-    return training.make_optimizer(
-        optimizer, strategy=strategy, gamma=run.gamma, expert_axis=expert_axis, seed=run.seed
-    )
+    strategy = training.from_run(run.strategy)
+    return training.make_optimizer(optimizer, strategy=strategy, gamma=run.gamma, seed=run.seed)
 
 
-class Model(NamedTuple):
-    """A model at the start, and its loss."""
+def train(run: Any, data: Any, progress: Progress | None = None, folder: pathlib.Path | None = None) -> store.Result:
+    """Trains a run in epochs over shuffled examples, measures along the way, and writes checkpoints.
 
-    graphdef: Any
-    params: Any  # `fit` donates them
-    expert_axis: Any
-    loss_fn: Callable[..., Any]
+    The result has the last measures, and curves of the training loss and all measures, means over the layers. Call
+    `forget` once it is on file.
 
+    Args:
+      run: a `ViTRun` or a `GPTRun`.
+      data: the data set `run.dataset`, from `datasets.load_images` or `load_text`.
+      progress: is called after every chunk of steps.
+      folder: for the checkpoint of a long run. None writes none.
 
-class Task(NamedTuple):
-    """A run and its data."""
-
-    run: configs.ViTRun | configs.GPTRun
-    data: Any  # arrays on the device
-    examples: int
-    unit: str  # what the examples are
-    batch: Callable[..., Any]  # (number of the step, data, indices of examples [B]) -> a batch of `loss_fn`
-    measure: Callable[[Any], dict[str, Any]]  # of params, on held-out data
-    about: dict[str, Any]  # the data
-
-
-def fit(task: Task, model: Model, progress: Progress | None, folder: pathlib.Path | None) -> store.Result:
-    """Trains in epochs over shuffled examples, measures along the way, and writes checkpoints.
-
-    The result has the last measures, and curves of the training loss and all measures, means over the layers.
+    Raises:
+      ValueError: if there is not a single full batch, or a size does not fit.
     """
     start = saved = time.monotonic()
-    run, steps_per_epoch = task.run, task.examples // task.run.batch_size
+    task = vit(run, data) if isinstance(run, configs.ViTRun) else gpt(run, data)
+    steps_per_epoch = task.examples // run.batch_size
     if not steps_per_epoch:
         raise ValueError(f"batch_size must be at most the {task.examples} {task.unit}; got {run.batch_size}.")
-    tx = make_optimizer(run, run.epochs * steps_per_epoch, model.expert_axis)
+    tx = make_optimizer(run, run.epochs * steps_per_epoch)
     losses = {"load_balancing": run.load_balancing, "router_z": 0.0}
-    gradient = jax.grad(functools.partial(model.loss_fn, model.graphdef, **losses), has_aux=True)
-    parameters = training.size_of(model.params)
-    state = training.TrainState.create(model.params, tx)
+    gradient = jax.grad(functools.partial(task.loss_fn, task.graphdef, **losses), has_aux=True)
+    parameters = training.size_of(task.params)
+    state = training.TrainState.create(task.params, tx)
     checkpoint = None if folder is None else folder / f"{run.key}.npz"
     reached, curve, seconds = 0, {"epoch": [], "train_loss": []}, 0.0  # what a checkpoint holds, beside the state
     if checkpoint is not None and (restored := _restore(checkpoint, state)):

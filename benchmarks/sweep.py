@@ -239,6 +239,7 @@ def products(config: Config) -> None:
     model = topk_mlp.TopKMLPConfig(data.input_dim, run.width, run.depth, data.num_classes, run.sparsity)
     steps = 3 * (len(data.train_labels) // run.batch_size)
     make = functools.partial(quickstart_epoch.make_products, models=6, steps=steps, config=model, batch=run.batch_size)
+    variants: dict[str, Callable[[], Any]]
     variants = {f"bare products, weights {weights}": make(weights, shared=True) for weights in ("gio", "goi")}
     bare = list(variants)
     variants["engine"] = engines(make_group(run, 3, STRATEGIES, 2), data, engine.put(data, run))

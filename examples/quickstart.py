@@ -244,20 +244,19 @@ def table(config: Config, results: dict[str, Evaluation]) -> str:
     )
 
 
-def picture(config: Config, results: dict[str, Evaluation], path: pathlib.Path) -> None:
+def draw(config: Config, results: dict[str, Evaluation], figure: Any) -> None:
     """Learning curves at every learning rate, with bands from the lowest to the highest seed."""
     settings = config.complete()
-    with comparison.figure(path, 12, 3.4) as figure:
-        panels = figure.subplots(1, len(settings.learning_rate), sharey=True, squeeze=False)[0]
-        for number, (axes, rate) in enumerate(zip(panels, settings.learning_rate, strict=True)):
-            for name, found in results.items():
-                accuracy = 100 * found.accuracy[:, number]
-                comparison.curve(axes, np.arange(1, len(accuracy) + 1), accuracy, name)
-            axes.set(xlabel="epoch", title=f"learning rate {rate:g}", ylim=(0, 100))
-        panels[0].set_ylabel("test accuracy (%)")
-        panels[0].legend()
-        layers = f"{settings.depth} hidden layers of {settings.width} neurons"
-        figure.suptitle(f"Top-K MLP on {config.dataset}, {layers}, {config.optimizer}")
+    panels = figure.subplots(1, len(settings.learning_rate), sharey=True, squeeze=False)[0]
+    for number, (axes, rate) in enumerate(zip(panels, settings.learning_rate, strict=True)):
+        for name, found in results.items():
+            accuracy = 100 * found.accuracy[:, number]
+            comparison.curve(axes, np.arange(1, len(accuracy) + 1), accuracy, name)
+        axes.set(xlabel="epoch", title=f"learning rate {rate:g}", ylim=(0, 100))
+    panels[0].set_ylabel("test accuracy (%)")
+    panels[0].legend(loc="upper left")
+    layers = f"{settings.depth} hidden layers of {settings.width} neurons"
+    figure.suptitle(f"Top-K MLP on {config.dataset}, {layers}, {config.optimizer}")
 
 
 def main(config: Config) -> dict[str, Evaluation]:
@@ -268,8 +267,11 @@ def main(config: Config) -> dict[str, Evaluation]:
     print(f"{data.description}: {len(data.train_labels)} training and {len(data.test_labels)} test images")
     results = train(config, data)
     print(table(config, results))
-    picture(config, results, config.output)
+    with comparison.figure(config.output, 12, 3.4) as figure:
+        draw(config, results, figure)
     print(f"picture: {config.output.resolve()}")
+    if config.complete().initialization == "torch":
+        print("next: --initialization he_normal, with which the baseline trains too")
     return results
 
 

@@ -140,8 +140,12 @@ class Log:
 def _open(path: pathlib.Path, done: int) -> telemetry.JSONLines:
     """Opens the file, and removes lines of later steps. A full disk fails on a copy, before a line is lost."""
     copy = path.with_name(f"{path.name}.copy")
-    if done and path.exists():
-        shutil.copyfile(path, copy)
+    try:
+        if done and path.exists():
+            shutil.copyfile(path, copy)
+    except OSError:
+        copy.unlink(missing_ok=True)
+        raise
     lines = telemetry.JSONLines(path, resume_at=done or None)
     copy.unlink(missing_ok=True)
     return lines

@@ -59,7 +59,7 @@ class Run:
     """Tables and figures, such as table1. They are trained in this order, and share runs."""
     dataset: str | None = None
     """Another data set than the report's: cifar10, cifar100, svhn_cropped; for table2 wikitext-103 or wikitext-valid;
-    for transformers in miniature tinyshakespeare or python-reference."""
+    for GPT-MoEs in miniature tinyshakespeare or python-reference."""
     data_dir: pathlib.Path | None = None
     """The folder of the images (prepared by TensorFlow Datasets, or as their makers publish them) or of the text files;
     by default $TFDS_DATA_DIR, otherwise ~/tensorflow_datasets."""
@@ -80,8 +80,7 @@ class Run:
         if not self.names:
             raise ValueError("Name at least one table or figure; `list` shows them.")
         training.check_positive(self, "seeds")
-        results = store.Results(self.results)
-        tell_damaged(results)
+        results = read(self.results, exists=False)
         results.check_writable()
         runs = list(dict.fromkeys(run for name in self.names for run in self.runs(name)))
         done = sum(run in results for run in runs)
@@ -199,19 +198,14 @@ class Prepare:
             tfds.builder(name, data_dir=self.data_dir, file_format="array_record").download_and_prepare()
 
 
-def read(folder: pathlib.Path) -> store.Results:
-    """The results in an existing folder, with a message for every damaged line."""
-    if not folder.is_dir():
+def read(folder: pathlib.Path, exists: bool = True) -> store.Results:
+    """The results in a folder, with a message for every damaged line."""
+    if exists and not folder.is_dir():
         raise FileNotFoundError(f"There is no folder of results {folder}; `run` makes one.")
     results = store.Results(folder)
-    tell_damaged(results)
-    return results
-
-
-def tell_damaged(results: store.Results) -> None:
-    """Prints a message for every damaged line."""
     for message in results.damaged:
         print(message, file=sys.stderr)
+    return results
 
 
 def describe(run: configs.Run, result: store.Result) -> str:

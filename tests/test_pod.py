@@ -24,7 +24,7 @@ from examples import logs, training
 from examples.pod import checkpoints, data, parallel, train
 
 pytestmark = [
-    pytest.mark.usefixtures("as_users_have_it", "compile_once"),
+    pytest.mark.usefixtures("as_users_have_it"),
     # Orbax leaves coroutines behind when a file cannot be read.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

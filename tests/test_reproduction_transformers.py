@@ -25,9 +25,6 @@ VIT = SIZES | {"dataset": "digits", "batch_size": 16, "epochs": 2, "subset": 60,
 GPT = SIZES | {"dataset": "abc", "batch_size": 4, "epochs": 2, "subset": 14, "learning_rate": 0.03, "context": 8}
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 @pytest.fixture(scope="module")
 def digits():
     """Fewer test images, so that these tests are fast."""

@@ -28,9 +28,6 @@ EXCITED = {"excitation_min", "excitation_max"}
 LOGGED = {"step", "loss", "tokens_per_second"} | ROUTING
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 def train(folder, text="abc" * 300, strategy=("baseline", "positive_sum"), **kwargs):
     """What a run returns, the lines of its logs by strategy and seed, and what it prints."""
     (folder / "text").write_text(text)

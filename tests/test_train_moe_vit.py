@@ -24,9 +24,6 @@ ROUTING |= {"dead_experts_worst_layer"}
 LOGGED = {"step", "loss", "accuracy", "images_per_second"} | ROUTING
 
 
-pytestmark = pytest.mark.usefixtures("compile_once")
-
-
 def train(folder, strategy=("baseline",), **kwargs):
     """The lines of the logs by strategy and seed."""
     config = train_moe_vit.Config(output=folder / "run.png", strategy=strategy, **FLAGS | kwargs)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -58,7 +57,7 @@ class Log:
             return
         flags = dataclasses.asdict(config)
         with naming(path):
-            self._lines = _open(path, done)
+            self._lines = telemetry.JSONLines(path, resume_at=done or None)
         if config.tensorboard:
             import tensorboardX
 
@@ -135,17 +134,3 @@ class Log:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _open(path: pathlib.Path, done: int) -> telemetry.JSONLines:
-    """Opens the file, and removes lines of later steps. A full disk fails on a copy, before a line is lost."""
-    copy = path.with_name(f"{path.name}.copy")
-    try:
-        if done and path.exists():
-            shutil.copyfile(path, copy)
-    except OSError:
-        copy.unlink(missing_ok=True)
-        raise
-    lines = telemetry.JSONLines(path, resume_at=done or None)
-    copy.unlink(missing_ok=True)
-    return lines

@@ -198,9 +198,16 @@ class JSONLines:
     def __init__(self, path: str | pathlib.Path, resume_at: int | None = None):
         self._path = pathlib.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.touch()
-        lines = [] if resume_at is None else self._path.read_bytes().splitlines(keepends=True)
-        self._path.write_bytes(b"".join(line for line in lines if self._is_kept(line, resume_at)))
+        if resume_at is None or not self._path.exists():
+            self._path.write_bytes(b"")
+            return
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        new = self._path.with_name(f"{self._path.name}.new")
+        try:  # a full disk fails here, before a line is lost
+            new.write_bytes(b"".join(line for line in lines if self._is_kept(line, resume_at)))
+            new.replace(self._path)
+        finally:
+            new.unlink(missing_ok=True)
 
     def _is_kept(self, line: bytes, resume_at: Any) -> bool:
         try:

@@ -447,6 +447,23 @@ def alarms(loads, **kwargs):
 THREE = [0.4, 0.4, 0.2, 0.0]
 
 
+def test_a_disk_too_full_to_resume_loses_no_line(tmp_path, monkeypatch):
+    def fail(path, data):
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    path = tmp_path / "log"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_bytes", fail)
+        with pytest.raises(OSError, match="No space left on device"):
+            telemetry.JSONLines(path, resume_at=1)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    telemetry.JSONLines(path, resume_at=1)
+    assert path.read_bytes() == b'{"step": 1}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_expert_is_dead_after_some_calls_and_the_alarm_comes_once():
     assert alarms([THREE] * 2, alarm_after=3) == []
     assert alarms([THREE] * 9, alarm_after=3) == [(30, "moe", "dead experts: 3")]

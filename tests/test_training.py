@@ -341,19 +341,6 @@ def test_a_run_that_resumes_keeps_its_lines(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
-def test_a_disk_too_full_to_resume_loses_no_line(tmp_path, monkeypatch):
-    def fail(_, copy):
-        copy.write_bytes(b'{"st')
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "log").write_bytes(b'{"step": 1}\n')
-    monkeypatch.setattr(logs.shutil, "copyfile", fail)
-    with pytest.raises(OSError, match=r"No space left on device: '.*log'"):
-        open_log(tmp_path / "log", done=1)
-    assert (tmp_path / "log").read_bytes() == b'{"step": 1}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["log"]
-
-
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_named(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):

@@ -74,11 +74,7 @@ def main():
         "epoch, SGD with Excitation": make_epoch(optax.chain(optax.sgd(0.01), excitation)),
     }
     seconds = timing.interleave(variants, ROUNDS)
-    bare = min(list(variants)[:2], key=lambda name: min(seconds[name]))
-    print(f"{'':<36}{'fastest (s)':>12}{'median ratio':>14}{'ratio of fastest':>18}")
-    for name in variants:
-        median, fastest = timing.ratios(seconds, name, to=bare)
-        print(f"{name:<36}{min(seconds[name]):>12.2f}{median:>14.2f}{fastest:>18.2f}")
+    timing.print_ratios(seconds, to=timing.fastest_of(seconds, list(variants)[:2]))
 
 
 if __name__ == "__main__":

@@ -193,10 +193,7 @@ def compare(config: Config) -> float:
     difference = float(np.max(np.abs(second / first - 1)))
     seconds = timing.interleave(variants, config.rounds)
     print(f"\nA  {3 * len(STRATEGIES)} models; the losses of an epoch differ by {difference:.0e} at most")
-    print(f"{'':<12}{'fastest (s)':>12}{'median ratio':>14}{'ratio of fastest':>18}")
-    for name in variants:
-        median, fastest = timing.ratios(seconds, name, to="by hand")
-        print(f"{name:<12}{min(seconds[name]):>12.3f}{median:>14.3f}{fastest:>18.3f}")
+    timing.print_ratios(seconds, to="by hand")
     return difference
 
 
@@ -244,11 +241,8 @@ def products(config: Config) -> None:
     bare = list(variants)
     variants["engine"] = engines(make_group(run, 3, STRATEGIES, 2), data, engine.put(data, run))
     seconds = timing.interleave(variants, config.rounds)
-    fastest = min(bare, key=lambda name: min(seconds[name]))
-    print(f"\nC  18 models\n{'':<28}{'fastest (s)':>12}{'median ratio':>14}{'ratio of fastest':>18}")
-    for name in variants:
-        median, ratio = timing.ratios(seconds, name, to=fastest)
-        print(f"{name:<28}{min(seconds[name]):>12.3f}{median:>14.3f}{ratio:>18.3f}")
+    print("\nC  18 models")
+    timing.print_ratios(seconds, to=timing.fastest_of(seconds, bare))
 
 
 def main(config: Config) -> None:

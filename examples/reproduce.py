@@ -133,8 +133,9 @@ class Run:
                 program.train(runs, self.load, results, bar)
 
     def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
-        """Trains transformers one after the other."""
-        runs, folder, data = [run for run in runs if run not in results], self.results / "checkpoints", {}
+        """Trains transformers one after the other, seed by seed: an interruption leaves what can be compared."""
+        runs = sorted((run for run in runs if run not in results), key=lambda run: run.seed)
+        folder, data = self.results / "checkpoints", {}
         for run in runs:  # all data first: hours later is too late for an error
             if (run.kind, run.dataset) not in data:
                 data[run.kind, run.dataset] = self.load(run)

@@ -10,7 +10,7 @@ B  time against the number of tokens, and against the number of experts
 C  time against the imbalance of the routing
 D  temporary memory, by XLA's own figures, without weights and their gradients
 E  time against the padded buffer's headroom and the loop's block of rows
-F  bfloat16 on an accelerator: tokens per second, and the share of the rate of a plain matrix product
+F  an accelerator, in bfloat16 and float32: tokens per second, and the share of the rate of a plain matrix product
 
 A call gives the gradients of all parameters and of x; the loss is the sum of the output times a fixed array. Experts
 have biases, weights are float32 and cast in the call, and tokens and weights are random, and so is the routing. The
@@ -173,7 +173,7 @@ def table(
     print("".join(f"{header:>20}" for header in columns))
     for name in variants:
         if name not in seconds:
-            print(f"{name:<{width}}{'not installed':>14}")
+            print(f"{name:<{width}}{'-':>14}")
             continue
         median, ratio = timing.ratios(seconds, name, to)
         print(f"{name:<{width}}{1e3 * fastest[name]:>14.1f}{median:>14.2f}{ratio:>12.2f}", end="")
@@ -231,7 +231,7 @@ def imbalance(config: Config) -> None:
     for max_over_mean in (1, 2, 4, 8, sizes.experts / sizes.choices):
         indices = skewed_routing(sizes, max_over_mean)
         load = loads(sizes, indices)
-        in_loop = np.maximum(load - grouped.HEADROOM, 0).mean()
+        in_loop = np.maximum(load - grouped.BUFFER.headroom, 0).mean()
         layer = lambda params, x, indices=indices: grouped.apply_experts(
             mlp.gelu_mlp, params["experts"], x, jnp.asarray(indices), params["gates"], backend="padded"
         )
@@ -255,28 +255,28 @@ def constants(config: Config) -> None:
     for sizes in config.small_and_large():
         variants = {}
         for headroom, block_rows in tried:
-            with mock.patch.multiple(grouped, HEADROOM=headroom, BLOCK_ROWS=block_rows):
+            with mock.patch.object(grouped, "BUFFER", grouped.Buffer(headroom, block_rows)):
                 variants[f"headroom {headroom}, blocks of {block_rows}"] = ours(sizes, backend="padded")
         table(f"E  {sizes}", variants, config.rounds, to="headroom 1.125, blocks of 64")
 
 
 def accelerator(config: Config) -> None:
-    dtype, side = jnp.bfloat16, 512 if config.tiny else 8192
-    product = functools.partial(jax.jit(jnp.matmul), *normal(0, 2, side, side, dtype=dtype))
+    side = 512 if config.tiny else 8192
     peak = f"product of {side} x {side}"
     logging.getLogger("absl").setLevel("ERROR")  # tokamax warns that it was not tuned for these sizes
     has_tokamax = importlib.util.find_spec("tokamax") is not None
-    for experts in (32, 128):
+    for experts, dtype in ((32, jnp.bfloat16), (128, jnp.bfloat16), (32, jnp.float32)):
         sizes = config.sizes(16384, 1024, 2048, experts)
+        product = functools.partial(jax.jit(jnp.matmul), *normal(0, 2, side, side, dtype=dtype))
         variants: dict[str, Any] = {"padded": ours(sizes, dtype, backend="padded")}
-        with mock.patch.multiple(grouped, HEADROOM=1.5, BLOCK_ROWS=256):
-            variants["padded, headroom 1.5, blocks of 256"] = ours(sizes, dtype, backend="padded")
+        with mock.patch.object(grouped, "ACCELERATOR_BUFFER", grouped.BUFFER):
+            variants["padded, buffer of a CPU"] = ours(sizes, dtype, backend="padded")
         variants["capacity 1.25"] = ours(sizes, dtype, capacity_factor=1.25)
         variants["tokamax"] = ours(sizes, dtype, backend="tokamax") if has_tokamax else None
         variants["dense"] = ours(sizes, dtype, backend="dense") if experts <= 32 else None
         variants["bare tokamax"] = bare_products(sizes, dtype, "tokamax") if has_tokamax else None
         variants["bare jax.lax.ragged_dot"] = bare_products(sizes, dtype, "jax.lax") if experts <= 32 else None
-        variants["PyTorch _grouped_mm"] = pytorch(sizes, "bfloat16")
+        variants["PyTorch _grouped_mm"] = pytorch(sizes, "bfloat16") if dtype == jnp.bfloat16 else None
         # Two products per row; a forward and two backward products; two operations for each term.
         operations = 12 * sizes.choices * sizes.tokens * sizes.width * sizes.hidden
         flops = dict.fromkeys(variants, operations) | {peak: 2 * side**3}
@@ -289,7 +289,7 @@ def accelerator(config: Config) -> None:
             "of the product's": lambda name, fastest, rate=rate: f"{rate(name, fastest) / rate(peak, fastest):.0%}",
             "temporary MiB": lambda name, fastest, variants=variants: temporary_mib(variants.get(name)),
         }
-        table(f"F  {sizes}, bfloat16", variants | {peak: product}, config.rounds, "padded", columns)
+        table(f"F  {sizes}, {jnp.dtype(dtype)}", variants | {peak: product}, config.rounds, "padded", columns)
 
 
 def temporary_mib(call: Any) -> str:

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +27,45 @@ Expert = Callable[[Linear, Any, jax.Array], jax.Array]
 Backend = Literal["padded", "tokamax", "dense"]
 BACKENDS = ("padded", "tokamax", "dense")
 
-# Rows of the padded buffer for an expert, over the mean load. More rows waste products on empty rows, fewer rows send
-# more tokens through the loop. From 1 to 1.25 the difference is within the noise (`python -m benchmarks.moe_layer`).
-HEADROOM = 1.125
-# M: smaller blocks waste fewer rows, larger blocks copy each kernel less often.
-BLOCK_ROWS = 64
+
+class Buffer(NamedTuple):
+    """Sizes of "padded"; they change no result. Figures: `python -m benchmarks.moe_layer`, results/gpu/layer.txt."""
+
+    headroom: float  # rows for an expert over the mean load: more waste products, fewer send more rows through the loop
+    block_rows: int  # M: smaller blocks waste fewer rows, larger blocks copy each kernel less often
 
 
-def default_backend() -> Backend:
-    """Chooses the backend for JAX's platform: "tokamax" on GPU and TPU where it is installed, otherwise "padded".
+BUFFER = Buffer(1.125, 64)  # on a CPU, from 1 to 1.25 the difference is within the noise
+ACCELERATOR_BUFFER = Buffer(1.5, 256)  # on an H200, 0.61 times as long with 128 experts and as long with 32
+
+
+def default_backend(params: Any, x: jax.Array, assignments: int) -> Backend:
+    """Chooses the backend: "tokamax" on an accelerator where it is installed and has a kernel, otherwise "padded".
+
+    On a GPU it has kernels for 16-bit floats whose rows, also of the transposed arrays, are multiples of 16 bytes. For
+    other dtypes, such as float32, it falls back to `jax.lax.ragged_dot`, which computes every expert on every row.
+
+    Args:
+      params: the experts' parameters, every leaf `[E, ...]`.
+      x: the tokens, `[T, D]`.
+      assignments: N = K T.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from models import grouped
-      >>> grouped.default_backend() in grouped.BACKENDS
+      >>> params = {"kernel": jnp.ones((4, 8, 8), jnp.bfloat16)}
+      >>> grouped.default_backend(params, jnp.ones((16, 8), jnp.bfloat16), assignments=32) in grouped.BACKENDS
       True
     """
-    installed = importlib.util.find_spec("tokamax") is not None
-    return "tokamax" if jax.default_backend() != "cpu" and installed else "padded"
+    if jax.default_backend() == "cpu" or not importlib.util.find_spec("tokamax"):
+        return "padded"
+    return "tokamax" if jax.default_backend() != "gpu" or _has_gpu_kernel(params, x, assignments) else "padded"
+
+
+def _has_gpu_kernel(params, x, assignments):
+    """Whether tokamax has a kernel for these arrays. N is the row of the transposed tokens in the kernels' gradient."""
+    widths = [assignments, *(leaf.shape[-1] for leaf in (x, *jax.tree.leaves(params)))]
+    return x.dtype.itemsize == 2 and all(width % 8 == 0 for width in widths)
 
 
 def check_backend(backend: str | None, has_capacity: bool) -> None:
@@ -83,8 +105,9 @@ def apply_experts(
       indices: e, `[T, K]` integers. An index out of range sends the token to no expert and adds nothing.
       gates: g, `[T, K]` floats.
       backend: "padded" (a padded buffer and a batched product, then a loop over blocks of the rows that did not fit),
-        "tokamax" (`tokamax.ragged_dot`), or "dense" (every expert on every token, for tiny models and for derivatives
-        that "padded" does not support). By default `default_backend()`. All give the same numbers up to rounding.
+        "tokamax" (`tokamax.ragged_dot`; on a GPU its 16-bit kernels require D, F and K T to be multiples of 8), or
+        "dense" (every expert on every token, for tiny models and for derivatives that "padded" does not support). By
+        default the choice of `default_backend`. All give the same numbers up to rounding.
       capacity: the most rows that an expert takes. Assignments beyond it are dropped: last choices first, of these the
         last tokens first. Only "padded" supports it. None, the default, drops nothing.
       mean_load: how many assignments an expert should expect, by default `K T / E`. It sets the size of the padded
@@ -119,12 +142,13 @@ def apply_experts(
     plan = dispatch.sort_assignments(indices.reshape(-1), num_experts)
     if capacity is not None:
         return _padded(expert, capacity, params, x, gates, plan)
-    if (backend or default_backend()) == "tokamax":
+    if (backend or default_backend(params, x, tokens * choices)) == "tokamax":
         return _sorted(expert, params, x, gates, plan)
     mean_load = tokens * choices / num_experts if mean_load is None else mean_load
+    headroom, block_rows = BUFFER if jax.default_backend() == "cpu" else ACCELERATOR_BUFFER
     # With fewer rows than experts, as in text generation, the loop alone reads only the kernels that are needed.
-    buffer_rows = math.ceil(HEADROOM * mean_load) if mean_load >= 1 else 0
-    return _padded_dropless(expert, buffer_rows, BLOCK_ROWS, params, x, gates, plan)
+    buffer_rows = math.ceil(headroom * mean_load) if mean_load >= 1 else 0
+    return _padded_dropless(expert, buffer_rows, block_rows, params, x, gates, plan)
 
 
 def linear(rows: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -57,7 +57,7 @@ format: $(UV)  ## let ruff fix what it can
 types: $(UV)  ## pyrefly
 	$(RUN) pyrefly check
 
-docs: $(UV)  ## write docs/compatibility.md, docs/reproduction.md, the table of docs/results.md, and pictures
+docs: $(UV)  ## write docs/compatibility.md, docs/reproduction.md, docs/studies.md, the table of docs/results.md, and pictures
 	$(RUN) python -m tools.optimizer_table > docs/compatibility.md
 	$(RUN) python -m examples.reproduce report
 

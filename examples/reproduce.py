@@ -2,7 +2,7 @@
 
 python -m examples.reproduce list                        # all tables and figures, and how many runs are done
 python -m examples.reproduce run table1 --data-dir DIR   # train the missing runs; finished ones are not repeated
-python -m examples.reproduce report                      # write docs/reproduction.md from results/
+python -m examples.reproduce report                      # write docs/reproduction.md and docs/studies.md
 python -m examples.reproduce prepare cifar100            # download a data set; requires TensorFlow
 """
 
@@ -154,7 +154,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write docs/reproduction.md with its pictures, and the table of docs/results.md, from the results."""
+    """Write docs/reproduction.md and docs/studies.md, pictures, and the table of docs/results.md, from the results."""
 
     results: Folder = store.FOLDER
     docs: pathlib.Path | None = None

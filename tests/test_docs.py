@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
-GENERATED = [DOCS / "compatibility.md", DOCS / "reproduction.md", *DOCS.glob("notebooks/*.md")]
+GENERATED = [DOCS / "compatibility.md", DOCS / "reproduction.md", DOCS / "studies.md", *DOCS.glob("notebooks/*.md")]
 
 
 @functools.cache

@@ -303,7 +303,7 @@ def test_the_same_results_give_the_same_bytes(tmp_path, use):
     second = report.write(store.Results(tmp_path / "results"), tmp_path / "two")
     names = [str(path.relative_to(tmp_path / "one")) for path in first]
     images = [f"images/reproduction/{name}.svg" for name in ("summary", "fig3", "table4")]
-    assert names[0] == "reproduction.md"
+    assert names[:2] == ["reproduction.md", "studies.md"]
     assert set(images) < set(names)  # others share runs
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
@@ -322,9 +322,9 @@ def test_every_picture_is_drawn_and_shown(tmp_path, use):
     store.save_json(results.folder / toy.FILE, toy.run())
     written = report.write(results, tmp_path / "docs")
     shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", written[0].read_text())
-    assert sorted(shown) == sorted(str(path.relative_to(tmp_path / "docs")) for path in written[1:])
+    assert sorted(shown) == sorted(str(path.relative_to(tmp_path / "docs")) for path in written[2:])
     assert len(shown) == sum(bool(section.draw) for section in PAPER.values()) + 1  # and the toy problem's
-    for path in written[1:]:
+    for path in written[2:]:
         assert path.read_text().startswith("<?xml")
         assert path.stat().st_size < 120_000, path  # to be reviewed
     assert "SGD (momentum 0.9): zero_sum" in (tmp_path / "docs" / "images" / "reproduction" / "summary.svg").read_text()
@@ -454,6 +454,7 @@ def test_the_page_is_that_of_the_results_on_file():
     assert not results.damaged
     assert len(results) > 0
     assert (root / "docs" / "reproduction.md").read_text(encoding="utf-8") == report.markdown(results)
+    assert (root / "docs" / "studies.md").read_text(encoding="utf-8") == report.studies_markdown(results)
     assert f"{report.MARKERS[0]}\n{report.summary_markdown(results)}\n{report.MARKERS[1]}" in (
         root / "docs" / "results.md"
     ).read_text(encoding="utf-8")

@@ -156,7 +156,9 @@ def test_the_report_of_other_results_stays_beside_them(tmp_path, capsys):
     before = [path.read_bytes() for path in own]
     (tmp_path / "results").mkdir()
     reproduce.Report(results=tmp_path / "results").main()
-    assert capsys.readouterr().out == f"{tmp_path / 'results' / 'reproduction.md'}\n"
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "results" / page) for page in ("reproduction.md", "studies.md")
+    ]
     reproduce.Report(results=tmp_path / "results", docs=tmp_path / "docs").main()
     assert (tmp_path / "docs" / "reproduction.md").is_file()
     assert [path.read_bytes() for path in own] == before

@@ -120,7 +120,7 @@ def test_the_section_of_a_study(tmp_path, monkeypatch):
         "Of 1 claim, 1 were tested: 1 confirmed and 0 contradicted; after the correction for 1 claims, 1 and 0." in page
     )
     assert report.summary_line(results, STUDY)[2:] == ("24 of 24", 1, 0, 0, 0)
-    assert [path.name for path in report.write(results, tmp_path)] == ["reproduction.md", "look.svg"]
+    assert [path.name for path in report.write(results, tmp_path)] == ["reproduction.md", "studies.md", "look.svg"]
 
 
 def test_a_picture_without_data_is_an_error(tmp_path):
@@ -170,7 +170,7 @@ def test_the_table_of_the_answer(tmp_path, monkeypatch):
     (docs / "does-it-help.md").write_text("Before.\n<!-- answer -->\nold\n<!-- /answer -->\nAfter.\n")
     results = fill(tmp_path, gain)
     written = report.write(results, docs)
-    assert [path.name for path in written] == ["reproduction.md", "answer.svg"]
+    assert [path.name for path in written] == ["reproduction.md", "studies.md", "answer.svg"]
     text = (docs / "does-it-help.md").read_text()
     assert "| Looks | `zero_sum` | **+11.50 [+9.45, +13.55]** | not tested | not tested |" in text
     assert "| Looks | `positive_sum` | not tested | not tested | not tested |" in text

@@ -1,4 +1,4 @@
-"""The report: the paper's numbers and ours side by side, as a page, pictures and a table for the README.
+"""The report: the paper's numbers and ours side by side, our own studies, pictures, and the tables of other pages.
 
 It depends only on the results on file and on the sections: the same results give the same bytes.
 """
@@ -28,13 +28,20 @@ ANSWER = "<!-- answer -->", "<!-- /answer -->"
 BLANK = [""] * len(evidence.VERDICTS)
 
 INTRODUCTION = pathlib.Path(__file__).with_name("introduction.md").read_text(encoding="utf-8").strip()
+STUDIES = """\
+# Our own studies
+
+They ask whether Excitation helps, and why. Claims and rules were written down before the runs (`results/PLAN.md`), and
+numbers mean what they mean beside [the paper's](reproduction.md). The corrected p is of a paired t-test, after Holm's
+correction for all claims of a study. This page is written by `python -m examples.reproduce report`: edits are lost."""
 
 
 def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes `reproduction.md`, its pictures and the table of `does-it-help.md`; returns what was written."""
+    """Writes the two pages, their pictures and the table of `does-it-help.md`; returns the pages and pictures."""
     (docs_folder / IMAGES).mkdir(parents=True, exist_ok=True)
-    page = docs_folder / "reproduction.md"
-    page.write_text(markdown(results), encoding="utf-8")
+    pages = {"reproduction.md": markdown(results), "studies.md": studies_markdown(results)}
+    for name, text in pages.items():
+        (docs_folder / name).write_text(text, encoding="utf-8")
     if (docs_folder / "does-it-help.md").is_file():
         update(docs_folder / "does-it-help.md", ANSWER, answer.markdown(results))
     drawn = [s for s in studies.SECTIONS.values() if s.is_drawn and evidence.found(results, s)]
@@ -46,24 +53,33 @@ def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Pat
     )
     tasks += [("inside", inside.draw, outcome)] if (outcome := inside.load(results.folder)) else []
     tasks += [("fig1", toy.draw, outcome)] if (outcome := toy.load(results.folder)) else []
-    return [page, *(pictures.save(docs_folder / _image(name), *task) for name, *task in tasks)]
+    drawings = [pictures.save(docs_folder / _image(name), *task) for name, *task in tasks]
+    return [*(docs_folder / name for name in pages), *drawings]
 
 
 def markdown(results: store.Results) -> str:
-    """The page."""
-    everything = studies.SECTIONS.values()
-    papers = [s for s in everything if s.where_in_paper]
+    """The page of the paper's tables and figures."""
+    papers = [s for s in studies.SECTIONS.values() if s.where_in_paper]
     found = list(dict.fromkeys(run for s in papers for run in evidence.found(results, s)))
-    lines = [summary_line(results, s) for s in papers]
-    lines.append(("all of the paper's", "", "", *totals(results)))
-    lines += [summary_line(results, s) for s in everything if s.in_study]
-    summary = ["## Summary", tables.table(("", "", "runs", *evidence.VERDICTS), lines, numbers=5)]
+    total = ("all", "", "", *totals(results))
+    parts = [_summary([*(summary_line(results, s) for s in papers), total])]
     if found:
         states = {_describe(results[run].about.get("data", "not recorded")) for run in found}
         data = "\n".join(f"* {state}" for state in sorted(states))
-        summary = ["## The data", "What the results say of the data that they come from:", data, *summary]
-        summary.append(f"The paper's runs: {len(found)}, {_total_time(found, results)}.")
-    return "\n\n".join([INTRODUCTION, *summary, *(section(results, s) for s in everything)]) + "\n"
+        parts = ["## The data", "What the results say of the data that they come from:", data, *parts]
+        parts.append(f"The paper's runs: {len(found)}, {_total_time(found, results)}.")
+    return "\n\n".join([INTRODUCTION, *parts, *(section(results, s) for s in papers)]) + "\n"
+
+
+def studies_markdown(results: store.Results) -> str:
+    """The page of our own studies; looks that chose settings come last."""
+    ours = sorted((s for s in studies.SECTIONS.values() if not s.where_in_paper), key=lambda s: not s.in_study)
+    summary = _summary(summary_line(results, s) for s in ours if s.in_study)
+    return "\n\n".join([STUDIES, summary, *(section(results, s) for s in ours)]) + "\n"
+
+
+def _summary(lines: Iterable[tuple]) -> str:
+    return "## Summary\n\n" + tables.table(("", "", "runs", *evidence.VERDICTS), lines, numbers=5)
 
 
 def totals(results: store.Results) -> list[int]:

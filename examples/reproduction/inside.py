@@ -20,7 +20,7 @@ from examples import datasets
 from examples.reproduction import claims, configs, engine, store, studies
 from examples.reproduction.sections import Row, words
 from excitation_optax import flax as excitation_flax
-from excitation_optax import metrics
+from excitation_optax import metrics, plotting
 
 FILE = pathlib.Path("inside/deep_digits.json")  # in the folder of results
 SEEDS = 3
@@ -101,23 +101,29 @@ def load(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def draw(outcome: dict[str, Any], figure: Any) -> None:
     """Accuracy along training; by layer, the signal after ten epochs, and shared and dead neurons at the end."""
-    figure.set_size_inches(12, 3.4)
-    panels = figure.subplots(1, 4)
-    for (label, row), color in zip(outcome["rows"].items(), ("0.4", "0.7", "C0", "C1", "C3", "C2"), strict=True):
-        style = {"label": label, "color": color, "marker": ".", "linewidth": 1.2}
-        panels[0].plot(outcome["epoch"], 100 * np.mean(row["accuracy"], axis=-1), **style)
-        for axes, name, at in zip(panels[1:], ("signal", "shared", "dead"), (1, -1, -1), strict=True):
-            values = np.mean(row[name][at], axis=0)
+    figure.set_size_inches(7.5, 6)
+    first, signal, shared, dead = figure.subplots(2, 2).ravel()
+    for row, (label, found) in zip(ROWS, outcome["rows"].items(), strict=True):
+        color = plotting.COLORS[row.get("component", "baseline")]
+        style = {
+            "label": label,
+            "color": color,
+            "marker": ".",
+            "linestyle": "-" if row["learning_rate"] == 1e-3 else ":",
+        }
+        first.plot(outcome["epoch"], 100 * np.mean(found["accuracy"], axis=-1), **style)
+        for axes, name, at in ((signal, "signal", 1), (shared, "shared", -1), (dead, "dead", -1)):
+            values = np.mean(found[name][at], axis=0)
             axes.plot(np.arange(1, len(values) + 1), values, **style)
-    panels[0].set(xlabel="epoch", ylabel="test accuracy (%)")
-    panels[1].set(xlabel="hidden layer", title="share of the signal that\ndiffers by image, epoch 10", yscale="log")
-    panels[2].set(
-        xlabel="hidden layer", title="share of an image's active neurons\nthat another image activates too, at the end"
+    first.set(xlabel="epoch", title="test accuracy (%)")
+    signal.set(xlabel="hidden layer", title="share of the signal that differs\nby image, epoch 10", yscale="log")
+    shared.set(
+        xlabel="hidden layer", title="share of an image's active neurons that\nanother image activates too, at the end"
     )
-    panels[3].set(xlabel="hidden layer", title="share of dead neurons,\nat the end")
-    for axes in panels:
+    dead.set(xlabel="hidden layer", title="share of dead neurons,\nat the end")
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize="x-small")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 
 def main() -> None:

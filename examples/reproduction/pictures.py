@@ -136,7 +136,7 @@ def summary(results: store.Results, section: Section, figure: Any) -> None:
     axes.set_yticks(range(len(claims)), [claim["text"].replace(" beats the baseline", "") for claim in claims])
     axes.invert_yaxis()
     epochs = section.settings["epochs"]
-    axes.set(xlabel=f"Δ test accuracy over the baseline after {epochs} epochs (points), with 95 % intervals")
+    axes.set(xlabel=f"Δ test accuracy over the baseline after {epochs} epochs\n(points, with 95 % intervals)")
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.grid(alpha=0.3, axis="x")
 

@@ -117,7 +117,7 @@ INSIDE = [
     Row(
         "optax.inject_hyperparams",
         lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(1.0),
-        'for `scale_by_excitation` itself: `static_args=("strategy", "expert_axis")`',
+        'for `scale_by_excitation` itself: `static_args=("strategy", "expert_axis", "component", "axis_name")`',
     ),
     Row(
         "optax.apply_every",

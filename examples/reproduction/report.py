@@ -62,7 +62,7 @@ def markdown(results: store.Results) -> str:
     papers = [s for s in studies.SECTIONS.values() if s.where_in_paper]
     found = list(dict.fromkeys(run for s in papers for run in evidence.found(results, s)))
     total = ("all", "", "", *totals(results))
-    parts = [_summary([*(summary_line(results, s) for s in papers), total])]
+    parts = [_summary([*(summary_line(results, s) for s in papers), total]), "[Our own studies](studies.md) follow."]
     if found:
         states = {_describe(results[run].about.get("data", "not recorded")) for run in found}
         data = "\n".join(f"* {state}" for state in sorted(states))

@@ -71,7 +71,9 @@ ROWS = {
     "Nones only": Row({"moe": None, "stack": {"kernel": None}}, [*NO_UTILIZATION, "'moe': None"]),
     # Paths of utilization.
     "typo": Row({"meo": U}, ["utilization path meo matches no parameter", "Nearest: moe", "router", "describe()"]),
-    "typo deep down": Row({"moe": {"kernl": U}}, ["path moe/kernl matches", "Nearest: moe/kernel, moe/bias", "root of the tree"]),
+    "typo deep down": Row(
+        {"moe": {"kernl": U}}, ["path moe/kernl matches", "Nearest: moe/kernel, moe/bias", "root of the tree"]
+    ),
     "wrong case": Row({"MoE": U}, ["path MoE matches no parameter", "At the top level are: blocks, moe, router"]),
     "nothing alike": Row({"##": U}, ["path ## matches no parameter", "blocks, moe, router, separate"]),
     "path with a root of its own": Row({"params": {"moe": U}}, ["params/moe", " moe,", "root of the tree"]),

@@ -5,8 +5,6 @@ Axis letters: E experts, L layers, T points in time.
 
 import io
 import math
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import matplotlib
@@ -309,14 +307,3 @@ def test_its_text_stays_text_and_nothing_is_cut_off_at_the_width_of_a_column(nam
         assert content.count(b"<image") <= 2  # the cells and the color bar
     else:
         assert b"/FontType 3" not in content
-
-
-def test_matplotlib_is_imported_late_and_pyplot_never():
-    code = """if True:
-        import sys
-        from excitation_optax import plotting
-        print("matplotlib" in sys.modules)
-        plotting.load_over_time([1, 2], [[0.5, 0.5], [1.0, 0.0]])
-        print("matplotlib.pyplot" in sys.modules)
-    """
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]

@@ -126,7 +126,8 @@ def _torch_baseline() -> Section:
     section = study("torch_long", "PyTorch's initialization at full length", wheres, claims, **fields)
     remark = """
 With three layers and 100 epochs, baselines with PyTorch's initialization are further from the paper's than those with
-LeCun-normal: 6.4 points below with SGD and 2.1 with Adam, against 2.9 and 0.2. So the other tables keep LeCun-normal."""
+LeCun-normal: 6.4 points below with SGD and 2.1 with Adam, against 2.9 and 0.2. So the other tables keep
+LeCun-normal."""
     key = lambda where: (where["optimizer"], where["strategy"])
     paper = {key(row["where"]): row["value"] for row in sections.paper()["table1"].rows}
     rows = (_in_picture(row, value=paper[key(row["where"])]) for row in section.rows)

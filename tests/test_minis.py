@@ -1,6 +1,8 @@
 """Transformers in miniature against a loop that is written for one run."""
 
 import dataclasses
+import gc
+import weakref
 
 import jax
 import numpy as np
@@ -184,3 +186,18 @@ def test_a_text_that_is_missing(tmp_path):
         FileNotFoundError, match=r"tinyshakespeare is read from .*tinyshakespeare.txt, which is missing"
     ):
         minis.load_text("tinyshakespeare", tmp_path)
+
+
+def test_few_programs_are_kept():
+    """Sixty sizes of a model, as in Table 2, would fill a process's memory maps."""
+
+    class Kind:
+        def __init__(self, number):
+            self.number = number
+
+    made = [weakref.ref(stacks.program_of(Kind, number)) for number in range(20)]
+    gc.collect()
+    kept = [program().number for program in made if program() is not None]
+    assert kept == list(range(20 - len(kept), 20))
+    assert 1 < len(kept) <= 8
+    stacks.program_of.cache_clear()

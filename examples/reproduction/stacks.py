@@ -215,7 +215,9 @@ class Program:
             task.result()
 
 
-@functools.cache  # groups that differ in members and seeds alone share one
+# Groups that differ in members and seeds alone share one. A compiled program takes thousands of the 65,530 memory maps
+# that Linux allows a process, so only the latest are kept.
+@functools.lru_cache(maxsize=8)
 def program_of(kind: Callable[..., Program], *arguments: Any, **options: Any) -> Program:
     """The program of a group."""
     return kind(*arguments, **options)

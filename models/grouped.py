@@ -64,8 +64,8 @@ def default_backend(params: Any, x: jax.Array, assignments: int) -> Backend:
 
 def _has_gpu_kernel(params, x, assignments):
     """Whether tokamax has a kernel for these arrays. N is the row of the transposed tokens in the kernels' gradient."""
-    widths = [assignments, *(leaf.shape[-1] for leaf in (x, *jax.tree.leaves(params)))]
-    return x.dtype.itemsize == 2 and all(width % 8 == 0 for width in widths)
+    arrays = (x, *jax.tree.leaves(params))
+    return assignments % 8 == 0 and all(array.dtype.itemsize == 2 and array.shape[-1] % 8 == 0 for array in arrays)
 
 
 def check_backend(backend: str | None, has_capacity: bool) -> None:

@@ -138,12 +138,13 @@ class Tree:
             node = node.children[names[len(node.path)]]
         here = [node.children[name] for name in _similar(names[min(len(node.path), len(names) - 1)], node.children)]
         if node.path:
-            here = [*here, *node.children.values()][:3] or [node]
+            here = list(dict.fromkeys([*here, *node.children.values()]))[:3] or [node]
         elsewhere = [other for name in _similar(names[-1], self._named) for other in self._named[name][:1]]
         nearest = map(str, [*here, *self._named.get(names[-1], [])[:3], *elsewhere])
         top = sorted(name for name, child in self.root.children.items() if not child.is_end)
         shown = ", ".join(list(dict.fromkeys(nearest))[:4])
-        return f"{f'Nearest: {shown}. ' * bool(shown)}At the top level are: {', '.join(top) or 'no names'}."
+        hint = f"Nearest: {shown}. " if shown else ""
+        return f"{hint}At the top level are: {', '.join(top) or 'no names'}."
 
 
 class _Name(NamedTuple):

@@ -258,6 +258,14 @@ def test_the_default_backend(monkeypatch, platform, installed, dtype, width, tok
     assert grouped.default_backend(params, jnp.ones((tokens, 8), dtype), tokens * 2) == expected
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the default of a CPU")
+def test_the_default_on_cpu_is_padded():
+    x, gates, dy = make_inputs(13, 2)
+    arguments = (mlp.gelu_mlp, make_params(5), x, moe_oracle.ROUTINGS["random"], gates, dy)
+    for default, padded in zip(run(*arguments), run(*arguments, backend="padded"), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, default, padded)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

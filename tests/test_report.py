@@ -298,11 +298,11 @@ def test_table_8_is_measured_elsewhere(tmp_path, use, monkeypatch):
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path, use):
-    results = fill(tmp_path / "results", use("table4", "fig3"))
+    results = fill(tmp_path / "results", use("table1", "table4", "fig3"))
     first = report.write(results, tmp_path / "one")
     second = report.write(store.Results(tmp_path / "results"), tmp_path / "two")
     names = [str(path.relative_to(tmp_path / "one")) for path in first]
-    images = [f"images/reproduction/{name}.svg" for name in ("fig3", "table4")]
+    images = [f"images/reproduction/{name}.svg" for name in ("summary", "fig3", "table4")]
     assert names[:2] == ["reproduction.md", "studies.md"]
     assert set(images) < set(names)  # others share runs
     for a, b in zip(first, second, strict=True):

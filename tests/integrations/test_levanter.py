@@ -85,12 +85,9 @@ def make_example(i, padded):
     return eqx.tree_at(lambda e: (e.tokens.array, e.loss_mask.array), example, masked), mask
 
 
-def test_describe_prints_what_the_page_says():
+def test_the_page_scales_the_experts_and_no_other_parameter():
     model = eqx.filter_eval_shape(page()["make_model"])
     description = excitation_optax.describe(model, page()["at_experts"](jnp.ones((3, 8))))
-    printed = str(description).splitlines()
-    for line in re.search(r"^```text\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)[1].splitlines():
-        assert line in printed
     assert {p.path for p in description.parameters if p.scaled_by} == set(factors(np.ones((3, 8)), 1))
 
 

@@ -9,6 +9,7 @@ import tomllib
 
 from docutils import nodes
 from docutils.utils.math import latex2mathml
+from sphinx.util.inspect import stringify_signature
 
 import excitation_optax
 
@@ -33,7 +34,21 @@ extensions += ["sphinx_copybutton", "sphinx_design", "sphinxext.opengraph"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # Names of other projects and private names have no page here.
-nitpick_ignore_regex = [("py:.*", r"(jax|optax|flax)\..*"), ("py:.*", r"excitation_optax\._.*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(jax|optax|flax|numpy|collections|pathlib)\..*"),
+    ("py:.*", r".*(DescribedParameter|ArrayTree)"),
+]
+
+# Links to other projects' pages need their inventories, so only a build with a network has them: ONLINE=1 make site.
+extensions += ["sphinx.ext.intersphinx"]
+if os.environ.get("ONLINE"):
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "jax": ("https://docs.jax.dev/en/latest", None),
+        "optax": ("https://optax.readthedocs.io/en/latest", None),
+        "flax": ("https://flax.readthedocs.io/en/stable", None),
+    }
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
@@ -50,7 +65,14 @@ nb_merge_streams = True
 # In the docstrings, single backticks are code.
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # Args has the shapes, which annotations lack
+# Where a project defines a class, and the name by which its pages document it.
+DOCUMENTED_AS = {
+    r"jax\.jaxlib\._jax\.Array \| ~numpy\.ndarray .*?complex": "jax.typing.ArrayLike",
+    r"jax\.jaxlib\._jax\.": "jax.",
+    r"optax\.(_src|transforms)\.\w+\.": "optax.",
+    r"~flax\.(nnx|linen)\.\w+\.": r"flax.\1.",
+    r"excitation_optax\._\w+\.": "excitation_optax.",
+}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
@@ -96,12 +118,16 @@ def on_include_read(app, path, parent, content):
 
 
 def on_signature(app, what, name, obj, options, signature, annotation):
-    """Shows functions in defaults by name, and the arguments of NNX modules, which their metaclass hides."""
-    if signature == "(*args, **kwargs)" and what == "class":
+    """Shows functions in defaults by name, types by public names, and the arguments that NNX's metaclass hides."""
+    if what == "class" and (signature or "").startswith("(*args"):
         _, *parameters = inspect.signature(obj.__init__).parameters.values()
-        signature = str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
+        parameters = [p.replace(annotation=p.empty) if isinstance(p.annotation, str) else p for p in parameters]
+        signature = stringify_signature(inspect.Signature(parameters), unqualified_typehints=True)
     signature = re.sub(r"<(?:function|class) '?(?:\w+\.)*(\w+)[^>]*>", r"\1", signature or "")
-    return re.sub(r"<[^<>]* object[^<>]*>", "...", signature), annotation
+    signature = re.sub(r"<[^<>]* object[^<>]*>", "...", signature)
+    for defined, documented in DOCUMENTED_AS.items():
+        signature, annotation = (text and re.sub(defined, documented, text) for text in (signature, annotation))
+    return signature, annotation
 
 
 def on_skip_member(app, what, name, obj, skip, options):

@@ -114,7 +114,7 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
         shape = np.shape(value) if _experts.is_parameter(value) else None
         if value is not None:
             parameters.append(DescribedParameter(str(node), shape, *scaled.get(leaf, ())))
-        if leaf in scaled and leaf not in specified and _fits_another_way(parameters[-1]):
+        if leaf in scaled and specified.get(leaf) is None and _fits_another_way(parameters[-1]):
             doubtful.append(f"{node} {list(np.shape(value))}")
     return Description(tuple(parameters), {name: layer.nodes for name, layer in layers.items()}, tuple(doubtful))
 

@@ -51,11 +51,6 @@ def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[st
     return entries
 
 
-def utilization_shape(leaf: Any) -> Shape:
-    """`[..., E]` of an entry."""
-    return np.shape(leaf.counts if isinstance(leaf, _routing.RoutingCounts) else leaf)
-
-
 def is_parameter(x: Any) -> bool:
     """Whether it can be scaled: floating-point arrays, their shapes, and floats; not integers, keys or functions."""
     return isinstance(x, float | complex) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
@@ -63,29 +58,29 @@ def is_parameter(x: Any) -> bool:
 
 def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, Layer]:
     """The layer of each entry: its arrays in the tree, and where the axes of its utilization lie in them."""
+    covered = _cover(tree, entries, "utilization")
     spec_of = specs_by_leaf(tree, expert_axis)
     layers = {}
-    for pattern, covered in _cover(tree, entries, "utilization").items():
-        shape = utilization_shape(entries[pattern])
-        position = _number_experts(pattern, [match.digits for match, _ in covered], shape)
-        covered = [(match, leaves) for match, leaves in covered if match.is_whole]
-        _check_one_layer(pattern, [match for match, _ in covered])
+    for pattern, entry in entries.items():
+        shape = np.shape(entry.counts if _routing.is_counts(entry) else entry)
+        position = _number_experts(pattern, [match.digits for match, _ in covered[pattern]], shape)
+        whole = [(match, leaves) for match, leaves in covered[pattern] if match.is_whole]
+        _check_one_layer(pattern, [match for match, _ in whole])
         placements = {
             leaf: _place(tree, leaf, pattern, shape, spec_of.get(leaf), position.get(match.digits))
-            for match, leaves in covered
+            for match, leaves in whole
             for leaf in leaves
         }
-        nodes = tuple(str(match.node) for match, _ in covered)
+        nodes = tuple(str(match.node) for match, _ in whole)
         layers[pattern] = Layer(tuple(placements), tuple(placements.values()), nodes)
     return layers
 
 
 def specs(expert_axis: Any) -> dict[str, Axes | None]:
     """The specs of an `expert_axis` by their patterns, each with a tuple for each axis of the utilization."""
-    if not isinstance(expert_axis, Mapping):
-        return {"": _normalized("expert_axis", expert_axis)}
-    given = _paths.join(dict(expert_axis), is_leaf=lambda x: not isinstance(x, Mapping))
-    return {path: _normalized(f"expert_axis at {path or _paths.ROOT}", spec) for path, spec in given.items()}
+    given = dict(expert_axis) if isinstance(expert_axis, Mapping) else {"": expert_axis}
+    joined = _paths.join(given, is_leaf=lambda x: not isinstance(x, Mapping))
+    return {path: _normalized(f"expert_axis at {path}" if path else "expert_axis", joined[path]) for path in joined}
 
 
 def _normalized(what: str, spec: Any) -> Axes | None:
@@ -100,17 +95,14 @@ def _normalized(what: str, spec: Any) -> Axes | None:
             f"mapping from path patterns to these; got {_arrays.show_value(spec)}. (Under optax.inject_hyperparams, "
             "name expert_axis in static_args.)"
         )
-    return tuple(tuple(int(axis) for axis in group) for group in groups)
+    return tuple(tuple(map(int, group)) for group in groups)
 
 
-def specs_by_leaf(tree: _paths.Tree, expert_axis: Any) -> dict[int, Axes]:
-    """The spec of each leaf that has one."""
+def specs_by_leaf(tree: _paths.Tree, expert_axis: Any) -> dict[int, Axes | None]:
+    """The spec of each leaf that a pattern of `expert_axis` covers."""
     spec_of = specs(expert_axis(tree.treedef.unflatten(tree.leaves)) if callable(expert_axis) else expert_axis)
-    leaves_of = {"": range(len(tree.leaves))}
-    if list(spec_of) != [""]:
-        cover = _cover(tree, spec_of, "expert_axis")
-        leaves_of = {pattern: [leaf for _, leaves in cover[pattern] for leaf in leaves] for pattern in cover}
-    return {leaf: spec for pattern, spec in spec_of.items() if spec is not None for leaf in leaves_of[pattern]}
+    covered = _cover(tree, spec_of, "expert_axis")
+    return {leaf: spec_of[pattern] for pattern in covered for _, leaves in covered[pattern] for leaf in leaves}
 
 
 def _cover(tree: _paths.Tree, patterns: Iterable[str], what: str) -> dict[str, list[tuple[_paths.Match, list[int]]]]:

@@ -115,9 +115,8 @@ class Tree:
             expert = match.re.groupindex.get("expert")
             wildcards = tuple(text for group, text in enumerate(match.groups(), start=1) if group != expert)
             digits = match[expert] if expert else None
-            is_first = (
-                expert is not None and digits is None
-            )  # of the modules that Haiku and Flax name linear, linear_1, ...
+            # Haiku and Flax call the first of several modules `linear`, the second `linear_1`.
+            is_first = expert is not None and digits is None
             for child in named(other):
                 if not (is_first and child.parent and f"{other}_0" in child.parent.children):
                     yield child, wildcards, "0" if is_first else digits

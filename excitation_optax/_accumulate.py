@@ -35,8 +35,7 @@ def accumulate_utilization(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an `optax.MultiSteps` so that its update is excited by the utilization of **all** its micro-batches.
 
-    .. math::
-      u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
+    .. math:: u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
 
     with the counts c and the tokens t of the n micro-batches of an update, without those that the
     `should_skip_update_fn` rejects. Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to

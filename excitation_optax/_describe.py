@@ -77,7 +77,7 @@ class Description:
 
 
 def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Description:
-    """Shows which parameters will be scaled, by which utilization and along which axes, and which will not.
+    """Returns a table of which parameters will be scaled, by which utilization and along which axes.
 
     It lists the nodes of each entry, which make up one layer, and asks about arrays whose shape would also fit another
     way, such as `[E, E]`, or a vector `[E]`, which may be a router's bias.
@@ -86,9 +86,6 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
       params: the parameter tree that the optimizer is initialized with, or its shapes (`jax.eval_shape`).
       utilization: as `scale_by_excitation` takes it, or its shapes.
       expert_axis: as `scale_by_excitation` takes it.
-
-    Returns:
-      A `Description`, which prints as a table.
 
     Raises:
       ValueError: as `scale_by_excitation` does at an update with these arguments.
@@ -105,21 +102,21 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     tree = _paths.Tree(params)
     layers = _experts.match_experts(tree, _experts.entries_of(utilization), expert_axis)
     specified = _experts.specs_by_leaf(tree, expert_axis)
-    scaled, doubtful = {}, []
-    for pattern, layer in layers.items():
-        for leaf, place in zip(layer.leaves, layer.placements, strict=True):
-            scaled[leaf] = (pattern or _paths.ROOT, tuple(_experts.show_axes(place.axes)), place.expert)
-    parameters = []
+    scaled = {leaf: (pattern, place) for pattern in layers for leaf, place in layers[pattern].placements.items()}
+    parameters, doubtful = [], []
     for leaf, (node, value) in enumerate(zip(tree.nodes, tree.leaves, strict=True)):
         shape = np.shape(value) if _experts.is_parameter(value) else None
-        if value is not None:
-            parameters.append(DescribedParameter(str(node), shape, *scaled.get(leaf, ())))
-        if leaf in scaled and specified.get(leaf) is None and _fits_another_way(parameters[-1]):
-            doubtful.append(f"{node} {list(np.shape(value))}")
+        if leaf in scaled:
+            pattern, (axes, expert) = scaled[leaf]
+            shown = tuple(_experts.show_axes(axes))
+            parameters.append(DescribedParameter(str(node), shape, pattern or _paths.ROOT, shown, expert))
+            if specified.get(leaf) is None and expert is None and _fits_another_way(np.shape(value), len(axes)):
+                doubtful.append(f"{node} {list(np.shape(value))}")
+        elif value is not None:
+            parameters.append(DescribedParameter(str(node), shape))
     return Description(tuple(parameters), {name: layer.nodes for name, layer in layers.items()}, tuple(doubtful))
 
 
-def _fits_another_way(p: DescribedParameter) -> bool:
+def _fits_another_way(shape: tuple[int, ...], axes: int) -> bool:
     """Whether an array `[..., E, ...]` is a vector per layer, like a router's bias, or has two axes of E entries."""
-    shape, last = p.shape or (), len(p.axes) - 1
-    return p.expert is None and (len(shape) == len(p.axes) or shape.count(shape[last]) > 1)
+    return len(shape) == axes or shape.count(shape[axes - 1]) > 1

@@ -29,8 +29,7 @@ _REMEDY = (
 class Layer(NamedTuple):
     """The arrays that one utilization entry covers."""
 
-    leaves: tuple[int, ...]  # their positions in the tree's leaves
-    placements: tuple[_scaling.Placement, ...]
+    placements: dict[int, _scaling.Placement]  # by their positions in the tree's leaves
     nodes: tuple[str, ...]  # that its pattern matches
 
 
@@ -71,8 +70,7 @@ def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: An
             for match, leaves in whole
             for leaf in leaves
         }
-        nodes = tuple(str(match.node) for match, _ in whole)
-        layers[pattern] = Layer(tuple(placements), tuple(placements.values()), nodes)
+        layers[pattern] = Layer(placements, nodes=tuple(str(match.node) for match, _ in whole))
     return layers
 
 

@@ -51,15 +51,16 @@ class Tree:
     """The names of a pytree; its `leaves`, `None` and `optax.MaskedNode` among them; and the node of each leaf."""
 
     def __init__(self, tree: Any):
-        leaf_of, self.treedef = _flatten(tree, is_leaf=_is_end)
+        leaf_of = join(tree, is_leaf=_is_end)
         self.leaves = list(leaf_of.values())
+        self.treedef = jax.tree.structure(tree, is_leaf=_is_end)
         self.nodes: list[Node] = []
         self.root = Node((), leaves=list(range(len(leaf_of))))
         self._named = collections.defaultdict[str, list[Node]](list)
         self._alike = functools.cache(self._names_alike)
-        for position, (names, leaf) in enumerate(leaf_of.items()):
+        for position, (path, leaf) in enumerate(leaf_of.items()):
             node = self.root
-            for name in names:
+            for name in path.split("/") if path else ():
                 if name not in node.children:
                     node.children[name] = Node((*node.path, name), node)
                     self._named[name].append(node.children[name])
@@ -147,7 +148,17 @@ class Tree:
 
 def join(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of a tree by their names, joined by slashes: nested dicts and slashes mean the same."""
-    return {"/".join(names): leaf for names, leaf in _flatten(tree, is_leaf)[0].items()}
+    leaves: dict[str, Any] = {}
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+        names = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
+        path = "/".join(filter(None, names))
+        if path in leaves:
+            raise ValueError(
+                f"Two leaves have the same path {path or ROOT}. Use different paths for all: names must differ by more "
+                "than their type, or where slashes stand."
+            )
+        leaves[path] = leaf
+    return leaves
 
 
 def is_masked(x: Any) -> bool:
@@ -157,27 +168,6 @@ def is_masked(x: Any) -> bool:
 
 def _is_end(x: Any) -> bool:
     return x is None or is_masked(x)
-
-
-def _flatten(tree: Any, is_leaf: Callable[[Any], bool] | None) -> tuple[dict[tuple[str, ...], Any], Any]:
-    """The leaves of a tree by their names, and its structure."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    names_of = functools.cache(_names)
-    leaf_of: dict[tuple[str, ...], Any] = {}
-    for key_path, leaf in flat:
-        names = tuple(name for key in key_path for name in names_of(key))
-        if names in leaf_of:
-            raise ValueError(
-                f"Two leaves have the same path {'/'.join(names) or ROOT}: names must differ by more than their type, "
-                "or where slashes stand."
-            )
-        leaf_of[names] = leaf
-    return leaf_of, treedef
-
-
-def _names(key: Any) -> list[str]:
-    """The names that a key of a pytree stands for."""
-    return [name for name in jax.tree_util.keystr((key,), simple=True).split("/") if name]
 
 
 def _split(pattern: str) -> list[str]:

@@ -97,7 +97,7 @@ def _per_expert(
     def reduced(array: jax.Array, place: Placement) -> jax.Array:
         axes = [axis for group in place.axes for axis in group]
         kept = reduce(array, axis=tuple(axis for axis in range(array.ndim) if axis not in axes))
-        kept = jnp.transpose(kept, _order(_order(axes)))
+        kept = jnp.transpose(kept, np.argsort(np.argsort(axes)).tolist())
         if len(axes) == len(place.axes):
             return kept
         return replicated(kept).reshape(shape if place.expert is None else shape[:-1])
@@ -117,10 +117,5 @@ def _expand(x: jax.Array, array: jax.Array, place: Placement) -> jax.Array:
     if place.expert is not None:
         x = x[..., place.expert]
     axes = [axis for group in place.axes for axis in group]
-    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), _order(axes))
+    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), np.argsort(axes).tolist())
     return jnp.expand_dims(x, [axis for axis in range(array.ndim) if axis not in axes])
-
-
-def _order(axes: Sequence[int]) -> list[int]:
-    """The positions of axes from the first to the last."""
-    return sorted(range(len(axes)), key=axes.__getitem__)

@@ -29,8 +29,7 @@ def scale_by_excitation(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each expert's update by its excitation, a function of how much of the batch was routed to it.
 
-    .. math::
-      \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)} \qquad \text{(equations 2 to 4)}
+    .. math:: \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)} \qquad \text{(equations 2 to 4)}
 
     Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
     weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which keep
@@ -70,8 +69,7 @@ def scale_by_excitation(
       seed: for random strategies.
 
     Returns:
-      A :class:`optax.GradientTransformationExtraArgs`. Its state is a count of steps if gamma is a schedule or the
-      strategy is random, otherwise empty.
+      A :class:`optax.GradientTransformationExtraArgs`, with the state `ScaleByExcitationState` or `optax.EmptyState`.
 
     Raises:
       ValueError: here, if an argument is malformed; while tracing an update, if the utilization, the parameters, the
@@ -117,9 +115,10 @@ def scale_by_excitation(
         leaves = list(tree.leaves)
         for pattern, layer in layers.items():
             phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
-            arrays = [jnp.asarray(leaves[leaf]) for leaf in layer.leaves]
-            scaled = _scaling.scale_layer(phi, arrays, layer.placements, component) if arrays else []
-            for leaf, update in zip(layer.leaves, scaled, strict=True):
+            arrays = [jnp.asarray(leaves[leaf]) for leaf in layer.placements]
+            placements = tuple(layer.placements.values())
+            scaled = _scaling.scale_layer(phi, arrays, placements, component) if arrays else []
+            for leaf, update in zip(layer.placements, scaled, strict=True):
                 leaves[leaf] = update
         if counts_steps:
             state = ScaleByExcitationState(optax.safe_increment(state.count))
@@ -139,8 +138,8 @@ def excitation(
 
     Args:
       utilization: a tree whose leaves are fractions `[..., E]` or `RoutingCounts`.
-      strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`.
-      gamma: the intensity, not negative; of a schedule, its value at the step in question.
+      strategy: as for `scale_by_excitation`.
+      gamma: as for `scale_by_excitation`, but instead of a schedule its value at one step.
       key: for random strategies; the transform's own at step `t` is `fold_in(key(seed), t)`.
 
     Returns:

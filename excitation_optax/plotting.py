@@ -1,7 +1,8 @@
 """Draws routing and strategies at the width of a paper's column, in colors that color-blind readers can tell apart.
 
-A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. Use the
-style when you draw and when you save, so that the text of vector graphics stays text:
+A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. A
+`ValueError` says which form an argument must have. Use the style when you draw and when you save, so that the text of
+vector graphics stays text:
 
     with matplotlib.rc_context(plotting.STYLE):
         plotting.load_heat_map(utilization).figure.savefig("load.svg")
@@ -41,9 +42,6 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
         have fewer experts: in a masked array, or in a leaf of another E.
       ax: the Axes to draw into, or None.
 
-    Raises:
-      ValueError: if the load has another form.
-
     Example:
       >>> ax = plotting.load_heat_map({"layer_0": np.array([0.25, 0.5, 0.25, 0.0]), "layer_1": np.full(4, 0.25)})
       >>> ax.collections[0].get_array().data  # log2 of the load over the mean; -3 is no token
@@ -68,9 +66,6 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
       steps: `[T]`, rising.
       load: `[T, L, E]`, such as `RoutingLog.load`, `[T, E]` for one layer, or a list of T loads for `load_heat_map`.
       ax: the Axes to draw into, or None.
-
-    Raises:
-      ValueError: if the steps do not rise, or the load has another form.
 
     Example:
       >>> load = np.array([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]])  # [T, L, E]
@@ -103,13 +98,10 @@ def strategy_curves(strategies: Any, gamma: float = 1.0, *, num_experts: int = 8
     The dotted lines cross at the utilization 1/E, where every strategy is 1.
 
     Args:
-      strategies: one or several callables `(utilization [..., E], gamma) -> excitation [..., E]`.
+      strategies: one or several callables `(utilization [..., E], gamma) -> excitation [..., E]`, not random.
       gamma: the intensity.
       num_experts: E, at least 2.
       ax: the Axes to draw into, or None.
-
-    Raises:
-      ValueError: if E is not an integer of at least 2, or a strategy is random.
 
     Example:
       >>> ax = plotting.strategy_curves([excitation_optax.zero_sum, excitation_optax.positive_sum], num_experts=4)

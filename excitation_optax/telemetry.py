@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from excitation_optax import _arrays, _routing, metrics
+from excitation_optax import _arrays, _paths, _routing, metrics
 
 __all__ = ["JSONLines", "RoutingLog"]
 
@@ -226,12 +226,11 @@ class JSONLines:
 
 def flatten(tree: Any, what: str = "utilization") -> tuple[list[Any], dict[str, int], np.ndarray]:
     """The leaves in natural order of their paths, each layer's E by name, and `[L, E]`, whether an expert exists."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_routing.is_counts)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/") or "(root)": leaf for path, leaf in flat}
-    if not flat or len(leaves) < len(flat):
-        raise ValueError(f"The {what} must have at least one layer, and different paths for all; got {tree!r}.")
-    natural = lambda item: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]
-    leaves, sizes = dict(sorted(leaves.items(), key=natural)), {}
+    leaves, sizes = _paths.join(tree, _routing.is_counts), {}
+    if not leaves:
+        raise ValueError(f"The {what} must have at least one layer, an array or RoutingCounts; got {tree!r}.")
+    natural = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
+    leaves = {path or _paths.ROOT: leaves[path] for path in sorted(leaves, key=natural)}
     for path, leaf in leaves.items():
         shape = np.shape(leaf.counts if _routing.is_counts(leaf) else leaf)
         if not shape or 0 in shape or (_routing.is_counts(leaf) and np.shape(leaf.tokens) != shape[:-1]):

@@ -42,20 +42,17 @@ def accumulate_utilization(
     its inner optimizer.
 
     Args:
-      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included.
+      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included. Its `has_updated` takes the
+        `multi_steps` of the state.
       like: the tree of `RoutingCounts` that every update will be given, or their shapes. In Flax NNX,
         `excitation_optax.flax.routing_like(model, *inputs)` returns it.
-      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which counts are summed
-        before they are stored, so that the state is the same on all devices.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`. `multi_steps.has_updated` takes its state's `multi_steps`.
+      axis_name: as for `scale_by_excitation`. The state holds the sums, so it is the same on all devices.
 
     Raises:
       ValueError: here, if an argument is malformed; while tracing an update, if the utilization does not fit `like`.
 
     Example:
-      >>> params = {"experts": jnp.ones((2, 1))}
+      >>> params = {"experts": jnp.ones(2)}
       >>> counts = lambda a, b: {"experts": excitation_optax.RoutingCounts(jnp.array([a, b]), jnp.array(4.0))}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> tx = excitation_optax.accumulate_utilization(optax.MultiSteps(tx, 2), like=counts(0.0, 0.0))
@@ -63,8 +60,7 @@ def accumulate_utilization(
       >>> updates, state = tx.update(params, state, params, utilization=counts(4.0, 0.0))
       >>> updates, state = tx.update(params, state, params, utilization=counts(2.0, 2.0))
       >>> updates["experts"]  # utilization 6/8 and 2/8
-      Array([[-1.5],
-             [-0.5]], dtype=float32)
+      Array([-1.5, -0.5], dtype=float32)
     """
     if not isinstance(multi_steps, optax.MultiSteps):
         got = type(multi_steps).__name__
@@ -106,22 +102,18 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
       tx: the optimizer, Excitation included.
       like: the tree of `RoutingCounts` or fractions that you will set, or their shapes.
 
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`, whose state has a field `utilization`.
-
     Raises:
       ValueError: here, if `tx` takes no extra arguments or `like` is no utilization; while tracing an update, if the
         utilization does not fit `like`.
 
     Example:
-      >>> params = {"experts": jnp.ones((2, 1))}
+      >>> params = {"experts": jnp.ones(2)}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> tx = excitation_optax.hold_utilization(tx, like={"experts": jnp.zeros(2)})
       >>> state = optax.tree.set(tx.init(params), utilization={"experts": jnp.array([0.75, 0.25])})
       >>> updates, state = tx.update(params, state, params)
       >>> updates["experts"]
-      Array([[-1.5],
-             [-0.5]], dtype=float32)
+      Array([-1.5, -0.5], dtype=float32)
     """
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(

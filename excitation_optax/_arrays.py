@@ -15,12 +15,8 @@ from jax.typing import ArrayLike
 
 NamedTupleType = TypeVar("NamedTupleType", bound=type)
 
-_KINDS = {
-    "numbers": (jnp.bool_, jnp.integer, jnp.floating),
-    "booleans": (jnp.bool_,),
-    "integers": (jnp.integer,),
-    "floating-point numbers": (jnp.floating,),
-}
+_KINDS = {"booleans": [jnp.bool_], "integers": [jnp.integer], "floating-point numbers": [jnp.floating]}
+_KINDS["numbers"] = [jnp.bool_, jnp.integer, jnp.floating]
 
 
 def float32_or_wider(x: ArrayLike) -> jax.Array:

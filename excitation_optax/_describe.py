@@ -14,22 +14,13 @@ from excitation_optax import _experts, _paths
 
 @dataclasses.dataclass(frozen=True)
 class DescribedParameter:
-    """One parameter and how it is scaled.
+    """One parameter and how it is scaled."""
 
-    Attributes:
-      path: its names, joined by "/".
-      shape: its shape; None if it is never scaled: an `optax.MaskedNode`, integers, functions.
-      scaled_by: the pattern of the utilization entry that scales it, or None.
-      axes: its axes that the axes of the utilization run along, the experts' last, counted from the front. A tuple
-        stands for one axis that is spread over several.
-      expert: for separate modules, the expert that owns it; otherwise None.
-    """
-
-    path: str
-    shape: tuple[int, ...] | None
-    scaled_by: str | None = None
-    axes: tuple[int | tuple[int, ...], ...] = ()
-    expert: int | None = None
+    path: str  # its names, joined by "/"
+    shape: tuple[int, ...] | None  # None if it is never scaled: an `optax.MaskedNode`, integers, functions
+    scaled_by: str | None = None  # the pattern of its utilization entry
+    axes: tuple[int | tuple[int, ...], ...] = ()  # as in `expert_axis`, counted from the front
+    expert: int | None = None  # for separate modules, the expert that owns it
 
     def _row(self) -> tuple[str, ...]:
         along = [] if self.expert is None else [f"all of it, as expert {self.expert}"]
@@ -45,7 +36,7 @@ class Description:
 
     Attributes:
       parameters: for each parameter, in the order of `jax.tree.leaves`, its `path`, `shape`, `scaled_by` (the pattern),
-        `axes` and `expert`.
+        `axes` (as in `expert_axis`) and, for separate modules, `expert`.
       nodes: from each pattern to the nodes that it matches, which are one layer.
       doubtful: the parameters whose shapes would also fit another way, if `expert_axis` says nothing about them.
     """

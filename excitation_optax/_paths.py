@@ -5,7 +5,6 @@ that one pattern addresses a dict, a list, a named tuple, an `nnx.State` or an E
 separates two names, as in Haiku. If the tree has a name that equals the pattern's, the pattern's name is literal.
 """
 
-import collections
 import dataclasses
 import difflib
 import functools
@@ -56,14 +55,14 @@ class Tree:
         self.treedef = jax.tree.structure(tree, is_leaf=_is_end)
         self.nodes: list[Node] = []
         self.root = Node((), leaves=list(range(len(leaf_of))))
-        self._named = collections.defaultdict[str, list[Node]](list)
+        self._named: dict[str, list[Node]] = {}
         self._alike = functools.cache(self._names_alike)
         for position, (path, leaf) in enumerate(leaf_of.items()):
             node = self.root
             for name in path.split("/") if path else ():
                 if name not in node.children:
                     node.children[name] = Node((*node.path, name), node)
-                    self._named[name].append(node.children[name])
+                    self._named.setdefault(name, []).append(node.children[name])
                 node = node.children[name]
                 node.leaves.append(position)
             node.is_end = _is_end(leaf)
@@ -109,10 +108,8 @@ class Tree:
                 return [other for other in self._named.get(name, []) if other.is_below(node)]
             return [node.children[name]] if name in node.children else []
 
-        if literal := named(name):
-            yield from ((child, (), None) for child in literal)
-            return
-        for other, match in self._alike(name).items():
+        alike: dict[str, Any] = {name: re.fullmatch(re.escape(name), name)} if named(name) else self._alike(name)
+        for other, match in alike.items():
             expert = match.re.groupindex.get("expert")
             wildcards = tuple(text for group, text in enumerate(match.groups(), start=1) if group != expert)
             digits = match[expert] if expert else None

@@ -102,14 +102,13 @@ def _per_expert(
             return kept
         return replicated(kept).reshape(shape if place.expert is None else shape[:-1])
 
-    values: dict[int | None, jax.Array] = {}
-    for array, place in zip(arrays, placements, strict=True):
-        value = reduced(array, place)
-        values[place.expert] = combine(values[place.expert], value) if place.expert in values else value
-    if None in values:
-        return values[None]
-    zero = jnp.zeros_like(next(iter(values.values())))
-    return jnp.stack([values.get(expert, zero) for expert in range(shape[-1])], axis=-1)
+    def total(expert: int | None) -> jax.Array:
+        parts = [reduced(array, p) for array, p in zip(arrays, placements, strict=True) if p.expert == expert]
+        return functools.reduce(combine, parts) if parts else jnp.zeros(shape[:-1], arrays[0].dtype)
+
+    if placements[0].expert is None:
+        return total(None)
+    return jnp.stack([total(expert) for expert in range(shape[-1])], axis=-1)
 
 
 def _expand(x: jax.Array, array: jax.Array, place: Placement) -> jax.Array:

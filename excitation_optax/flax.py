@@ -79,16 +79,14 @@ def is_capturing(module: nnx.Module) -> bool:
 def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..., tuple[Any, ...]]:
     """Wraps an NNX model so that a call also returns its routing and leaves nothing behind in the model.
 
-    Inside a loss function, return the routing as auxiliary output.
+    The result is a function of the same inputs that returns `(output, utilization, *others)`: utilization is a nested
+    dict of `RoutingCounts`, and others are an `nnx.State` for each of the other types. Inside a loss function, return
+    the routing as auxiliary output.
 
     Args:
       model: a module, a bound method of one, or a function whose first argument is one.
       *other_types: other variable types to record, such as the type of an auxiliary loss. Variables of any further type
         are dropped, as under `nnx.capture`.
-
-    Returns:
-      A function of the same inputs that returns `(output, utilization, *others)`: a nested dict of `RoutingCounts`, and
-      one `nnx.State` for each of the other types.
 
     Raises:
       ValueError: if `model` is not an NNX model; from the call, if no layer sowed, or if routing was lost.
@@ -191,13 +189,12 @@ class TrainState(train_state.TrainState):
     """Flax's `TrainState`, with an `apply_gradients` that forwards extra arguments to `tx.update`; Flax's drops them.
 
     Example:
-      >>> params = {"experts": jnp.ones((2, 3))}
+      >>> params = {"experts": jnp.ones(2)}
       >>> tx = optax.chain(optax.sgd(0.5), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> state = excitation_flax.TrainState.create(apply_fn=None, params=params, tx=tx)
       >>> state = state.apply_gradients(grads=params, utilization={"experts": jnp.array([0.75, 0.25])})
       >>> state.params["experts"]
-      Array([[0.25, 0.25, 0.25],
-             [0.75, 0.75, 0.75]], dtype=float32)
+      Array([0.25, 0.75], dtype=float32)
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> typing.Self:

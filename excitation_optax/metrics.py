@@ -49,14 +49,12 @@ def _is_numbers(x: Any) -> bool:
 
 @_of_each_leaf
 def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
-    """Counts how often each expert was active for samples of each class, `[E, C]` float32 (section 4.4 of the paper).
-
-    The counts of several batches can be added.
+    """Counts how often each expert was active for samples of each class, `[E, C]` float32. Add several batches' counts.
 
     Args:
       active: `[T, E]` boolean, whether the expert is active for the sample.
       labels: `[T]` integers, the class of each sample; one outside `[0, C)` leaves the sample out.
-      num_classes: C.
+      num_classes: C. The result is the matrix S of section 4.4 of the paper.
 
     Example:
       >>> active = jnp.array([[True, False], [True, True], [True, False]])
@@ -78,12 +76,10 @@ def specialization_score(counts: Any) -> Any:
     r"""Measures how few classes an expert serves, `[...]`: from 1/C (all classes equally) to 1 (one class only).
 
     It is the Gini-Simpson index, averaged over the active experts (equation 11 of the paper); NaN if there are none.
+    Counts `[..., E, C]`, as from `class_counts`, say how often each expert was active for each class.
 
     .. math:: \mathcal{S} = \frac{1}{|N_{active}|} \sum_{n \in N_{active}} \sum_{c=1}^{C} p_{n,c}^2, \qquad
       p_{n,c} = \frac{S_{n,c}}{\sum_j S_{n,j}}
-
-    Args:
-      counts: `[..., E, C]`, how often each expert was active for each class, as from `class_counts`.
 
     Example:
       >>> metrics.specialization_score(jnp.array([[4.0, 0.0], [2.0, 2.0], [0.0, 0.0]]))  # 1, 1/2, not active
@@ -124,8 +120,7 @@ def load_entropy(utilization: Any) -> Any:
 
     .. math:: H = -\frac{1}{\log E} \sum_i p_i \log p_i, \qquad p_i = \frac{u_i}{\sum_j u_j}
 
-    Args:
-      utilization: `[..., E]` or `RoutingCounts`. The result is NaN where there was no load, or where E = 1.
+    Utilization is `[..., E]` or `RoutingCounts`. The result is NaN where there was no load, or where E = 1.
 
     Example:
       >>> metrics.load_entropy(jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]))
@@ -140,8 +135,7 @@ def load_entropy(utilization: Any) -> Any:
 def max_over_mean_load(utilization: Any) -> Any:
     """Divides the busiest expert's load by the mean load, `[...]`: 1 if all have the same, E if one expert has all.
 
-    Args:
-      utilization: `[..., E]` or `RoutingCounts`. The result is NaN where there was no load.
+    Utilization is `[..., E]` or `RoutingCounts`. The result is NaN where there was no load.
 
     Example:
       >>> metrics.max_over_mean_load(jnp.array([0.25, 0.75]))

@@ -1,6 +1,8 @@
 """Logs the routing of a model: a bounded number of scalars, the extreme experts by name, and an alarm.
 
-This module imports no logger: you pass the writers in. Axis letters: E experts, L layers, T entries of the history.
+This module imports no logger: you pass the writers in. A malformed argument is a `ValueError`.
+
+Axis letters: E experts, L layers, T entries of the history.
 """
 
 import json
@@ -50,9 +52,6 @@ class RoutingLog:
       collapsed_entropy: a router has collapsed if its load entropy is at most this. It is log K / log E if the same K
         of E experts receive all tokens.
       prefix: the first part of every name.
-
-    Raises:
-      ValueError: if an argument is malformed.
 
     Example:
       >>> log = telemetry.RoutingLog(alarm=print, alarm_after=2)  # add your writers

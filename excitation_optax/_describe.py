@@ -96,18 +96,15 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     scaled = {leaf: (pattern, place) for pattern in layers for leaf, place in layers[pattern].placements.items()}
     parameters, doubtful = [], []
     for leaf, (node, value) in enumerate(zip(tree.nodes, tree.leaves, strict=True)):
-        shape = np.shape(value) if _experts.is_parameter(value) else None
         if leaf in scaled:
-            pattern, (axes, expert) = scaled[leaf]
+            shape, (pattern, (axes, expert)) = np.shape(value), scaled[leaf]
             shown = tuple(_experts.show_axes(axes))
             parameters.append(DescribedParameter(str(node), shape, pattern or _paths.ROOT, shown, expert))
-            if specified.get(leaf) is None and expert is None and _fits_another_way(np.shape(value), len(axes)):
-                doubtful.append(f"{node} {list(np.shape(value))}")
+            # A vector per layer is like a router's bias, and of two axes with E entries either could be the experts'.
+            is_doubtful = len(shape) == len(axes) or shape.count(shape[len(axes) - 1]) > 1
+            if is_doubtful and expert is None and specified.get(leaf) is None:
+                doubtful.append(f"{node} {list(shape)}")
         elif value is not None:
+            shape = np.shape(value) if _experts.is_parameter(value) else None
             parameters.append(DescribedParameter(str(node), shape))
     return Description(tuple(parameters), {name: layer.nodes for name, layer in layers.items()}, tuple(doubtful))
-
-
-def _fits_another_way(shape: tuple[int, ...], axes: int) -> bool:
-    """Whether an array `[..., E, ...]` is a vector per layer, like a router's bias, or has two axes of E entries."""
-    return len(shape) == axes or shape.count(shape[axes - 1]) > 1

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from excitation_optax import _arrays, _paths, _routing, _scaling
 
@@ -110,7 +111,7 @@ def _cover(tree: _paths.Tree, patterns: Iterable[str], what: str) -> dict[str, l
     for pattern in patterns:
         matches = tree.find(pattern)
         below = [tree.leaves[leaf] for match in matches for leaf in match.node.leaves]
-        if not any(_paths.is_masked(leaf) or is_parameter(leaf) for leaf in below):
+        if not any(isinstance(leaf, optax.MaskedNode) or is_parameter(leaf) for leaf in below):
             found = "no parameter" + (" (only None, integers, keys or functions)" if below else "")
             raise ValueError(
                 f"The {what} path {pattern or _paths.ROOT} matches {found}. {tree.nearest(pattern)} Paths start at the "

@@ -50,9 +50,10 @@ class Tree:
     """The names of a pytree; its `leaves`, `None` and `optax.MaskedNode` among them; and the node of each leaf."""
 
     def __init__(self, tree: Any):
-        leaf_of = join(tree, is_leaf=_is_end)
+        is_end = lambda x: x is None or isinstance(x, optax.MaskedNode)
+        leaf_of = join(tree, is_leaf=is_end)
         self.leaves = list(leaf_of.values())
-        self.treedef = jax.tree.structure(tree, is_leaf=_is_end)
+        self.treedef = jax.tree.structure(tree, is_leaf=is_end)
         self.nodes: list[Node] = []
         self.root = Node((), leaves=list(range(len(leaf_of))))
         self._named: dict[str, list[Node]] = {}
@@ -65,9 +66,9 @@ class Tree:
                     self._named.setdefault(name, []).append(node.children[name])
                 node = node.children[name]
                 node.leaves.append(position)
-            node.is_end = _is_end(leaf)
+            node.is_end = is_end(leaf)
             self.nodes.append(node)
-        self._masked = [node for node, leaf in zip(self.nodes, self.leaves, strict=True) if is_masked(leaf)]
+        self._masked = [node for node in self.nodes if node.is_end and self.leaves[node.leaves[0]] is not None]
 
     def find(self, pattern: str) -> list[Match]:
         """The highest nodes that a pattern matches, in the order of the tree, and the ends above possible matches."""
@@ -156,15 +157,6 @@ def join(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, A
             )
         leaves[path] = leaf
     return leaves
-
-
-def is_masked(x: Any) -> bool:
-    """`optax.masked` and `optax.partition` put this where a parameter is another transformation's."""
-    return isinstance(x, optax.MaskedNode)
-
-
-def _is_end(x: Any) -> bool:
-    return x is None or is_masked(x)
 
 
 def _split(pattern: str) -> list[str]:

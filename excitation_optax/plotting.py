@@ -76,7 +76,14 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
              [ 1.  ,  1.  ],
              [-3.  , -3.  ]])
     """
-    steps, load = _history(steps, load)
+    steps, frames = np.asarray(steps, float), [_layers(frame) for frame in load]
+    shapes = {frame.shape for frame in frames}
+    if steps.shape != (len(frames),) or len(shapes) != 1 or not np.all(np.diff(steps) > 0):
+        raise ValueError(
+            "load_over_time: steps must be [T], rising, and load [T, L, E], [T, E] or T loads of one shape; got steps "
+            f"{reprlib.repr(steps.tolist())} and {len(frames)} loads of shapes {reprlib.repr(shapes)}."
+        )
+    load = np.ma.stack(frames)
     present = ~np.ma.getmaskarray(load[0])  # [L, E]
     sizes = np.sum(present, axis=-1)
     limit = max(2, 256 // len(sizes)) if sizes.sum() > 256 else max(sizes)
@@ -144,18 +151,6 @@ def _layers(load: Any) -> np.ma.MaskedArray:
             return array
     got = _arrays.show_value(load)
     raise ValueError(f"A load must be [L, E], [E], or a tree of RoutingCounts or arrays [..., E]; got {got}.")
-
-
-def _history(steps: Any, load: Any) -> tuple[np.ndarray, np.ma.MaskedArray]:
-    """Steps `[T]` and load `[T, L, E]`."""
-    steps, frames = np.asarray(steps, float), [_layers(frame) for frame in load]
-    shapes = {frame.shape for frame in frames}
-    if steps.shape != (len(frames),) or len(shapes) != 1 or not np.all(np.diff(steps) > 0):
-        raise ValueError(
-            "load_over_time: steps must be [T], rising, and load [T, L, E], [T, E] or T loads of one shape; got steps "
-            f"{reprlib.repr(steps.tolist())} and {len(frames)} loads of shapes {reprlib.repr(shapes)}."
-        )
-    return steps, np.ma.stack(frames)
 
 
 def _over_mean(load: np.ma.MaskedArray) -> np.ma.MaskedArray:

@@ -4,16 +4,6 @@ E experts of one layer are on the last axis, and expectations run over them; lea
 is divided out first (in `exp_diff` subtracted), so that every strategy is finite for utilization in [0, 1] and gamma up
 to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN, and negative utilization is an error where
 its values can be read.
-
-A strategy of your own is a function of `(utilization, gamma)`. Some models pad the experts' axis, for example with 6
-experts in 8 slots. The empty slots would lower the mean, so slice them off:
-
-    >>> def positive_sum_of_six(utilization, gamma):
-    ...     excitation = excitation_optax.positive_sum(utilization[..., :6], gamma)
-    ...     return jnp.concatenate([excitation, jnp.ones_like(utilization[..., 6:])], axis=-1)
-    >>> utilization = jnp.array([0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.0, 0.0])
-    >>> positive_sum_of_six(utilization, 1.0)  # the mean of the six is 0.2
-    Array([1. , 1. , 1.5, 1. , 1. , 1.5, 1. , 1. ], dtype=float32)
 """
 
 import functools

@@ -105,6 +105,6 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
             if is_doubtful and expert is None and specified.get(leaf) is None:
                 doubtful.append(f"{node} {list(shape)}")
         elif value is not None:
-            shape = np.shape(value) if _experts.is_parameter(value) else None
+            shape = np.shape(value) if _paths.is_parameter(value) else None
             parameters.append(DescribedParameter(str(node), shape))
     return Description(tuple(parameters), {name: layer.nodes for name, layer in layers.items()}, tuple(doubtful))

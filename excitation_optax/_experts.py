@@ -11,7 +11,6 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -51,27 +50,22 @@ def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[st
     return entries
 
 
-def is_parameter(x: Any) -> bool:
-    """Whether it can be scaled: floating-point arrays, their shapes, and floats; not integers, keys or functions."""
-    return isinstance(x, float | complex) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
-
-
 def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, Layer]:
     """The layer of each entry: its arrays in the tree, and where the axes of its utilization lie in them."""
-    covered = _cover(tree, entries, "utilization")
+    cover = _cover(tree, entries, "utilization")
     spec_of = specs_by_leaf(tree, expert_axis)
     layers = {}
     for pattern, entry in entries.items():
         shape = np.shape(entry.counts if _routing.is_counts(entry) else entry)
-        position = _number_experts(pattern, [match.digits for match, _ in covered[pattern]], shape)
-        whole = [(match, leaves) for match, leaves in covered[pattern] if match.is_whole]
-        _check_one_layer(pattern, [match for match, _ in whole])
+        position = _number_experts(pattern, cover[pattern], shape)
+        whole = [match for match in cover[pattern] if match.is_whole]
+        _check_one_layer(pattern, whole)
         placements = {
             leaf: _place(tree, leaf, pattern, shape, spec_of.get(leaf), position.get(match.digits))
-            for match, leaves in whole
-            for leaf in leaves
+            for match in whole
+            for leaf in tree.parameters_of(match.node)
         }
-        layers[pattern] = Layer(placements, nodes=tuple(str(match.node) for match, _ in whole))
+        layers[pattern] = Layer(placements, nodes=tuple(str(match.node) for match in whole))
     return layers
 
 
@@ -100,26 +94,24 @@ def _normalized(what: str, spec: Any) -> Axes | None:
 def specs_by_leaf(tree: _paths.Tree, expert_axis: Any) -> dict[int, Axes | None]:
     """The spec of each leaf that a pattern of `expert_axis` covers."""
     spec_of = specs(expert_axis(tree.treedef.unflatten(tree.leaves)) if callable(expert_axis) else expert_axis)
-    covered = _cover(tree, spec_of, "expert_axis")
-    return {leaf: spec_of[pattern] for pattern in covered for _, leaves in covered[pattern] for leaf in leaves}
+    cover = _cover(tree, spec_of, "expert_axis")
+    return {leaf: spec_of[name] for name in cover for match in cover[name] for leaf in tree.parameters_of(match.node)}
 
 
-def _cover(tree: _paths.Tree, patterns: Iterable[str], what: str) -> dict[str, list[tuple[_paths.Match, list[int]]]]:
-    """The matches of each pattern, each with the parameters that it covers, which no other pattern may cover."""
+def _cover(tree: _paths.Tree, patterns: Iterable[str], what: str) -> dict[str, list[_paths.Match]]:
+    """The matches of each pattern, which must find a parameter, or one that a mask hides, and share none."""
     owner: dict[int, str] = {}
-    cover = {}
-    for pattern in patterns:
-        matches = tree.find(pattern)
+    cover = {pattern: tree.find(pattern) for pattern in patterns}
+    for pattern, matches in cover.items():
         below = [tree.leaves[leaf] for match in matches for leaf in match.node.leaves]
-        if not any(isinstance(leaf, optax.MaskedNode) or is_parameter(leaf) for leaf in below):
+        parameters = [leaf for match in matches for leaf in tree.parameters_of(match.node)]
+        if not parameters and not any(isinstance(leaf, optax.MaskedNode) for leaf in below):
             found = "no parameter" + (" (only None, integers, keys or functions)" if below else "")
             raise ValueError(
                 f"The {what} path {pattern or _paths.ROOT} matches {found}. {tree.nearest(pattern)} Paths start at the "
                 "root of the tree that tx.update is given; `**` is any number of names. describe() shows what matches."
             )
-        parameters = [[leaf for leaf in match.node.leaves if is_parameter(tree.leaves[leaf])] for match in matches]
-        cover[pattern] = list(zip(matches, parameters, strict=True))
-        for leaf in itertools.chain.from_iterable(parameters):
+        for leaf in parameters:
             if owner.setdefault(leaf, pattern) != pattern:
                 raise ValueError(
                     f"The {what} paths {owner[leaf] or _paths.ROOT} and {pattern or _paths.ROOT} both cover "
@@ -142,9 +134,9 @@ def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
                     )
 
 
-def _number_experts(pattern: str, digits: Iterable[str | None], shape: Shape) -> dict[str | None, int]:
+def _number_experts(pattern: str, matches: list[_paths.Match], shape: Shape) -> dict[str | None, int]:
     """From the digits in the names of experts to their positions on the axis of experts."""
-    written = sorted({text for text in digits if text is not None}, key=int)
+    written = sorted({match.digits for match in matches if match.digits is not None}, key=int)
     for first, second in itertools.pairwise(written):
         if int(first) == int(second):
             raise ValueError(
@@ -167,7 +159,7 @@ def _place(
     sizes = list(shape if expert is None else shape[:-1])
     array = np.shape(tree.leaves[leaf])
     axes = tuple((axis,) for axis in range(len(sizes))) if spec is None else spec
-    flat = list(itertools.chain.from_iterable(axes))
+    flat = [axis for group in axes for axis in group]
     if len(axes) != len(sizes):
         layers_only = "" if expert is None else " With {expert} in the path, it names the layers' axes only."
         problem = (

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 EXPERT = "{expert}"
@@ -69,6 +70,10 @@ class Tree:
             node.is_end = is_end(leaf)
             self.nodes.append(node)
         self._masked = [node for node in self.nodes if node.is_end and self.leaves[node.leaves[0]] is not None]
+
+    def parameters_of(self, node: Node) -> list[int]:
+        """The positions of the leaves at or below a node that can be scaled."""
+        return [leaf for leaf in node.leaves if is_parameter(self.leaves[leaf])]
 
     def find(self, pattern: str) -> list[Match]:
         """The highest nodes that a pattern matches, in the order of the tree, and the ends above possible matches."""
@@ -157,6 +162,11 @@ def join(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, A
             )
         leaves[path] = leaf
     return leaves
+
+
+def is_parameter(x: Any) -> bool:
+    """Whether it can be scaled: floating-point arrays, their shapes, and floats; not integers, keys or functions."""
+    return isinstance(x, float | complex) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def _split(pattern: str) -> list[str]:

@@ -115,9 +115,7 @@ class RoutingLog:
         number = np.asarray(step)
         if number.ndim or number.dtype.kind not in "iu" or number <= max(self.steps, default=-np.inf):
             above = f" above {self.steps[-1]}, the last step" if self.steps else ""
-            raise ValueError(
-                f"RoutingLog: step must be an integer{above}; got {step!r}. A resumed run needs a new log."
-            )
+            raise ValueError(f"RoutingLog: step must be an integer{above}; got {step!r}. Resumed runs need a new log.")
         step, (leaves, sizes, present) = int(number), flatten(utilization)
         _check_layers(f"the layers at step {step} differ from the calls before", self._sizes or sizes, sizes)
         phi_leaves, phi_sizes, _ = ([], sizes, None) if excitation is None else flatten(excitation, "excitation")

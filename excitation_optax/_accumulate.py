@@ -63,10 +63,7 @@ def accumulate_utilization(
       Array([-1.5, -0.5], dtype=float32)
     """
     if not isinstance(multi_steps, optax.MultiSteps):
-        got = type(multi_steps).__name__
-        raise ValueError(
-            f"Pass the optax.MultiSteps itself: accumulate_utilization(optax.MultiSteps(tx, 4), like=...); got {got}."
-        )
+        raise ValueError(f"accumulate_utilization takes the optax.MultiSteps itself; got {type(multi_steps).__name__}.")
     expected = _Like(like)
     _routing.check_counts("like", expected.entries, "micro-batches")
 
@@ -117,9 +114,8 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
     """
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(
-            "hold_utilization passes utilization= to an optimizer that takes extra arguments; this one takes none: "
-            f"{_arrays.show_value(tx)}. (optax.MultiSteps(...).gradient_transformation() is one of these: put "
-            "hold_utilization inside of optax.MultiSteps.)"
+            f"hold_utilization passes utilization= to an optimizer, but this takes none: {_arrays.show_value(tx)}. "
+            "(If it comes from optax.MultiSteps, put hold_utilization inside of optax.MultiSteps.)"
         )
     expected = _Like(like)
 

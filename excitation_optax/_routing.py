@@ -144,14 +144,8 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
       >>> excitation_optax.count_routing(chosen, num_experts=4, where=jnp.array([True, True, False])).counts
       Array([2., 1., 1., 0.], dtype=float32)
     """
-    indices = _arrays.as_array(
-        "count_routing: expert_indices",
-        expert_indices,
-        "integers",
-        "[..., K]",
-        " K is the number of experts per token. For router logits use count_logits, for a mask of active experts "
-        "count_active.",
-    )
+    hint = " K is the number of experts per token. For router logits use count_logits, for a mask count_active."
+    indices = _arrays.as_array("count_routing: expert_indices", expert_indices, "integers", "[..., K]", hint)
     num_experts = _arrays.static_int("count_routing: num_experts", num_experts)
     if indices.shape[-1] > num_experts:
         raise ValueError(

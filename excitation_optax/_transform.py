@@ -40,15 +40,9 @@ def scale_by_excitation(
     layers. Every parameter at or below a node that a pattern matches is scaled; all others stay the same, bit for bit.
     Nested dicts and `/` mean the same, `None` is absent, `""` is the root of the tree.
 
-    ===================  ========================================================================
-    in a pattern         matches
-    ===================  ========================================================================
-    ``moe/experts``      these names
-    ``*``, ``?``         any characters, one character, within one name
-    ``**``               as a whole name: any number of names, also none
-    ``{w_in,w_out}``     either; both are one layer
-    ``expert_{expert}``  a number: the whole subtree belongs to the expert with that number
-    ===================  ========================================================================
+    In a pattern such as `moe/experts`, `*` stands for any characters of one name, `?` for one character, and `**` for
+    any number of names, also none. `{w_in,w_out}` stands for either; both are one layer. `expert_{expert}` stands for
+    the number of the expert that owns the whole subtree.
 
     Args:
       strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. If it has an unbound keyword

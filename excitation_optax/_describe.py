@@ -71,15 +71,12 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     """Returns a table of which parameters will be scaled, by which utilization and along which axes.
 
     It lists the nodes of each entry, which make up one layer, and asks about arrays whose shape would also fit another
-    way, such as `[E, E]`, or a vector `[E]`, which may be a router's bias.
+    way, such as `[E, E]`, or a vector `[E]`, which may be a router's bias. It raises what an update would raise.
 
     Args:
       params: the parameter tree that the optimizer is initialized with, or its shapes (`jax.eval_shape`).
       utilization: as `scale_by_excitation` takes it, or its shapes.
       expert_axis: as `scale_by_excitation` takes it.
-
-    Raises:
-      ValueError: as `scale_by_excitation` does at an update with these arguments.
 
     Example:
       >>> params = {"router": jnp.ones((2, 4)), "experts": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((4, 3))}}

@@ -80,7 +80,7 @@ class Tree:
         if pattern.count(EXPERT) > 1:
             raise ValueError(f"The pattern {pattern!r} has {EXPERT} more than once; an expert has one number.")
         try:
-            matches = list(self._walk(self.root, _split(pattern)))
+            matches = list(self._walk(Match(self.root), _split(pattern)))
         except re.error as error:
             raise ValueError(f"The pattern {pattern!r} is malformed: {error}") from None
         highest: dict[tuple[str, ...], Match] = {}
@@ -90,21 +90,22 @@ class Tree:
                 highest[path] = match
         return list(highest.values())
 
-    def _walk(self, node: Node, names: list[str], wildcards: tuple = (), digits: str | None = None) -> Iterator[Match]:
-        """The matches, at or below a node, of the names that remain of a pattern."""
+    def _walk(self, match: Match, names: list[str]) -> Iterator[Match]:
+        """The matches of the names that remain of a pattern, at or below the node that the first names match."""
+        node = match.node
         if not names or names == ["**"]:
-            yield Match(node, wildcards, digits)
-            return
-        if node.is_end:
-            yield Match(node, wildcards, digits, is_whole=False)
-            return
-        is_deep = names[0] == "**" and "**" not in node.children
-        name, *rest = names[1:] if is_deep else names
-        for child, texts, number in self._matching(node, name, is_deep):
-            between = (("/".join(child.path[len(node.path) : -1]),),) if is_deep else ()
-            yield from self._walk(child, rest, (*wildcards, *between, texts), number or digits)
-        if is_deep:
-            yield from (Match(masked, is_whole=False) for masked in self._masked if masked.is_below(node))
+            yield match
+        elif node.is_end:
+            yield match._replace(is_whole=False)
+        else:
+            is_deep = names[0] == "**" and "**" not in node.children
+            name, *rest = names[1:] if is_deep else names
+            for child, texts, digits in self._matching(node, name, is_deep):
+                between = (("/".join(child.path[len(node.path) : -1]),),) if is_deep else ()
+                wildcards = (*match.wildcards, *between, texts)
+                yield from self._walk(Match(child, wildcards, digits or match.digits), rest)
+            if is_deep:
+                yield from (Match(masked, is_whole=False) for masked in self._masked if masked.is_below(node))
 
     def _matching(self, node: Node, name: str, is_deep: bool) -> Iterator[tuple[Node, tuple, str | None]]:
         """The children of a node, or all nodes below it, that a name of a pattern matches; wildcards; digits."""

@@ -129,15 +129,14 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
 
     Args:
       expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity.
-      num_experts: E.
+      num_experts: E, not traced.
       where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
 
     Returns:
       The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
 
     Raises:
-      ValueError: if the indices are not integers, `num_experts` is not a positive integer, K is more than E, or
-        `where` does not fit.
+      ValueError: if an argument has another type or shape, or K is more than E.
 
     Example:
       >>> chosen = jnp.array([[0, 1], [0, 2], [0, 1]])  # three tokens, two experts each
@@ -162,10 +161,7 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
 
     Args:
       active: `[T..., E]` boolean, whether the expert is active for the token.
-      where: as for `count_routing`, which also says what is returned.
-
-    Raises:
-      ValueError: if `active` is not boolean or has no axis of experts, or if `where` does not fit.
+      where: as for `count_routing`, which also says what is returned and raised.
 
     Example:
       >>> counts = excitation_optax.count_active(jnp.array([[True, False], [True, True]]))
@@ -192,11 +188,8 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
 
     Args:
       router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).
-      experts_per_token: K.
-      where: as for `count_routing`, which also says what is returned.
-
-    Raises:
-      ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.
+      experts_per_token: K, not traced.
+      where: as for `count_routing`, which also says what is returned and raised.
 
     Example:
       >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization

@@ -128,10 +128,7 @@ def excitation(
       utilization: a tree whose leaves are fractions `[..., E]` or `RoutingCounts`.
       strategy: as for `scale_by_excitation`.
       gamma: as for `scale_by_excitation`, but instead of a schedule its value at one step.
-      key: for random strategies; the transform's own at step `t` is `fold_in(key(seed), t)`.
-
-    Raises:
-      ValueError: if an argument is malformed, or a random strategy is given no key.
+      key: required for random strategies; the transform's own at step `t` is `fold_in(key(seed), t)`.
 
     Example:
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)

@@ -33,9 +33,9 @@ def widened(a: ArrayLike, b: ArrayLike) -> tuple[jax.Array, jax.Array]:
     return a.astype(wide), b.astype(wide)
 
 
-def one_if_zero(x: jax.Array) -> jax.Array:
-    """A safe denominator; the caller replaces the quotient where x is 0."""
-    return jnp.where(x == 0, 1, x)
+def divide(a: jax.Array, b: jax.Array, if_zero: int = 0) -> jax.Array:
+    """The quotient a / b, and `if_zero` where b is 0."""
+    return jnp.where(b == 0, if_zero, a / jnp.where(b == 0, 1, b))
 
 
 def shape_of(x: Any) -> tuple[int, ...] | None:

@@ -64,8 +64,7 @@ class RoutingCounts(NamedTuple):
     def utilization(self) -> jax.Array:
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert received; 0 where there were no tokens."""
         counts, tokens = _arrays.widened(*self)
-        tokens = jnp.expand_dims(tokens, -1)
-        return jnp.where(tokens == 0, 0, counts / _arrays.one_if_zero(tokens))
+        return _arrays.divide(counts, jnp.expand_dims(tokens, -1))
 
 
 def is_counts(x: object) -> TypeGuard[RoutingCounts]:

@@ -41,7 +41,7 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
-    power = _power(jnp.where(largest == 0, 1, u / _arrays.one_if_zero(largest)), gamma)
+    power = _power(_arrays.divide(u, largest, if_zero=1), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
 
 
@@ -126,7 +126,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
-    power = _power(jnp.where(u == 0, 1, smallest / _arrays.one_if_zero(u)), gamma)
+    power = _power(_arrays.divide(smallest, u, if_zero=1), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
 
 

@@ -163,7 +163,7 @@ def dead_experts(utilization: Any, threshold: float = 0.0) -> Any:
 
 def _shares(x: jax.Array) -> jax.Array:
     """Divides by the sum over the last axis; 0 where all are zero."""
-    return x / _arrays.one_if_zero(jnp.sum(x, axis=-1, keepdims=True))
+    return _arrays.divide(x, jnp.sum(x, axis=-1, keepdims=True))
 
 
 def _entropy(weights: jax.Array) -> jax.Array:

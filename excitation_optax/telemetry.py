@@ -244,7 +244,7 @@ def _pack(u: list[Any], phi: list[Any]) -> jax.Array:
     """All that `write` needs as one array, since every array costs a transfer: 4 values by layer, 2 or 3 by expert."""
     u = [leaf.utilization if _routing.is_counts(leaf) else leaf.astype(jnp.float32) for leaf in u]
     total = [jnp.sum(leaf, axis=-1, keepdims=True) for leaf in u]
-    over_mean = [leaf * leaf.shape[-1] / _arrays.one_if_zero(t) for leaf, t in zip(u, total, strict=True)]
+    over_mean = [_arrays.divide(leaf * leaf.shape[-1], t) for leaf, t in zip(u, total, strict=True)]
     measures = (metrics.max_over_mean_load, metrics.load_entropy, metrics.dead_experts)
     by_layer = [*total, *(x for measure in measures for x in measure(u))]
     return jnp.concatenate([x.astype(jnp.float32).ravel() for x in (*by_layer, *u, *over_mean, *phi)])

@@ -1,4 +1,4 @@
-"""Metrics of routing to log: specialization, entropy, load. Pure functions; the paper is arXiv 2602.21798.
+"""Metrics of routing to log, as pure functions: specialization, entropy, load. The paper is arXiv 2602.21798.
 
 The first argument is an array, nested lists of numbers, or a tree of these, and the result is the same tree of metrics.
 Utilization can be `RoutingCounts` too. A `ValueError` names the path of a malformed leaf.

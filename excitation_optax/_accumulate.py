@@ -114,8 +114,8 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
     """
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(
-            f"hold_utilization passes utilization= to its optimizer, which takes none: {_arrays.show_value(tx)}. (If it "
-            "comes from optax.MultiSteps, put hold_utilization inside of optax.MultiSteps.)"
+            f"hold_utilization passes utilization= to its optimizer, which takes none: {_arrays.show_value(tx)}. If it "
+            "comes from optax.MultiSteps, put hold_utilization inside of optax.MultiSteps."
         )
     expected = _Like(like)
 

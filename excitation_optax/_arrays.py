@@ -65,10 +65,9 @@ def as_array(what: str, x: Any, kind: str = "numbers", axes: str = "[...]", hint
 
 def static_int(what: str, x: Any, at_least: int = 1) -> int:
     """Checks a number that sets a shape, so that it must be known while JAX traces."""
-    try:
+    number = None
+    with contextlib.suppress(TypeError):  # a traced value raises this too
         number = None if isinstance(x, (bool, np.bool_)) else operator.index(x)
-    except TypeError:  # a traced value raises this too
-        number = None
     if number is None or number < at_least:
         raise ValueError(f"{what} must be an integer, not traced, and at least {at_least}; got {show_value(x)}.")
     return number
@@ -86,10 +85,9 @@ def check_finite(what: str, x: Any, is_positive: bool = False, hint: str = "") -
     if is_scalar(x, jnp.integer, jnp.floating):
         if isinstance(x, jax.core.Tracer):
             return
-        try:
+        value = math.inf
+        with contextlib.suppress(OverflowError):  # of an integer that no float can hold
             value = float(x)
-        except OverflowError:  # an integer that no float can hold
-            value = math.inf
         if 0 <= value < math.inf and not (is_positive and value == 0):
             return
     sign = "positive" if is_positive else "not negative"

@@ -49,7 +49,7 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
              [ 0.,  0.,  0.,  0.]])
     """
     load = _layers(load)
-    ratio = _ranked(_over_mean(load), 512)
+    ratio = _over_mean(load, limit=512)
     ax = ax or _new_axes()
     _draw_cells(ax, np.arange(ratio.shape[1]), ratio)
     ax.set(xlabel="expert" if ratio.shape == load.shape else f"rank by load, of {load.shape[1]:,}", ylabel="layer")
@@ -87,7 +87,7 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
     present = ~np.ma.getmaskarray(load[0])  # [L, E]
     sizes = np.sum(present, axis=-1)
     limit = max(2, 256 // len(sizes)) if sizes.sum() > 256 else max(sizes)
-    blocks = [_ranked(_over_mean(load[:, layer, there]), limit) for layer, there in enumerate(present)]
+    blocks = [_over_mean(load[:, layer, there], limit) for layer, there in enumerate(present)]
     ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
     ax = ax or _new_axes()
     _draw_cells(ax, steps, np.ma.concatenate(blocks, axis=1).T)
@@ -153,16 +153,12 @@ def _layers(load: Any) -> np.ma.MaskedArray:
     raise ValueError(f"A load must be [L, E], [E], or a tree of RoutingCounts or arrays [..., E]; got {got}.")
 
 
-def _over_mean(load: np.ma.MaskedArray) -> np.ma.MaskedArray:
-    """Load over the mean of the layer, 0 in a layer without load; by hand, as np.ma would mask a NaN."""
+def _over_mean(load: np.ma.MaskedArray, limit: int) -> np.ma.MaskedArray:
+    """Load over the mean of the layer, 0 where that is 0. Of more experts, `limit` ranks; NaN is first."""
     mask = np.ma.getmaskarray(load)
     mean = np.sum(load.filled(0), axis=-1, keepdims=True) / np.sum(~mask, axis=-1, keepdims=True)
     with np.errstate(invalid="ignore"):  # infinity over infinity
-        return np.ma.array(load.filled(0) / np.where(mean == 0, 1, mean), mask=mask)
-
-
-def _ranked(ratio: np.ma.MaskedArray, limit: int) -> np.ma.MaskedArray:
-    """The last axis, or `limit` evenly spaced ranks of it from the largest to the smallest. NaN is first."""
+        ratio = np.ma.array(load.filled(0) / np.where(mean == 0, 1, mean), mask=mask)  # np.ma would mask a NaN
     if ratio.shape[-1] <= limit:
         return ratio
     ranks = np.linspace(0, ratio.shape[-1] - 1, limit).round().astype(int)

@@ -1,7 +1,4 @@
-"""Utilization over the micro-batches of an update, and utilization that is held in the optimizer state.
-
-Axis letters: E experts.
-"""
+"""Utilization over the micro-batches of an update, and utilization that is held in the optimizer state."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
@@ -100,8 +97,7 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
       like: the tree of `RoutingCounts` or fractions that you will set, or their shapes.
 
     Raises:
-      ValueError: here, if `tx` takes no extra arguments or `like` is no utilization; while tracing an update, if the
-        utilization does not fit `like`.
+      ValueError: as for `accumulate_utilization`, and here, if `tx` takes no extra arguments.
 
     Example:
       >>> params = {"experts": jnp.ones(2)}

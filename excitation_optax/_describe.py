@@ -1,6 +1,6 @@
 """What Excitation will do to a parameter tree, before it does it.
 
-Axis letters: E experts, L layers.
+Axis letters: E experts.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 A layer is what one utilization entry covers: one array for all experts, several, or a set of arrays per expert. A stack
 of layers has leading axes; each of its layers is scaled by itself.
 
-Axis letters: E experts, L layers.
+Axis letters: E experts.
 """
 
 import functools

@@ -23,27 +23,8 @@ from excitation_optax._transform import ScaleByExcitationState, excitation, scal
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AccumulateUtilizationState",
-    "Description",
-    "HoldUtilizationState",
-    "RoutingCounts",
-    "ScaleByExcitationState",
-    "Strategy",
-    "accumulate_utilization",
-    "clipped",
-    "count_active",
-    "count_logits",
-    "count_routing",
-    "describe",
-    "excitation",
-    "exp_diff",
-    "global_exp",
-    "hold_utilization",
-    "inverted",
-    "metrics",
-    "positive_sum",
-    "random_boost",
-    "scale_by_excitation",
-    "zero_sum",
-]
+__all__ = ["ScaleByExcitationState", "excitation", "scale_by_excitation"]
+__all__ += ["Strategy", "clipped", "exp_diff", "global_exp", "inverted", "positive_sum", "random_boost", "zero_sum"]
+__all__ += ["RoutingCounts", "count_active", "count_logits", "count_routing"]
+__all__ += ["AccumulateUtilizationState", "HoldUtilizationState", "accumulate_utilization", "hold_utilization"]
+__all__ += ["Description", "describe", "metrics"]

@@ -1,7 +1,4 @@
-"""Utilization over the micro-batches of an update, and utilization that is held in the optimizer state.
-
-Axis letters: E experts.
-"""
+"""Utilization over the micro-batches of an update, and utilization that is held in the optimizer state."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
@@ -35,28 +32,24 @@ def accumulate_utilization(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an `optax.MultiSteps` so that its update is excited by the utilization of **all** its micro-batches.
 
-    .. math::
-      u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
+    .. math:: u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
 
     with the counts c and the tokens t of the n micro-batches of an update, without those that the
     `should_skip_update_fn` rejects. Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to
     its inner optimizer.
 
     Args:
-      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included.
+      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included. Its `has_updated` takes the
+        `multi_steps` of the state.
       like: the tree of `RoutingCounts` that every update will be given, or their shapes. In Flax NNX,
         `excitation_optax.flax.routing_like(model, *inputs)` returns it.
-      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which counts are summed
-        before they are stored, so that the state is the same on all devices.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`. `multi_steps.has_updated` takes its state's `multi_steps`.
+      axis_name: as for `scale_by_excitation`. The state holds the sums, so it is the same on all devices.
 
     Raises:
       ValueError: here, if an argument is malformed; while tracing an update, if the utilization does not fit `like`.
 
     Example:
-      >>> params = {"experts": jnp.ones((2, 1))}
+      >>> params = {"experts": jnp.ones(2)}
       >>> counts = lambda a, b: {"experts": excitation_optax.RoutingCounts(jnp.array([a, b]), jnp.array(4.0))}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> tx = excitation_optax.accumulate_utilization(optax.MultiSteps(tx, 2), like=counts(0.0, 0.0))
@@ -64,14 +57,10 @@ def accumulate_utilization(
       >>> updates, state = tx.update(params, state, params, utilization=counts(4.0, 0.0))
       >>> updates, state = tx.update(params, state, params, utilization=counts(2.0, 2.0))
       >>> updates["experts"]  # utilization 6/8 and 2/8
-      Array([[-1.5],
-             [-0.5]], dtype=float32)
+      Array([-1.5, -0.5], dtype=float32)
     """
     if not isinstance(multi_steps, optax.MultiSteps):
-        got = type(multi_steps).__name__
-        raise ValueError(
-            f"Pass the optax.MultiSteps itself: accumulate_utilization(optax.MultiSteps(tx, 4), like=...); got {got}."
-        )
+        raise ValueError(f"accumulate_utilization takes the optax.MultiSteps itself; got {type(multi_steps).__name__}.")
     expected = _Like(like)
     _routing.check_counts("like", expected.entries, "micro-batches")
 
@@ -107,28 +96,22 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
       tx: the optimizer, Excitation included.
       like: the tree of `RoutingCounts` or fractions that you will set, or their shapes.
 
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`, whose state has a field `utilization`.
-
     Raises:
-      ValueError: here, if `tx` takes no extra arguments or `like` is no utilization; while tracing an update, if the
-        utilization does not fit `like`.
+      ValueError: as for `accumulate_utilization`, and here, if `tx` takes no extra arguments.
 
     Example:
-      >>> params = {"experts": jnp.ones((2, 1))}
+      >>> params = {"experts": jnp.ones(2)}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> tx = excitation_optax.hold_utilization(tx, like={"experts": jnp.zeros(2)})
       >>> state = optax.tree.set(tx.init(params), utilization={"experts": jnp.array([0.75, 0.25])})
       >>> updates, state = tx.update(params, state, params)
       >>> updates["experts"]
-      Array([[-1.5],
-             [-0.5]], dtype=float32)
+      Array([-1.5, -0.5], dtype=float32)
     """
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         raise ValueError(
-            "hold_utilization passes utilization= to an optimizer that takes extra arguments; this one takes none: "
-            f"{_arrays.show_value(tx)}. (optax.MultiSteps(...).gradient_transformation() is one of these: put "
-            "hold_utilization inside of optax.MultiSteps.)"
+            f"hold_utilization passes utilization= to its optimizer, which takes none: {_arrays.show_value(tx)}. If it "
+            "comes from optax.MultiSteps, put hold_utilization inside of optax.MultiSteps."
         )
     expected = _Like(like)
 

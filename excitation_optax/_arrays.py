@@ -15,12 +15,8 @@ from jax.typing import ArrayLike
 
 NamedTupleType = TypeVar("NamedTupleType", bound=type)
 
-_KINDS = {
-    "numbers": (jnp.bool_, jnp.integer, jnp.floating),
-    "booleans": (jnp.bool_,),
-    "integers": (jnp.integer,),
-    "floating-point numbers": (jnp.floating,),
-}
+_KINDS = {"booleans": [jnp.bool_], "integers": [jnp.integer], "floating-point numbers": [jnp.floating]}
+_KINDS["numbers"] = [jnp.bool_, jnp.integer, jnp.floating]
 
 
 def float32_or_wider(x: ArrayLike) -> jax.Array:
@@ -37,9 +33,9 @@ def widened(a: ArrayLike, b: ArrayLike) -> tuple[jax.Array, jax.Array]:
     return a.astype(wide), b.astype(wide)
 
 
-def one_if_zero(x: jax.Array) -> jax.Array:
-    """A safe denominator; the caller replaces the quotient where x is 0."""
-    return jnp.where(x == 0, 1, x)
+def divide(a: jax.Array, b: jax.Array, if_zero: int = 0) -> jax.Array:
+    """The quotient a / b, and `if_zero` where b is 0."""
+    return jnp.where(b == 0, if_zero, a / jnp.where(b == 0, 1, b))
 
 
 def shape_of(x: Any) -> tuple[int, ...] | None:
@@ -69,10 +65,9 @@ def as_array(what: str, x: Any, kind: str = "numbers", axes: str = "[...]", hint
 
 def static_int(what: str, x: Any, at_least: int = 1) -> int:
     """Checks a number that sets a shape, so that it must be known while JAX traces."""
-    try:
+    number = None
+    with contextlib.suppress(TypeError):  # a traced value raises this too
         number = None if isinstance(x, (bool, np.bool_)) else operator.index(x)
-    except TypeError:  # a traced value raises this too
-        number = None
     if number is None or number < at_least:
         raise ValueError(f"{what} must be an integer, not traced, and at least {at_least}; got {show_value(x)}.")
     return number
@@ -90,10 +85,9 @@ def check_finite(what: str, x: Any, is_positive: bool = False, hint: str = "") -
     if is_scalar(x, jnp.integer, jnp.floating):
         if isinstance(x, jax.core.Tracer):
             return
-        try:
+        value = math.inf
+        with contextlib.suppress(OverflowError):  # of an integer that no float can hold
             value = float(x)
-        except OverflowError:  # an integer that no float can hold
-            value = math.inf
         if 0 <= value < math.inf and not (is_positive and value == 0):
             return
     sign = "positive" if is_positive else "not negative"

@@ -1,6 +1,6 @@
 """What Excitation will do to a parameter tree, before it does it.
 
-Axis letters: E experts, L layers.
+Axis letters: E experts.
 """
 
 import dataclasses
@@ -14,22 +14,13 @@ from excitation_optax import _experts, _paths
 
 @dataclasses.dataclass(frozen=True)
 class DescribedParameter:
-    """One parameter and how it is scaled.
+    """One parameter and how it is scaled."""
 
-    Attributes:
-      path: its names, joined by "/".
-      shape: its shape; None if it is never scaled: an `optax.MaskedNode`, integers, functions.
-      scaled_by: the pattern of the utilization entry that scales it, or None.
-      axes: its axes that the axes of the utilization run along, the experts' last, counted from the front. A tuple
-        stands for one axis that is spread over several.
-      expert: for separate modules, the expert that owns it; otherwise None.
-    """
-
-    path: str
-    shape: tuple[int, ...] | None
-    scaled_by: str | None = None
-    axes: tuple[int | tuple[int, ...], ...] = ()
-    expert: int | None = None
+    path: str  # its names, joined by "/"
+    shape: tuple[int, ...] | None  # None if it is never scaled: an `optax.MaskedNode`, integers, functions
+    scaled_by: str | None = None  # the pattern of its utilization entry
+    axes: tuple[int | tuple[int, ...], ...] = ()  # as in `expert_axis`, counted from the front
+    expert: int | None = None  # for separate modules, the expert that owns it
 
     def _row(self) -> tuple[str, ...]:
         along = [] if self.expert is None else [f"all of it, as expert {self.expert}"]
@@ -45,7 +36,7 @@ class Description:
 
     Attributes:
       parameters: for each parameter, in the order of `jax.tree.leaves`, its `path`, `shape`, `scaled_by` (the pattern),
-        `axes` and `expert`.
+        `axes` (as in `expert_axis`) and, for separate modules, `expert`.
       nodes: from each pattern to the nodes that it matches, which are one layer.
       doubtful: the parameters whose shapes would also fit another way, if `expert_axis` says nothing about them.
     """
@@ -77,21 +68,15 @@ class Description:
 
 
 def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Description:
-    """Shows which parameters will be scaled, by which utilization and along which axes, and which will not.
+    """Returns a table of which parameters will be scaled, by which utilization and along which axes.
 
     It lists the nodes of each entry, which make up one layer, and asks about arrays whose shape would also fit another
-    way, such as `[E, E]`, or a vector `[E]`, which may be a router's bias.
+    way, such as `[E, E]`, or a vector `[E]`, which may be a router's bias. It raises what an update would raise.
 
     Args:
       params: the parameter tree that the optimizer is initialized with, or its shapes (`jax.eval_shape`).
       utilization: as `scale_by_excitation` takes it, or its shapes.
       expert_axis: as `scale_by_excitation` takes it.
-
-    Returns:
-      A `Description`, which prints as a table.
-
-    Raises:
-      ValueError: as `scale_by_excitation` does at an update with these arguments.
 
     Example:
       >>> params = {"router": jnp.ones((2, 4)), "experts": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones((4, 3))}}
@@ -105,21 +90,18 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     tree = _paths.Tree(params)
     layers = _experts.match_experts(tree, _experts.entries_of(utilization), expert_axis)
     specified = _experts.specs_by_leaf(tree, expert_axis)
-    scaled, doubtful = {}, []
-    for pattern, layer in layers.items():
-        for leaf, place in zip(layer.leaves, layer.placements, strict=True):
-            scaled[leaf] = (pattern or _paths.ROOT, tuple(_experts.show_axes(place.axes)), place.expert)
-    parameters = []
+    scaled = {leaf: (pattern, place) for pattern in layers for leaf, place in layers[pattern].placements.items()}
+    parameters, doubtful = [], []
     for leaf, (node, value) in enumerate(zip(tree.nodes, tree.leaves, strict=True)):
-        shape = np.shape(value) if _experts.is_parameter(value) else None
-        if value is not None:
-            parameters.append(DescribedParameter(str(node), shape, *scaled.get(leaf, ())))
-        if leaf in scaled and leaf not in specified and _fits_another_way(parameters[-1]):
-            doubtful.append(f"{node} {list(np.shape(value))}")
+        if leaf in scaled:
+            shape, (pattern, (axes, expert)) = np.shape(value), scaled[leaf]
+            shown = tuple(_experts.show_axes(axes))
+            parameters.append(DescribedParameter(str(node), shape, pattern or _paths.ROOT, shown, expert))
+            # A vector per layer is like a router's bias, and of two axes with E entries either could be the experts'.
+            is_doubtful = len(shape) == len(axes) or shape.count(shape[len(axes) - 1]) > 1
+            if is_doubtful and expert is None and specified.get(leaf) is None:
+                doubtful.append(f"{node} {list(shape)}")
+        elif value is not None:
+            shape = np.shape(value) if _paths.is_parameter(value) else None
+            parameters.append(DescribedParameter(str(node), shape))
     return Description(tuple(parameters), {name: layer.nodes for name, layer in layers.items()}, tuple(doubtful))
-
-
-def _fits_another_way(p: DescribedParameter) -> bool:
-    """Whether an array `[..., E, ...]` is a vector per layer, like a router's bias, or has two axes of E entries."""
-    shape, last = p.shape or (), len(p.axes) - 1
-    return p.expert is None and (len(shape) == len(p.axes) or shape.count(shape[last]) > 1)

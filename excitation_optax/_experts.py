@@ -11,8 +11,8 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
+import optax
 
 from excitation_optax import _arrays, _paths, _routing, _scaling
 
@@ -29,8 +29,7 @@ _REMEDY = (
 class Layer(NamedTuple):
     """The arrays that one utilization entry covers."""
 
-    leaves: tuple[int, ...]  # their positions in the tree's leaves
-    placements: tuple[_scaling.Placement, ...]
+    placements: dict[int, _scaling.Placement]  # by their positions in the tree's leaves
     nodes: tuple[str, ...]  # that its pattern matches
 
 
@@ -51,41 +50,30 @@ def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[st
     return entries
 
 
-def utilization_shape(leaf: Any) -> Shape:
-    """`[..., E]` of an entry."""
-    return np.shape(leaf.counts if isinstance(leaf, _routing.RoutingCounts) else leaf)
-
-
-def is_parameter(x: Any) -> bool:
-    """Whether it can be scaled: floating-point arrays, their shapes, and floats; not integers, keys or functions."""
-    return isinstance(x, float | complex) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
-
-
 def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, Layer]:
     """The layer of each entry: its arrays in the tree, and where the axes of its utilization lie in them."""
+    cover = _cover(tree, entries, "utilization")
     spec_of = specs_by_leaf(tree, expert_axis)
     layers = {}
-    for pattern, covered in _cover(tree, entries, "utilization").items():
-        shape = utilization_shape(entries[pattern])
-        position = _number_experts(pattern, [match.digits for match, _ in covered], shape)
-        covered = [(match, leaves) for match, leaves in covered if match.is_whole]
-        _check_one_layer(pattern, [match for match, _ in covered])
+    for pattern, entry in entries.items():
+        shape = np.shape(entry.counts if _routing.is_counts(entry) else entry)
+        position = _number_experts(pattern, cover[pattern], shape)
+        whole = [match for match in cover[pattern] if match.is_whole]
+        _check_one_layer(pattern, whole)
         placements = {
             leaf: _place(tree, leaf, pattern, shape, spec_of.get(leaf), position.get(match.digits))
-            for match, leaves in covered
-            for leaf in leaves
+            for match in whole
+            for leaf in tree.parameters_of(match.node)
         }
-        nodes = tuple(str(match.node) for match, _ in covered)
-        layers[pattern] = Layer(tuple(placements), tuple(placements.values()), nodes)
+        layers[pattern] = Layer(placements, nodes=tuple(str(match.node) for match in whole))
     return layers
 
 
 def specs(expert_axis: Any) -> dict[str, Axes | None]:
     """The specs of an `expert_axis` by their patterns, each with a tuple for each axis of the utilization."""
-    if not isinstance(expert_axis, Mapping):
-        return {"": _normalized("expert_axis", expert_axis)}
-    given = _paths.join(dict(expert_axis), is_leaf=lambda x: not isinstance(x, Mapping))
-    return {path: _normalized(f"expert_axis at {path or _paths.ROOT}", spec) for path, spec in given.items()}
+    given = dict(expert_axis) if isinstance(expert_axis, Mapping) else {"": expert_axis}
+    joined = _paths.join(given, is_leaf=lambda x: not isinstance(x, Mapping))
+    return {path: _normalized(f"expert_axis at {path}" if path else "expert_axis", joined[path]) for path in joined}
 
 
 def _normalized(what: str, spec: Any) -> Axes | None:
@@ -100,35 +88,30 @@ def _normalized(what: str, spec: Any) -> Axes | None:
             f"mapping from path patterns to these; got {_arrays.show_value(spec)}. (Under optax.inject_hyperparams, "
             "name expert_axis in static_args.)"
         )
-    return tuple(tuple(int(axis) for axis in group) for group in groups)
+    return tuple(tuple(map(int, group)) for group in groups)
 
 
-def specs_by_leaf(tree: _paths.Tree, expert_axis: Any) -> dict[int, Axes]:
-    """The spec of each leaf that has one."""
+def specs_by_leaf(tree: _paths.Tree, expert_axis: Any) -> dict[int, Axes | None]:
+    """The spec of each leaf that a pattern of `expert_axis` covers."""
     spec_of = specs(expert_axis(tree.treedef.unflatten(tree.leaves)) if callable(expert_axis) else expert_axis)
-    leaves_of = {"": range(len(tree.leaves))}
-    if list(spec_of) != [""]:
-        cover = _cover(tree, spec_of, "expert_axis")
-        leaves_of = {pattern: [leaf for _, leaves in cover[pattern] for leaf in leaves] for pattern in cover}
-    return {leaf: spec for pattern, spec in spec_of.items() if spec is not None for leaf in leaves_of[pattern]}
+    cover = _cover(tree, spec_of, "expert_axis")
+    return {leaf: spec_of[name] for name in cover for match in cover[name] for leaf in tree.parameters_of(match.node)}
 
 
-def _cover(tree: _paths.Tree, patterns: Iterable[str], what: str) -> dict[str, list[tuple[_paths.Match, list[int]]]]:
-    """The matches of each pattern, each with the parameters that it covers, which no other pattern may cover."""
+def _cover(tree: _paths.Tree, patterns: Iterable[str], what: str) -> dict[str, list[_paths.Match]]:
+    """The matches of each pattern, which must find a parameter, or one that a mask hides, and share none."""
     owner: dict[int, str] = {}
-    cover = {}
-    for pattern in patterns:
-        matches = tree.find(pattern)
+    cover = {pattern: tree.find(pattern) for pattern in patterns}
+    for pattern, matches in cover.items():
         below = [tree.leaves[leaf] for match in matches for leaf in match.node.leaves]
-        if not any(_paths.is_masked(leaf) or is_parameter(leaf) for leaf in below):
+        parameters = [leaf for match in matches for leaf in tree.parameters_of(match.node)]
+        if not parameters and not any(isinstance(leaf, optax.MaskedNode) for leaf in below):
             found = "no parameter" + (" (only None, integers, keys or functions)" if below else "")
             raise ValueError(
                 f"The {what} path {pattern or _paths.ROOT} matches {found}. {tree.nearest(pattern)} Paths start at the "
                 "root of the tree that tx.update is given; `**` is any number of names. describe() shows what matches."
             )
-        parameters = [[leaf for leaf in match.node.leaves if is_parameter(tree.leaves[leaf])] for match in matches]
-        cover[pattern] = list(zip(matches, parameters, strict=True))
-        for leaf in itertools.chain.from_iterable(parameters):
+        for leaf in parameters:
             if owner.setdefault(leaf, pattern) != pattern:
                 raise ValueError(
                     f"The {what} paths {owner[leaf] or _paths.ROOT} and {pattern or _paths.ROOT} both cover "
@@ -151,9 +134,9 @@ def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
                     )
 
 
-def _number_experts(pattern: str, digits: Iterable[str | None], shape: Shape) -> dict[str | None, int]:
+def _number_experts(pattern: str, matches: list[_paths.Match], shape: Shape) -> dict[str | None, int]:
     """From the digits in the names of experts to their positions on the axis of experts."""
-    written = sorted({text for text in digits if text is not None}, key=int)
+    written = sorted({match.digits for match in matches if match.digits is not None}, key=int)
     for first, second in itertools.pairwise(written):
         if int(first) == int(second):
             raise ValueError(
@@ -176,7 +159,7 @@ def _place(
     sizes = list(shape if expert is None else shape[:-1])
     array = np.shape(tree.leaves[leaf])
     axes = tuple((axis,) for axis in range(len(sizes))) if spec is None else spec
-    flat = list(itertools.chain.from_iterable(axes))
+    flat = [axis for group in axes for axis in group]
     if len(axes) != len(sizes):
         layers_only = "" if expert is None else " With {expert} in the path, it names the layers' axes only."
         problem = (

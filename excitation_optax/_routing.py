@@ -5,7 +5,7 @@ Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any 
 
 import operator
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,7 @@ _HINT = (
 class RoutingCounts(NamedTuple):
     r"""The number of tokens that each expert received, and the number of all tokens.
 
-    .. math::
-      u_k = \frac{1}{|\mathcal{B}|} \sum_{x \in \mathcal{B}} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
+    .. math:: u_k = \frac{1}{|B|} \sum_{x \in B} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
 
     Add the counts of micro-batches: sums stay right where padding differs, averages of fractions do not. Addition is in
     float32 or wider, and raises a `ValueError` unless the shapes are equal. Under `jax.jit` with sharded inputs, counts
@@ -65,11 +64,10 @@ class RoutingCounts(NamedTuple):
     def utilization(self) -> jax.Array:
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert received; 0 where there were no tokens."""
         counts, tokens = _arrays.widened(*self)
-        tokens = jnp.expand_dims(tokens, -1)
-        return jnp.where(tokens == 0, 0, counts / _arrays.one_if_zero(tokens))
+        return _arrays.divide(counts, jnp.expand_dims(tokens, -1))
 
 
-def is_counts(x: object) -> bool:
+def is_counts(x: object) -> TypeGuard[RoutingCounts]:
     """Says where a tree of utilization ends, as `is_leaf=`."""
     return isinstance(x, RoutingCounts)
 
@@ -92,9 +90,9 @@ def sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Routi
 
 def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     """Converts fractions or `RoutingCounts` to an array `[..., E]` in float32 or wider."""
-    if isinstance(utilization, RoutingCounts):
-        _check_shapes("Utilization", utilization)
-        utilization = utilization.utilization
+    if is_counts(utilization):
+        check_utilization("", utilization)
+        return utilization.utilization
     u = _arrays.as_array("Utilization", utilization, axes="[..., E]")
     _arrays.check_not_negative("Utilization", u)
     return _arrays.float32_or_wider(u)
@@ -102,35 +100,24 @@ def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
 
 def check_utilization(path: str, leaf: Any) -> None:
     """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
-    what = f"Utilization at {path}"
-    if isinstance(leaf, RoutingCounts):
-        _check_shapes(what, leaf)
-    else:
-        _check_experts(what, leaf, _HINT)
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "
-                "Put tokens per expert into RoutingCounts(counts, tokens)."
-            )
-    for x in leaf if isinstance(leaf, RoutingCounts) else (leaf,):
-        _arrays.check_not_negative(what, x)
-
-
-def _check_shapes(what: str, counts: RoutingCounts) -> None:
-    _check_experts(f"{what}: the counts", counts.counts)
-    shape = list(counts.counts.shape)
-    if _arrays.shape_of(counts.tokens) != counts.counts.shape[:-1]:
-        raise ValueError(
-            f"{what} has counts of shape {shape} and tokens {_arrays.show_value(counts.tokens)}; tokens must have the "
-            f"shape {shape[:-1]}, one number for each layer."
-        )
-
-
-def _check_experts(what: str, x: Any, hint: str = "") -> None:
-    shape = _arrays.shape_of(x)
+    what = f"Utilization at {path}" if path else "Utilization"
+    counts, name, hint = (leaf.counts, f"{what}: the counts", "") if is_counts(leaf) else (leaf, what, _HINT)
+    shape = _arrays.shape_of(counts)
     if not shape or shape[-1] == 0:
-        got = _arrays.show_value(x)
-        raise ValueError(f"{what} must be an array with an axis of experts, [..., E]; got {got}.{hint}")
+        got = _arrays.show_value(counts)
+        raise ValueError(f"{name} must be an array with an axis of experts, [..., E]; got {got}.{hint}")
+    if is_counts(leaf) and _arrays.shape_of(leaf.tokens) != shape[:-1]:
+        raise ValueError(
+            f"{what} has counts of shape {list(shape)} and tokens {_arrays.show_value(leaf.tokens)}; tokens must have "
+            f"the shape {list(shape[:-1])}, one number for each layer."
+        )
+    if not is_counts(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "
+            "Put tokens per expert into RoutingCounts(counts, tokens)."
+        )
+    for x in jax.tree.leaves(leaf):
+        _arrays.check_not_negative(what, x)
 
 
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
@@ -141,29 +128,22 @@ def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array 
 
     Args:
       expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity.
-      num_experts: E.
+      num_experts: E, not traced.
       where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
 
     Returns:
       The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
 
     Raises:
-      ValueError: if the indices are not integers, `num_experts` is not a positive integer, K is more than E, or
-        `where` does not fit.
+      ValueError: if an argument has another type or shape, or K is more than E.
 
     Example:
       >>> chosen = jnp.array([[0, 1], [0, 2], [0, 1]])  # three tokens, two experts each
       >>> excitation_optax.count_routing(chosen, num_experts=4, where=jnp.array([True, True, False])).counts
       Array([2., 1., 1., 0.], dtype=float32)
     """
-    indices = _arrays.as_array(
-        "count_routing: expert_indices",
-        expert_indices,
-        "integers",
-        "[..., K]",
-        " K is the number of experts per token. For router logits use count_logits, for a mask of active experts "
-        "count_active.",
-    )
+    hint = " K is the number of experts per token. For router logits use count_logits, for a mask count_active."
+    indices = _arrays.as_array("count_routing: expert_indices", expert_indices, "integers", "[..., K]", hint)
     num_experts = _arrays.static_int("count_routing: num_experts", num_experts)
     if indices.shape[-1] > num_experts:
         raise ValueError(
@@ -180,13 +160,7 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
 
     Args:
       active: `[T..., E]` boolean, whether the expert is active for the token.
-      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
-
-    Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
-
-    Raises:
-      ValueError: if `active` is not boolean or has no axis of experts, or if `where` does not fit.
+      where: as for `count_routing`, which also says what is returned and raised.
 
     Example:
       >>> counts = excitation_optax.count_active(jnp.array([[True, False], [True, True]]))
@@ -213,14 +187,8 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
 
     Args:
       router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).
-      experts_per_token: K.
-      where: boolean, broadcasts to `[T...]`; False leaves a token (padding) out.
-
-    Returns:
-      The counts, `[E]`, summed over all tokens. For stacked layers, use `jax.vmap`.
-
-    Raises:
-      ValueError: if the logits are not floating-point, K is not an integer between 1 and E, or `where` does not fit.
+      experts_per_token: K, not traced.
+      where: as for `count_routing`, which also says what is returned and raised.
 
     Example:
       >>> excitation_optax.count_logits(jnp.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), experts_per_token=1).utilization

@@ -3,7 +3,7 @@
 A layer is what one utilization entry covers: one array for all experts, several, or a set of arrays per expert. A stack
 of layers has leading axes; each of its layers is scaled by itself.
 
-Axis letters: E experts, L layers.
+Axis letters: E experts.
 """
 
 import functools
@@ -40,9 +40,8 @@ def scale_layer(
     if component == "both":
         factor = phi
     else:
-        ratio = jnp.expand_dims(_norm_ratio(phi, updates, placements), -1)  # [..., 1]
-        # A ratio of 0 means that phi times the update is 0, and no quotient is needed.
-        direction = phi.astype(ratio.dtype) / _arrays.one_if_zero(ratio)
+        ratio = _norm_ratio(phi, updates, placements)
+        direction = _arrays.divide(phi.astype(ratio.dtype), ratio)
         factor = direction if component == "direction" else jnp.broadcast_to(ratio, phi.shape)
 
     def scale(update: jax.Array, place: Placement) -> jax.Array:
@@ -62,7 +61,7 @@ def replicated(x: jax.Array) -> jax.Array:
 
 
 def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[Placement, ...]) -> jax.Array:
-    """The ratio r of the norm of phi times the update to the norm of the update, `[...]`; 1 where the update is 0.
+    """The ratio r of the norm of phi times the update to the norm of the update, `[..., 1]`; 1 where that is 0.
 
     With each expert's sum of squares s, r ** 2 = sum(phi ** 2 * s) / sum(s). The largest entries are divided out first,
     since float32 squares overflow above 1e19 and vanish below 1e-23.
@@ -70,7 +69,7 @@ def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[
     wide = functools.reduce(np.promote_types, [jnp.abs(update).dtype for update in updates], phi.dtype)
     absolute = [jnp.abs(update).astype(wide) for update in updates]
     largest = _per_expert(absolute, placements, phi.shape, jnp.max, jnp.maximum)
-    divisor = _arrays.one_if_zero(largest)
+    divisor = jnp.where(largest == 0, 1, largest)
     squares = [(a / _expand(divisor, a, p)) ** 2 for a, p in zip(absolute, placements, strict=True)]
     sums = _per_expert(squares, placements, phi.shape, jnp.sum, jnp.add)
     # Both cross the devices at once, and only here.
@@ -78,11 +77,11 @@ def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: tuple[
 
     phi = phi.astype(sums.dtype)
     largest_phi = jnp.max(jnp.abs(phi), axis=-1, keepdims=True)
-    relative_phi = phi / _arrays.one_if_zero(largest_phi)
-    relative = sums * (largest / _arrays.one_if_zero(jnp.max(largest, axis=-1, keepdims=True))) ** 2
-    before = jnp.sum(relative, axis=-1)
-    after = jnp.sum(relative_phi**2 * relative, axis=-1)
-    return jnp.where(before == 0, 1, largest_phi[..., 0] * jnp.sqrt(after / _arrays.one_if_zero(before)))
+    relative_phi = _arrays.divide(phi, largest_phi)
+    relative = sums * _arrays.divide(largest, jnp.max(largest, axis=-1, keepdims=True)) ** 2
+    before = jnp.sum(relative, axis=-1, keepdims=True)
+    after = jnp.sum(relative_phi**2 * relative, axis=-1, keepdims=True)
+    return jnp.where(before == 0, 1, largest_phi * jnp.sqrt(_arrays.divide(after, before)))
 
 
 def _per_expert(
@@ -97,19 +96,18 @@ def _per_expert(
     def reduced(array: jax.Array, place: Placement) -> jax.Array:
         axes = [axis for group in place.axes for axis in group]
         kept = reduce(array, axis=tuple(axis for axis in range(array.ndim) if axis not in axes))
-        kept = jnp.transpose(kept, _order(_order(axes)))
+        kept = jnp.transpose(kept, np.argsort(np.argsort(axes)).tolist())
         if len(axes) == len(place.axes):
             return kept
         return replicated(kept).reshape(shape if place.expert is None else shape[:-1])
 
-    values: dict[int | None, jax.Array] = {}
-    for array, place in zip(arrays, placements, strict=True):
-        value = reduced(array, place)
-        values[place.expert] = combine(values[place.expert], value) if place.expert in values else value
-    if None in values:
-        return values[None]
-    zero = jnp.zeros_like(next(iter(values.values())))
-    return jnp.stack([values.get(expert, zero) for expert in range(shape[-1])], axis=-1)
+    def total(expert: int | None) -> jax.Array:
+        parts = [reduced(array, p) for array, p in zip(arrays, placements, strict=True) if p.expert == expert]
+        return functools.reduce(combine, parts) if parts else jnp.zeros(shape[:-1], arrays[0].dtype)
+
+    if placements[0].expert is None:
+        return total(None)
+    return jnp.stack([total(expert) for expert in range(shape[-1])], axis=-1)
 
 
 def _expand(x: jax.Array, array: jax.Array, place: Placement) -> jax.Array:
@@ -117,10 +115,5 @@ def _expand(x: jax.Array, array: jax.Array, place: Placement) -> jax.Array:
     if place.expert is not None:
         x = x[..., place.expert]
     axes = [axis for group in place.axes for axis in group]
-    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), _order(axes))
+    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), np.argsort(axes).tolist())
     return jnp.expand_dims(x, [axis for axis in range(array.ndim) if axis not in axes])
-
-
-def _order(axes: Sequence[int]) -> list[int]:
-    """The positions of axes from the first to the last."""
-    return sorted(range(len(axes)), key=axes.__getitem__)

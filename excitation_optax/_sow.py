@@ -123,7 +123,7 @@ class Capture:
 
 def sow_nnx(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...]) -> None:
     """Adds counts to an NNX module: to its captured variable, or to an attribute that pop_routing takes."""
-    sown = {_pattern(module, names, nnx.as_pure(nnx.state(module)) if names else None): counts}
+    pattern = _pattern(module, names, nnx.as_pure(nnx.state(module)) if names else None)
     capture, variable, name = _running.get(), captured(module), type(module).__name__
     if variable is not None:
         if not variable._can_update:  # to set it would leak a tracer
@@ -132,7 +132,7 @@ def sow_nnx(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...])
                 f"The routing of {path} ({name}) cannot leave the JAX transform that closed over it. Use Flax's, and "
                 "pass the module as an argument: nnx.remat(lambda layer, x: layer(x))(layer, x)."
             )
-        module.sow(Routing, _SOWN, sown)
+        module.sow(Routing, _SOWN, {pattern: counts})
         if capture and variable.has_metadata("module_path"):  # otherwise an nnx.capture inside the model asked for it
             capture.note(variable)
     elif hasattr(module, "__captures__") or (capture and not getattr(module, "deterministic", False)):
@@ -143,7 +143,7 @@ def sow_nnx(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...])
     elif not getattr(module, "deterministic", False):
         with contextlib.suppress(flax.errors.TraceContextError):
             kept = getattr(module, _SOWN).get_value() if hasattr(module, _SOWN) else {}
-            setattr(module, _SOWN, Routing({**kept, **{key: kept.get(key, 0) + more for key, more in sown.items()}}))
+            setattr(module, _SOWN, Routing({**kept, pattern: kept.get(pattern, 0) + counts}))
 
 
 def sow_linen(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...]) -> None:

@@ -4,16 +4,6 @@ E experts of one layer are on the last axis, and expectations run over them; lea
 is divided out first (in `exp_diff` subtracted), so that every strategy is finite for utilization in [0, 1] and gamma up
 to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN, and negative utilization is an error where
 its values can be read.
-
-A strategy of your own is a function of `(utilization, gamma)`. Some models pad the experts' axis, for example with 6
-experts in 8 slots. The empty slots would lower the mean, so slice them off:
-
-    >>> def positive_sum_of_six(utilization, gamma):
-    ...     excitation = excitation_optax.positive_sum(utilization[..., :6], gamma)
-    ...     return jnp.concatenate([excitation, jnp.ones_like(utilization[..., 6:])], axis=-1)
-    >>> utilization = jnp.array([0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.0, 0.0])
-    >>> positive_sum_of_six(utilization, 1.0)  # the mean of the six is 0.2
-    Array([1. , 1. , 1.5, 1. , 1. , 1.5, 1. , 1. ], dtype=float32)
 """
 
 import functools
@@ -36,8 +26,7 @@ _KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYW
 def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Amplifies busy experts at the expense of idle ones; the mean excitation of a layer is 1.
 
-    .. math::
-      \Phi_{ZS}(u_k, \gamma) = \frac{u_k^\gamma}{\mathbb{E}[u^\gamma]} \qquad \text{(equation 6)}
+    .. math:: \Phi_{ZS}(u_k, \gamma) = \frac{u_k^\gamma}{\mathbb{E}[u^\gamma]} \qquad \text{(equation 6)}
 
     Args:
       utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
@@ -52,22 +41,16 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
-    power = _power(jnp.where(largest == 0, 1, u / _arrays.one_if_zero(largest)), gamma)
+    power = _power(_arrays.divide(u, largest, if_zero=1), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
 
 
 def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Amplifies busy experts and leaves the others unchanged: zero-sum with a lower bound of 1.
 
-    .. math::
-      \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma)) \qquad \text{(equation 7)}
+    .. math:: \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma)) \qquad \text{(equation 7)}
 
-    Args:
-      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
-      gamma: scalar, not negative; 0 is the identity.
-
-    Returns:
-      The excitation, `[..., E]`, between 1 and E.
+    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 1 and E.
 
     Example:
       >>> excitation_optax.positive_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
@@ -79,17 +62,10 @@ def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Amplifies by differences in utilization instead of ratios; the mean excitation of a layer is 1.
 
-    Its factors depend on the scale of utilization, which sums to K over the experts, as in the paper.
+    .. math:: \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]} \qquad \text{(equation 8)}
 
-    .. math::
-      \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]} \qquad \text{(equation 8)}
-
-    Args:
-      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
-      gamma: scalar, not negative; 0 is the identity.
-
-    Returns:
-      The excitation, `[..., E]`, between 0 and E.
+    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. It depends on the scale of
+    utilization, which sums to K over the experts, as in the paper.
 
     Example:
       >>> excitation_optax.exp_diff(jnp.array([0.0, jnp.log(3.0)]), 1.0).round(4)  # exp: 1, 3
@@ -103,15 +79,9 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Control: one factor for all experts of a layer, which acts like a higher learning rate.
 
-    .. math::
-      \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))] \qquad \text{(equation 9)}
+    .. math:: \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))] \qquad \text{(equation 9)}
 
-    Args:
-      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
-      gamma: scalar, not negative; 0 is the identity.
-
-    Returns:
-      The excitation, `[..., E]`, the same for every expert of a layer, between 1 and exp(gamma).
+    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 1 and exp(gamma).
 
     Example:
       >>> excitation_optax.global_exp(jnp.array([0.0, 2 * jnp.log(3.0)]), 1.0).round(4)  # above the mean: 0, log 3
@@ -125,16 +95,12 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) -> jax.Array:
     r"""Control: zero-sum's factors, shuffled among the experts of a layer at each step.
 
-    .. math::
-      \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma), \; \pi \text{ a permutation} \qquad \text{(section 3.2.2)}
+    .. math:: \Phi_{RB}(u_k, \gamma) = \Phi_{ZS}(u_{\pi(k)}, \gamma) \qquad \pi \text{ a permutation (section 3.2.2)}
 
     Args:
-      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
-      gamma: scalar, not negative; 0 is the identity.
+      utilization: `[..., E]`, as for `zero_sum`. Each layer on the leading axes has its own permutation.
+      gamma: as for `zero_sum`.
       key: a PRNG key. `scale_by_excitation` passes `fold_in(key(seed), step)`, the same key to every layer.
-
-    Returns:
-      The excitation, `[..., E]`; each layer on the leading axes has its own permutation.
 
     Example:
       >>> shuffled = excitation_optax.random_boost(jnp.array([0.1, 0.2, 0.3]), 1.0, key=jax.random.key(0))
@@ -147,17 +113,10 @@ def random_boost(utilization: ArrayLike, gamma: ArrayLike, *, key: jax.Array) ->
 def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Control: amplifies idle experts and slows busy ones; the mean excitation of a layer is 1.
 
-    .. math::
-      \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]} \qquad \text{(equation 10)}
+    .. math:: \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]} \qquad \text{(equation 10)}
 
-    Idle experts (u = 0) share all of the excitation, and the others get 0, the limit of the equation.
-
-    Args:
-      utilization: `[..., E]`, the fraction of the batch that was routed to each expert, in [0, 1].
-      gamma: scalar, not negative; 0 is the identity.
-
-    Returns:
-      The excitation, `[..., E]`, between 0 and E.
+    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. Idle experts (u = 0) share
+    all of it, and the others get 0, the limit of the equation.
 
     Example:
       >>> excitation_optax.inverted(jnp.array([0.1, 0.3]), 1.0).round(4)  # 1/u: 10, 10/3
@@ -167,24 +126,20 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
-    power = _power(jnp.where(u == 0, 1, smallest / _arrays.one_if_zero(u)), gamma)
+    power = _power(_arrays.divide(smallest, u, if_zero=1), gamma)
     return power / jnp.mean(power, axis=-1, keepdims=True)
 
 
 def clipped(strategy: Strategy, maximum: float) -> Strategy:
     r"""Bounds a strategy: no expert's update is amplified more than `maximum` times.
 
-    .. math::
-      \Phi(u_k, \gamma) = \min(m, \Phi_{strategy}(u_k, \gamma))
+    .. math:: \Phi(u_k, \gamma) = \min(m, \Phi_{strategy}(u_k, \gamma))
 
     Zero-sum reaches E where one expert takes the whole batch: that expert then trains at E times your learning rate.
 
     Args:
       strategy: the strategy to bound; a random one stays random.
       maximum: m, positive and finite; 1 amplifies nothing.
-
-    Returns:
-      The bounded strategy.
 
     Raises:
       ValueError: if `strategy` is not a callable of `(utilization, gamma)`, or `maximum` is out of range.

@@ -29,8 +29,7 @@ def scale_by_excitation(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each expert's update by its excitation, a function of how much of the batch was routed to it.
 
-    .. math::
-      \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)} \qquad \text{(equations 2 to 4)}
+    .. math:: \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)} \qquad \text{(equations 2 to 4)}
 
     Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
     weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which keep
@@ -41,15 +40,9 @@ def scale_by_excitation(
     layers. Every parameter at or below a node that a pattern matches is scaled; all others stay the same, bit for bit.
     Nested dicts and `/` mean the same, `None` is absent, `""` is the root of the tree.
 
-    ===================  ========================================================================
-    in a pattern         matches
-    ===================  ========================================================================
-    ``moe/experts``      these names
-    ``*``, ``?``         any characters, one character, within one name
-    ``**``               as a whole name: any number of names, also none
-    ``{w_in,w_out}``     either; both are one layer
-    ``expert_{expert}``  a number: the whole subtree belongs to the expert with that number
-    ===================  ========================================================================
+    In a pattern such as `moe/experts`, `*` stands for any characters of one name, `?` for one character, and `**` for
+    any number of names, also none. `{w_in,w_out}` stands for either; both are one layer. `expert_{expert}` stands for
+    the number of the expert that owns the whole subtree.
 
     Args:
       strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. If it has an unbound keyword
@@ -69,10 +62,6 @@ def scale_by_excitation(
         are summed. Counts that you summed yourself stay right, since their quotient does not change.
       seed: for random strategies.
 
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs`. Its state is a count of steps if gamma is a schedule or the
-      strategy is random, otherwise empty.
-
     Raises:
       ValueError: here, if an argument is malformed; while tracing an update, if the utilization, the parameters, the
         strategy's result or the state do not fit each other.
@@ -83,10 +72,8 @@ def scale_by_excitation(
       >>> state = tx.init(params)
       >>> utilization = {"experts": jnp.array([0.1, 0.2, 0.3])}
       >>> updates, state = tx.update(params, state, params, utilization=utilization)
-      >>> updates["experts"]
-      Array([[-0.05, -0.05],
-             [-0.1 , -0.1 ],
-             [-0.15, -0.15]], dtype=float32)
+      >>> updates["experts"][:, 0]
+      Array([-0.05, -0.1 , -0.15], dtype=float32)
     """
     is_random = _strategies.is_random(strategy)
     counts_steps = is_random or callable(gamma)
@@ -114,16 +101,16 @@ def scale_by_excitation(
         tree = _paths.Tree(updates)
         layers = _experts.match_experts(tree, entries, expert_axis)
         entries = entries if axis_name is None else _routing.sum_over(axis_name, entries)
-        leaves = list(tree.leaves)
         for pattern, layer in layers.items():
             phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
-            arrays = [jnp.asarray(leaves[leaf]) for leaf in layer.leaves]
-            scaled = _scaling.scale_layer(phi, arrays, layer.placements, component) if arrays else []
-            for leaf, update in zip(layer.leaves, scaled, strict=True):
-                leaves[leaf] = update
+            arrays = [jnp.asarray(tree.leaves[leaf]) for leaf in layer.placements]
+            placements = tuple(layer.placements.values())
+            scaled = _scaling.scale_layer(phi, arrays, placements, component) if arrays else []
+            for leaf, update in zip(layer.placements, scaled, strict=True):
+                tree.leaves[leaf] = update
         if counts_steps:
             state = ScaleByExcitationState(optax.safe_increment(state.count))
-        return tree.treedef.unflatten(leaves), state
+        return tree.treedef.unflatten(tree.leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -135,19 +122,13 @@ def excitation(
     *,
     key: jax.Array | None = None,
 ) -> Any:
-    """The excitation Phi of every expert, as `scale_by_excitation` applies it (section 3.2 of the paper).
+    """Returns the tree of the excitations Phi `[..., E]`, as `scale_by_excitation` applies them (section 3.2).
 
     Args:
       utilization: a tree whose leaves are fractions `[..., E]` or `RoutingCounts`.
-      strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`.
-      gamma: the intensity, not negative; of a schedule, its value at the step in question.
-      key: for random strategies; the transform's own at step `t` is `fold_in(key(seed), t)`.
-
-    Returns:
-      A tree of the same structure, its leaves Phi `[..., E]`, float32 or wider.
-
-    Raises:
-      ValueError: if an argument is malformed, or a random strategy is given no key.
+      strategy: as for `scale_by_excitation`.
+      gamma: as for `scale_by_excitation`, but instead of a schedule its value at one step.
+      key: required for random strategies; the transform's own at step `t` is `fold_in(key(seed), t)`.
 
     Example:
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)
@@ -169,8 +150,7 @@ def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, ke
     if np.shape(phi) != u.shape:
         raise ValueError(
             f"The strategy {_strategies.name(strategy)} turned the utilization at {path or _paths.ROOT} from "
-            f"{list(u.shape)} into {_arrays.show_value(phi)}. It must return the excitation of every expert, "
-            f"{list(u.shape)}."
+            f"{list(u.shape)} into {_arrays.show_value(phi)}. It must return the excitation of every expert."
         )
     return _scaling.replicated(_arrays.float32_or_wider(phi))
 

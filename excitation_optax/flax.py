@@ -79,16 +79,14 @@ def is_capturing(module: nnx.Module) -> bool:
 def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..., tuple[Any, ...]]:
     """Wraps an NNX model so that a call also returns its routing and leaves nothing behind in the model.
 
-    Inside a loss function, return the routing as auxiliary output.
+    The result is a function of the same inputs that returns `(output, utilization, *others)`: utilization is a nested
+    dict of `RoutingCounts`, and others are an `nnx.State` for each of the other types. Inside a loss function, return
+    the routing as auxiliary output.
 
     Args:
       model: a module, a bound method of one, or a function whose first argument is one.
       *other_types: other variable types to record, such as the type of an auxiliary loss. Variables of any further type
         are dropped, as under `nnx.capture`.
-
-    Returns:
-      A function of the same inputs that returns `(output, utilization, *others)`: a nested dict of `RoutingCounts`, and
-      one `nnx.State` for each of the other types.
 
     Raises:
       ValueError: if `model` is not an NNX model; from the call, if no layer sowed, or if routing was lost.
@@ -123,13 +121,9 @@ def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..
 def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     """Returns the shapes of the routing that a call of an NNX model would sow, and computes nothing.
 
-    Pass them as `like` to `excitation_optax.accumulate_utilization`. For other models, apply `jax.eval_shape` to a
-    function that returns the routing.
-
-    Args:
-      model: a module, which can be abstract, as from `nnx.eval_shape`.
-      *args: the arguments of the call; arrays can be `jax.ShapeDtypeStruct`.
-      **kwargs: its keyword arguments.
+    Pass them as `like` to `excitation_optax.accumulate_utilization`. The model can be abstract, as from
+    `nnx.eval_shape`, and the arrays among the arguments of the call can be `jax.ShapeDtypeStruct`. For other models,
+    apply `jax.eval_shape` to a function that returns the routing.
 
     Example:
       >>> excitation_flax.routing_like(Neurons(2, 8, rngs=nnx.Rngs(0)), jnp.ones((5, 2))).counts
@@ -149,13 +143,8 @@ def pop_routing(model: nnx.Module) -> Any:
     """Takes the routing that calls left on an NNX model, a nested dict of `RoutingCounts`, and returns it.
 
     Pop after every call, also in evaluation: counts that remain are added to the next ones, change the tree of a
-    checkpoint, and make `nnx.jit` compile again. Only `capture_routing` detects routing that is lost inside the model.
-
-    Args:
-      model: the module that was called.
-
-    Raises:
-      ValueError: if `model` is not an NNX module, or holds no routing.
+    checkpoint, and make `nnx.jit` compile again. A model without routing is a `ValueError`, but only `capture_routing`
+    detects routing that is lost inside the model.
 
     Example:
       >>> layer = Neurons(2, 3, rngs=nnx.Rngs(0))
@@ -197,27 +186,19 @@ def routing_from_intermediates(intermediates: Any) -> Any:
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState`, with an `apply_gradients` that forwards extra arguments to `tx.update`.
-
-    Flax's own drops them.
+    """Flax's `TrainState`, with an `apply_gradients` that forwards extra arguments to `tx.update`; Flax's drops them.
 
     Example:
-      >>> params = {"experts": jnp.ones((2, 3))}
+      >>> params = {"experts": jnp.ones(2)}
       >>> tx = optax.chain(optax.sgd(0.5), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> state = excitation_flax.TrainState.create(apply_fn=None, params=params, tx=tx)
       >>> state = state.apply_gradients(grads=params, utilization={"experts": jnp.array([0.75, 0.25])})
       >>> state.params["experts"]
-      Array([[0.25, 0.25, 0.25],
-             [0.75, 0.75, 0.75]], dtype=float32)
+      Array([0.25, 0.75], dtype=float32)
     """
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> typing.Self:
-        """Returns the state with new parameters, optimizer state and step.
-
-        Args:
-          grads: gradients, with the structure of the parameters.
-          **kwargs: fields of the state to replace, as in Flax. All others are extra arguments of `tx.update`.
-        """
+        """As in Flax, keywords that are fields of the state replace them; all others are arguments of `tx.update`."""
         extra_args = {name: kwargs.pop(name) for name in kwargs.keys() - {f.name for f in dataclasses.fields(self)}}
         update = functools.partial(self.tx.update, **extra_args)
         state: Any = self.replace(tx=optax.GradientTransformation(self.tx.init, update))

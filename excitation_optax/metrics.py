@@ -1,4 +1,4 @@
-"""Metrics of routing to log: specialization, entropy, load. They are pure functions and do not change training.
+"""Metrics of routing to log, as pure functions: specialization, entropy, load. The paper is arXiv 2602.21798.
 
 The first argument is an array, nested lists of numbers, or a tree of these, and the result is the same tree of metrics.
 Utilization can be `RoutingCounts` too. A `ValueError` names the path of a malformed leaf.
@@ -54,15 +54,13 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
     Args:
       active: `[T, E]` boolean, whether the expert is active for the sample.
       labels: `[T]` integers, the class of each sample; one outside `[0, C)` leaves the sample out.
-      num_classes: C.
+      num_classes: C. The result is the matrix S of section 4.4 of the paper.
 
     Example:
       >>> active = jnp.array([[True, False], [True, True], [True, False]])
       >>> metrics.class_counts(active, labels=jnp.array([0, 1, 1]), num_classes=2)
       Array([[1., 2.],
              [0., 1.]], dtype=float32)
-
-    Source: the matrix S of arXiv 2602.21798, section 4.4.
     """
     num_classes = _arrays.static_int("num_classes", num_classes)
     mask = _arrays.as_array("active", active, "booleans", "[T, E]", " Pass `activations > 0`.")
@@ -77,19 +75,15 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
 def specialization_score(counts: Any) -> Any:
     r"""Measures how few classes an expert serves, `[...]`: from 1/C (all classes equally) to 1 (one class only).
 
-    It is the Gini-Simpson index, averaged over the active experts; NaN if there are none.
+    It is the Gini-Simpson index, averaged over the active experts (equation 11 of the paper); NaN if there are none.
+    Counts `[..., E, C]`, as from `class_counts`, say how often each expert was active for each class.
 
     .. math:: \mathcal{S} = \frac{1}{|N_{active}|} \sum_{n \in N_{active}} \sum_{c=1}^{C} p_{n,c}^2, \qquad
       p_{n,c} = \frac{S_{n,c}}{\sum_j S_{n,j}}
 
-    Args:
-      counts: `[..., E, C]`, how often each expert was active for each class, as from `class_counts`.
-
     Example:
       >>> metrics.specialization_score(jnp.array([[4.0, 0.0], [2.0, 2.0], [0.0, 0.0]]))  # 1, 1/2, not active
       Array(0.75, dtype=float32)
-
-    Source: arXiv 2602.21798, equation 11.
     """
     s = _arrays.float32_or_wider(_arrays.as_array("counts", counts, axes="[..., E, C]", hint=" See class_counts."))
     p = _shares(s)
@@ -103,7 +97,7 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
     .. math:: H = -\mathbb{E}_x\left[\sum_i p_i \log p_i\right], \qquad p_i = \frac{w_i}{\sum_j w_j}
 
     For a router, pass its softmax probabilities. For a Top-K layer of neurons, pass the retained activations: p is then
-    each neuron's share of the layer's output, and the entropy is at most log K.
+    each neuron's share of the layer's output, and the entropy is at most log K (section 4.4 of the paper).
 
     Args:
       weights: `[T..., E]`, not negative. A token whose weights are all zero is left out of the mean.
@@ -112,8 +106,6 @@ def routing_entropy(weights: Any, where: jax.Array | None = None) -> Any:
     Example:
       >>> metrics.routing_entropy(jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 2.0]]))  # 0 and log 2
       Array(0.3465736, dtype=float32)
-
-    Source: arXiv 2602.21798, section 4.4.
     """
     w = _arrays.float32_or_wider(_arrays.as_array("weights", weights, axes="[T..., E]"))
     counted = jnp.sum(w, axis=-1) != 0
@@ -128,8 +120,7 @@ def load_entropy(utilization: Any) -> Any:
 
     .. math:: H = -\frac{1}{\log E} \sum_i p_i \log p_i, \qquad p_i = \frac{u_i}{\sum_j u_j}
 
-    Args:
-      utilization: `[..., E]` or `RoutingCounts`. The result is NaN where there was no load, or where E = 1.
+    Utilization is `[..., E]` or `RoutingCounts`. The result is NaN where there was no load, or where E = 1.
 
     Example:
       >>> metrics.load_entropy(jnp.array([[0.5, 0.5, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]))
@@ -144,8 +135,7 @@ def load_entropy(utilization: Any) -> Any:
 def max_over_mean_load(utilization: Any) -> Any:
     """Divides the busiest expert's load by the mean load, `[...]`: 1 if all have the same, E if one expert has all.
 
-    Args:
-      utilization: `[..., E]` or `RoutingCounts`. The result is NaN where there was no load.
+    Utilization is `[..., E]` or `RoutingCounts`. The result is NaN where there was no load.
 
     Example:
       >>> metrics.max_over_mean_load(jnp.array([0.25, 0.75]))
@@ -173,7 +163,7 @@ def dead_experts(utilization: Any, threshold: float = 0.0) -> Any:
 
 def _shares(x: jax.Array) -> jax.Array:
     """Divides by the sum over the last axis; 0 where all are zero."""
-    return x / _arrays.one_if_zero(jnp.sum(x, axis=-1, keepdims=True))
+    return _arrays.divide(x, jnp.sum(x, axis=-1, keepdims=True))
 
 
 def _entropy(weights: jax.Array) -> jax.Array:

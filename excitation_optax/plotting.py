@@ -1,7 +1,8 @@
 """Draws routing and strategies at the width of a paper's column, in colors that color-blind readers can tell apart.
 
-A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. Use the
-style when you draw and when you save, so that the text of vector graphics stays text:
+A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. A
+`ValueError` says which form an argument must have. Use the style when you draw and when you save, so that the text of
+vector graphics stays text:
 
     with matplotlib.rc_context(plotting.STYLE):
         plotting.load_heat_map(utilization).figure.savefig("load.svg")
@@ -41,9 +42,6 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
         have fewer experts: in a masked array, or in a leaf of another E.
       ax: the Axes to draw into, or None.
 
-    Raises:
-      ValueError: if the load has another form.
-
     Example:
       >>> ax = plotting.load_heat_map({"layer_0": np.array([0.25, 0.5, 0.25, 0.0]), "layer_1": np.full(4, 0.25)})
       >>> ax.collections[0].get_array().data  # log2 of the load over the mean; -3 is no token
@@ -51,7 +49,7 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
              [ 0.,  0.,  0.,  0.]])
     """
     load = _layers(load)
-    ratio = _ranked(_over_mean(load), 512)
+    ratio = _over_mean(load, limit=512)
     ax = ax or _new_axes()
     _draw_cells(ax, np.arange(ratio.shape[1]), ratio)
     ax.set(xlabel="expert" if ratio.shape == load.shape else f"rank by load, of {load.shape[1]:,}", ylabel="layer")
@@ -69,9 +67,6 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
       load: `[T, L, E]`, such as `RoutingLog.load`, `[T, E]` for one layer, or a list of T loads for `load_heat_map`.
       ax: the Axes to draw into, or None.
 
-    Raises:
-      ValueError: if the steps do not rise, or the load has another form.
-
     Example:
       >>> load = np.array([[[0.5, 0.5], [1.0, 0.0]], [[0.25, 0.75], [1.0, 0.0]]])  # [T, L, E]
       >>> ax = plotting.load_over_time([100, 200], load)
@@ -81,11 +76,18 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
              [ 1.  ,  1.  ],
              [-3.  , -3.  ]])
     """
-    steps, load = _history(steps, load)
+    steps, frames = np.asarray(steps, float), [_layers(frame) for frame in load]
+    shapes = {frame.shape for frame in frames}
+    if steps.shape != (len(frames),) or len(shapes) != 1 or not np.all(np.diff(steps) > 0):
+        raise ValueError(
+            "load_over_time: steps must be [T], rising, and load [T, L, E], [T, E] or T loads of one shape; got steps "
+            f"{reprlib.repr(steps.tolist())} and {len(frames)} loads of shapes {reprlib.repr(shapes)}."
+        )
+    load = np.ma.stack(frames)
     present = ~np.ma.getmaskarray(load[0])  # [L, E]
     sizes = np.sum(present, axis=-1)
     limit = max(2, 256 // len(sizes)) if sizes.sum() > 256 else max(sizes)
-    blocks = [_ranked(_over_mean(load[:, layer, there]), limit) for layer, there in enumerate(present)]
+    blocks = [_over_mean(load[:, layer, there], limit) for layer, there in enumerate(present)]
     ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
     ax = ax or _new_axes()
     _draw_cells(ax, steps, np.ma.concatenate(blocks, axis=1).T)
@@ -103,13 +105,10 @@ def strategy_curves(strategies: Any, gamma: float = 1.0, *, num_experts: int = 8
     The dotted lines cross at the utilization 1/E, where every strategy is 1.
 
     Args:
-      strategies: one or several callables `(utilization [..., E], gamma) -> excitation [..., E]`.
+      strategies: one or several callables `(utilization [..., E], gamma) -> excitation [..., E]`, not random.
       gamma: the intensity.
       num_experts: E, at least 2.
       ax: the Axes to draw into, or None.
-
-    Raises:
-      ValueError: if E is not an integer of at least 2, or a strategy is random.
 
     Example:
       >>> ax = plotting.strategy_curves([excitation_optax.zero_sum, excitation_optax.positive_sum], num_experts=4)
@@ -154,28 +153,12 @@ def _layers(load: Any) -> np.ma.MaskedArray:
     raise ValueError(f"A load must be [L, E], [E], or a tree of RoutingCounts or arrays [..., E]; got {got}.")
 
 
-def _history(steps: Any, load: Any) -> tuple[np.ndarray, np.ma.MaskedArray]:
-    """Steps `[T]` and load `[T, L, E]`."""
-    steps, frames = np.asarray(steps, float), [_layers(frame) for frame in load]
-    shapes = {frame.shape for frame in frames}
-    if steps.shape != (len(frames),) or len(shapes) != 1 or not np.all(np.diff(steps) > 0):
-        raise ValueError(
-            "load_over_time: steps must be [T], rising, and load [T, L, E], [T, E] or T loads of one shape; got steps "
-            f"{reprlib.repr(steps.tolist())} and {len(frames)} loads of shapes {reprlib.repr(shapes)}."
-        )
-    return steps, np.ma.stack(frames)
-
-
-def _over_mean(load: np.ma.MaskedArray) -> np.ma.MaskedArray:
-    """Load over the mean of the layer, 0 in a layer without load; by hand, as np.ma would mask a NaN."""
+def _over_mean(load: np.ma.MaskedArray, limit: int) -> np.ma.MaskedArray:
+    """Load over the mean of the layer, 0 where that is 0. Of more experts, `limit` ranks; NaN is first."""
     mask = np.ma.getmaskarray(load)
     mean = np.sum(load.filled(0), axis=-1, keepdims=True) / np.sum(~mask, axis=-1, keepdims=True)
     with np.errstate(invalid="ignore"):  # infinity over infinity
-        return np.ma.array(load.filled(0) / np.where(mean == 0, 1, mean), mask=mask)
-
-
-def _ranked(ratio: np.ma.MaskedArray, limit: int) -> np.ma.MaskedArray:
-    """The last axis, or `limit` evenly spaced ranks of it from the largest to the smallest. NaN is first."""
+        ratio = np.ma.array(load.filled(0) / np.where(mean == 0, 1, mean), mask=mask)  # np.ma would mask a NaN
     if ratio.shape[-1] <= limit:
         return ratio
     ranks = np.linspace(0, ratio.shape[-1] - 1, limit).round().astype(int)

@@ -1,6 +1,8 @@
 """Logs the routing of a model: a bounded number of scalars, the extreme experts by name, and an alarm.
 
-This module imports no logger: you pass the writers in. Axis letters: E experts, L layers, T entries of the history.
+This module imports no logger: you pass the writers in. A malformed argument is a `ValueError`.
+
+Axis letters: E experts, L layers, T entries of the history.
 """
 
 import json
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from excitation_optax import _arrays, _routing, metrics
+from excitation_optax import _arrays, _paths, _routing, metrics
 
 __all__ = ["JSONLines", "RoutingLog"]
 
@@ -50,9 +52,6 @@ class RoutingLog:
       collapsed_entropy: a router has collapsed if its load entropy is at most this. It is log K / log E if the same K
         of E experts receive all tokens.
       prefix: the first part of every name.
-
-    Raises:
-      ValueError: if an argument is malformed.
 
     Example:
       >>> log = telemetry.RoutingLog(alarm=print, alarm_after=2)  # add your writers
@@ -116,9 +115,7 @@ class RoutingLog:
         number = np.asarray(step)
         if number.ndim or number.dtype.kind not in "iu" or number <= max(self.steps, default=-np.inf):
             above = f" above {self.steps[-1]}, the last step" if self.steps else ""
-            raise ValueError(
-                f"RoutingLog: step must be an integer{above}; got {step!r}. A resumed run needs a new log."
-            )
+            raise ValueError(f"RoutingLog: step must be an integer{above}; got {step!r}. Resumed runs need a new log.")
         step, (leaves, sizes, present) = int(number), flatten(utilization)
         _check_layers(f"the layers at step {step} differ from the calls before", self._sizes or sizes, sizes)
         phi_leaves, phi_sizes, _ = ([], sizes, None) if excitation is None else flatten(excitation, "excitation")
@@ -226,12 +223,11 @@ class JSONLines:
 
 def flatten(tree: Any, what: str = "utilization") -> tuple[list[Any], dict[str, int], np.ndarray]:
     """The leaves in natural order of their paths, each layer's E by name, and `[L, E]`, whether an expert exists."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_routing.is_counts)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/") or "(root)": leaf for path, leaf in flat}
-    if not flat or len(leaves) < len(flat):
-        raise ValueError(f"The {what} must have at least one layer, and different paths for all; got {tree!r}.")
-    natural = lambda item: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]
-    leaves, sizes = dict(sorted(leaves.items(), key=natural)), {}
+    leaves, sizes = _paths.join(tree, _routing.is_counts), {}
+    if not leaves:
+        raise ValueError(f"The {what} must have at least one layer, an array or RoutingCounts; got {tree!r}.")
+    natural = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
+    leaves = {path or _paths.ROOT: leaves[path] for path in sorted(leaves, key=natural)}
     for path, leaf in leaves.items():
         shape = np.shape(leaf.counts if _routing.is_counts(leaf) else leaf)
         if not shape or 0 in shape or (_routing.is_counts(leaf) and np.shape(leaf.tokens) != shape[:-1]):
@@ -248,7 +244,7 @@ def _pack(u: list[Any], phi: list[Any]) -> jax.Array:
     """All that `write` needs as one array, since every array costs a transfer: 4 values by layer, 2 or 3 by expert."""
     u = [leaf.utilization if _routing.is_counts(leaf) else leaf.astype(jnp.float32) for leaf in u]
     total = [jnp.sum(leaf, axis=-1, keepdims=True) for leaf in u]
-    over_mean = [leaf * leaf.shape[-1] / _arrays.one_if_zero(t) for leaf, t in zip(u, total, strict=True)]
+    over_mean = [_arrays.divide(leaf * leaf.shape[-1], t) for leaf, t in zip(u, total, strict=True)]
     measures = (metrics.max_over_mean_load, metrics.load_entropy, metrics.dead_experts)
     by_layer = [*total, *(x for measure in measures for x in measure(u))]
     return jnp.concatenate([x.astype(jnp.float32).ravel() for x in (*by_layer, *u, *over_mean, *phi)])

@@ -482,7 +482,7 @@ def test_values_that_cannot_be_read_are_not_checked():
 
 
 def six_of_eight(utilization, gamma):
-    """The recipe in the docstring of _strategies.py."""
+    """As the recipe for padded slots in docs/recipes.md."""
     excitation = positive_sum(utilization[..., :6], gamma)
     return jnp.concatenate([excitation, jnp.ones_like(utilization[..., 6:])], axis=-1)
 

@@ -95,7 +95,7 @@ def test_a_step_leaves_everything_where_it_lies(tmp_path):
 
 def test_pmap_splits_no_parameters():
     with pytest.raises(ValueError, match="--fsdp and --expert must be 1"):
-        parallel.Pmap(None, None, parallel.make_mesh(fsdp=2))
+        parallel.Trainer(lambda *_: None, lambda: (), parallel.make_mesh(fsdp=2), "pmap")
 
 
 # Batches.

@@ -1,4 +1,4 @@
-"""One training step on many devices: by `jax.jit` with shardings, or by `jax.pmap`.
+"""One training step on many devices: by `jax.jit` with shardings, or with a replica on each device, as in `jax.pmap`.
 
 The mesh has three axes. A batch is split over all of them. Experts are split over `expert`; parameters and the
 optimizer's state are split over `fsdp` and repeated over `data`. XLA chooses the collectives, except in the MoE layers
@@ -13,7 +13,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def gradient(
     """The gradient that `training.train_step` requires, over all devices and in parts.
 
     `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch, and `RoutingCounts`.
-    `axis_name` is that of `jax.pmap`. `micro_batches` are processed one after the other, to save memory.
+    `axis_name` is that of `jax.shard_map`. `micro_batches` are processed one after the other, to save memory.
     """
     grad = jax.grad(loss_fn, has_aux=True)
 
@@ -153,23 +153,37 @@ def gradient(
     return over_all
 
 
-class Jit:
-    """The main way: the state is split by `shardings` and stays so, and `step` works on global arrays.
+class Trainer:
+    """A compiled training step, and the state and the batches that it takes, as global arrays.
 
-    `step` is `(state, batch, axis_name=None) -> (state, logged)`. `init` makes the state; it is compiled, so that no
-    device holds more than its part.
+    Args:
+      step: `(state, batch, axis_name=None) -> (state, logged)`. It donates the old state.
+      init: makes the state at the start. It is compiled, so that no device holds more than its part.
+      mesh: see `make_mesh`. The state is split by `shardings`, and stays so.
+      kind: "jit" passes global arrays to `step`. "pmap" does what `jax.pmap` does, by `jax.shard_map`: each device has
+        all parameters and its part of the batch, and `step` sums over `axis_name`.
     """
 
-    def __init__(self, step: Callable, init: Callable[[], TrainState], mesh: Mesh):
+    def __init__(
+        self, step: Callable, init: Callable[[], TrainState], mesh: Mesh, kind: Literal["jit", "pmap"] = "jit"
+    ):
         self.mesh = mesh
         with jax.set_mesh(mesh):
             self.like = jax.eval_shape(init)
         self.shardings = shardings(self.like, mesh)
+        whole = PartitionSpec()
+        if kind == "pmap":
+            if mesh.shape["data"] != mesh.size:
+                text = "--parallel pmap repeats the model on every device"
+                raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
+            step = functools.partial(step, axis_name="data")
+            # Metrics that no device sums over, such as those of the step number, are equal everywhere: no check.
+            step = jax.shard_map(step, in_specs=(whole, PartitionSpec("data")), out_specs=whole, check_vma=False)
         self._init: Any = jax.jit(init, out_shardings=self.shardings)
         self._step: Any = jax.jit(
             step,
             in_shardings=(self.shardings, batch_sharding(mesh)),
-            out_shardings=(self.shardings, NamedSharding(mesh, PartitionSpec())),
+            out_shardings=(self.shardings, NamedSharding(mesh, whole)),
             donate_argnums=0,
         )
 
@@ -178,75 +192,21 @@ class Jit:
         with jax.set_mesh(self.mesh):
             return self._init()
 
-    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """A step on a global batch from `put`. It donates the old state."""
+    def step(self, state: TrainState, batch: jax.Array) -> tuple[TrainState, Any]:
+        """A step on a global batch from `put`."""
         with jax.set_mesh(self.mesh):
             return self._step(state, batch)
-
-    def compile(self, state: TrainState, batch: Any) -> None:
-        """Compiles the step, for a state and a batch like these."""
-        with jax.set_mesh(self.mesh):
-            self._step = self._step.lower(state, batch).compile()
 
     def trace(self, batch: Any) -> jax.stages.Traced:
         """The traced step, not lowered yet, for arrays like `batch`."""
         with jax.set_mesh(self.mesh):
             return self._step.trace(self.like, batch)
 
+    def compile(self, batch: jax.Array) -> None:
+        """Compiles the step, for batches like this one."""
+        self._step = self.trace(batch).lower().compile()
+
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """A global batch; `rows` makes the rows of each device."""
         part: Callable[[Any], Any] = lambda index: rows(index[0])
         return jax.make_array_from_callback(tuple(shape), batch_sharding(self.mesh), part)
-
-    def to_checkpoint(self, state: Any) -> Any:
-        """The state, or a part of it, as a checkpoint holds it."""
-        return state
-
-    def from_checkpoint(self, state: TrainState) -> TrainState:
-        """The state as `step` takes it."""
-        return state
-
-
-class Pmap(Jit):
-    """`jax.pmap`, for comparison with older code: each device has a replica and its part of the batch.
-
-    The mesh must have the axis `data` alone. A checkpoint holds one replica, in the format of `Jit`.
-    """
-
-    def __init__(self, step: Callable, init: Callable[[], TrainState], mesh: Mesh):
-        if mesh.shape["data"] != mesh.size:
-            text = "--parallel pmap repeats the model on every device"
-            raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
-        super().__init__(step, init, mesh)
-        self._replicas: Any = jax.pmap(functools.partial(step, axis_name="data"), axis_name="data", donate_argnums=0)
-        self._repeat = jax.pmap(lambda _, state: state, in_axes=(0, None))
-
-    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """A step on a batch `[devices, B / devices, ...]`. The metrics are those of the first replica here."""
-        state, logged = self._replicas(state, batch)
-        return state, jax.tree.map(lambda a: a.addressable_data(0)[0], logged)
-
-    def compile(self, state: TrainState, batch: Any) -> None:
-        """Compiles the step, for a state and a batch like these."""
-        self._replicas = self._replicas.lower(state, batch).compile()
-
-    def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
-        """The rows of this process's devices, in their order."""
-        each, process = shape[0] // jax.process_count(), jax.process_index()
-        own = rows(slice(process * each, (process + 1) * each))
-        return own.reshape(jax.local_device_count(), -1, *shape[1:])
-
-    def init(self) -> TrainState:
-        """Replicas of the state at the start."""
-        return self.from_checkpoint(super().init())
-
-    def to_checkpoint(self, state: Any) -> Any:
-        """One replica, as a global array on every device."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        one = jax.tree.map(lambda a: a.addressable_data(0)[0], state)
-        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(whole, jax.device_get(a)), one)
-
-    def from_checkpoint(self, state: TrainState) -> TrainState:
-        """A replica for every device of this process."""
-        one = jax.tree.map(lambda a: jax.device_get(a.addressable_data(0)), state)
-        return self._repeat(jnp.arange(jax.local_device_count()), one)

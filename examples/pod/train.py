@@ -133,7 +133,7 @@ def step_fn(config: Config, graphdef: Any, tx: Any, state: training.TrainState, 
 
 def make_trainer(
     config: Config, mesh: jax.sharding.Mesh, step_fn: Callable[..., Any] = step_fn
-) -> tuple[Any, parallel.Jit]:
+) -> tuple[Any, parallel.Trainer]:
     """The model's graph definition, and what makes and changes the state."""
     model_config = config.model(texts.VOCAB_SIZE[config.tokenizer])
     make_model = lambda: gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed))
@@ -144,8 +144,8 @@ def make_trainer(
     tx = training.make_optimizer(base, expert_axis=gpt_moe.GPTMoE.expert_axis, **excite)
     tx = optax.apply_if_finite(tx, NEVER)
     init = lambda: training.TrainState.create(nnx.state(make_model()), tx)
-    kind = parallel.Pmap if config.parallel == "pmap" else parallel.Jit
-    return graphdef, kind(functools.partial(step_fn, config, graphdef, tx), init, mesh)
+    step = functools.partial(step_fn, config, graphdef, tx)
+    return graphdef, parallel.Trainer(step, init, mesh, config.parallel)
 
 
 def tell(text: str) -> None:
@@ -188,7 +188,7 @@ def main(config: Config) -> training.TrainState:
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             if logged is None:
                 tell("compiling")
-                trainer.compile(state, batch)
+                trainer.compile(batch)
                 log.start(first, first * tokens_per_step)
             before, (state, logged) = logged, trainer.step(state, batch)
             jax.block_until_ready(before)  # two steps at most are under way: CPU devices wait for each other
@@ -196,9 +196,9 @@ def main(config: Config) -> training.TrainState:
             if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))
             if last or number % config.eval_every == 0:
-                params, sizes = trainer.to_checkpoint(state.params), (config.context, config.batch_size)
+                sizes = config.context, config.batch_size
                 with jax.set_mesh(mesh):
-                    loss = train_gpt_moe.evaluate(total_loss, params, text.evaluation, *sizes)
+                    loss = train_gpt_moe.evaluate(total_loss, state.params, text.evaluation, *sizes)
                 log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
                 log.skip(number * tokens_per_step)
             log.advance()
@@ -209,7 +209,7 @@ def main(config: Config) -> training.TrainState:
             if saved and (
                 ending or last or (saved.manager.should_save(number) and not int(logged["skipped_in_a_row"]))
             ):
-                saved.save(number, trainer.to_checkpoint(state))
+                saved.save(number, state)
             if ending and not last:
                 end(config, saved, number)
         if saved and logged is not None:
@@ -223,14 +223,16 @@ def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
     return checkpoints.Checkpoints(folder, config.identity(), config.save_every, config.keep, MAY_CHANGE)
 
 
-def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None, steps: int) -> tuple[training.TrainState, int]:
+def start(
+    trainer: parallel.Trainer, saved: checkpoints.Checkpoints | None, steps: int
+) -> tuple[training.TrainState, int]:
     """The state to start from, and the number of steps that it has seen."""
     restored = saved.restore(trainer.like, trainer.shardings) if saved else None
     if restored is None:
         return trainer.init(), 0
     state, step = restored
     print(f"resuming from step {step}" + (", the last: nothing is left to do" if step == steps else ""), flush=True)
-    return trainer.from_checkpoint(state), step
+    return state, step
 
 
 def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> None:

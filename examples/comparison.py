@@ -34,7 +34,6 @@ class Config(training.TrainingConfig):
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
-        training.check_positive(self, "seeds")
         check(self)
 
 

@@ -12,7 +12,6 @@ Axis letters: R learning rates, S seeds, L hidden layers, E neurons, C classes.
 
 import dataclasses
 import functools
-import math
 import pathlib
 from typing import Any, Literal, NamedTuple
 
@@ -83,11 +82,7 @@ class Config:
 
     def __post_init__(self):
         """Errors before anything is loaded or trained."""
-        training.check_positive(self, "epochs", "batch_size", "seeds", "width", "depth")
-        if not all(0 < rate < math.inf for rate in self.learning_rate):
-            raise ValueError(f"--learning-rate must be positive; got {' '.join(map(str, self.learning_rate))}.")
-        training.check(self, "must not be negative", lambda x: 0 <= x < math.inf, "gamma")
-        training.check(self, "is a share in [0, 1]", lambda x: 0 <= x <= 1, "sparsity")
+        training.check(self)
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
         comparison.check(self)

@@ -48,7 +48,6 @@ class RunConfig(training.TrainingConfig):
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
-        training.check_positive(self, "steps", "batch_size", "eval_every")
         if self.context < 2:
             raise ValueError(f"--context must be at least 2, for a prompt and what follows; got {self.context}.")
         self.model(1)
@@ -91,8 +90,6 @@ class Config(RunConfig, comparison.Config):
         super().__post_init__()
         if not self.prompt:
             raise ValueError("--prompt must not be empty.")
-        training.check(self, "must not be negative", lambda x: 0 <= x < math.inf, "temperature")
-        training.check(self, "is in (0, 1]", lambda x: 0 < x <= 1, "top_p")
 
 
 def loss_fn(graphdef, params, tokens, *, load_balancing: float, router_z: float):

@@ -41,7 +41,6 @@ class Config(comparison.Config):
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
-        training.check_positive(self, "batch_size", "epochs")
         self.model()
 
     def model(self) -> moe_vit.MoEViTConfig:

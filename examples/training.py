@@ -34,6 +34,33 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adagrad": optax.adagrad,
 }
 
+# What flags of these names must be, in every program.
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "must be at least 1": (
+        "batch_size depth epochs eval_every expert fsdp keep log_every max_skips micro_batches rounds save_every seeds "
+        "steps timeout width",
+        lambda value: value >= 1,
+    ),
+    "must be positive": ("clip learning_rate", lambda value: 0 < value < math.inf),
+    "must not be negative": (
+        "gamma load_balancing router_z seed temperature weight_decay",
+        lambda value: 0 <= value < math.inf,
+    ),
+    "is a fraction of the steps, in [0, 1]": ("warmup", lambda value: 0 <= value <= 1),
+    "is a share, in [0, 1]": ("sparsity", lambda value: 0 <= value <= 1),
+    "is in (0, 1]": ("top_p", lambda value: 0 < value <= 1),
+}
+
+
+def check(config: Any) -> None:
+    """Raises ValueError for the first flag that breaks its rule. Flags that are None are not given."""
+    for text, (names, is_valid) in RULES.items():
+        for name in names.split():
+            value = getattr(config, name, None)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(value is None or is_valid(value) for value in values):
+                raise ValueError(f"--{name.replace('_', '-')} {text}; got {' '.join(map(str, values))}.")
+
 
 def from_run(strategy: str) -> Any:
     """The strategy of a run on file, where the baseline is called "vanilla"."""
@@ -85,26 +112,10 @@ class TrainingConfig:
 
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained."""
-        check(self, "must be positive", lambda x: 0 < x < math.inf, "learning_rate", "clip")
-        losses = ("load_balancing", "router_z")
-        check(self, "must not be negative", lambda x: 0 <= x < math.inf, "gamma", "weight_decay", *losses, "seed")
-        check(self, "is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup")
-        check_positive(self, "log_every")
+        check(self)
         for flag, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise ValueError(f"--{flag} requires {package}: pip install -e '.[telemetry]'")
-
-
-def check(config: Any, text: str, is_valid: Callable[[Any], bool], *names: str) -> None:
-    """Raises ValueError for a flag that is given and not valid; `text` says what it must be."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and not is_valid(value):
-            raise ValueError(f"--{name.replace('_', '-')} {text}; got {value}.")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError for a flag that is given and is not at least 1."""
-    check(config, "must be at least 1", lambda value: value >= 1, *names)
 
 
 def run_program(main: Callable[[Any], Any], config: Any, module: str, description: str | None = None) -> None:

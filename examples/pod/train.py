@@ -76,7 +76,6 @@ class Config(train_gpt_moe.RunConfig):
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
-        training.check_positive(self, "fsdp", "expert", "micro_batches", "save_every", "keep", "max_skips", "timeout")
         meeting = (self.coordinator, self.processes, self.process)
         if None in meeting and meeting != (None, None, None):
             raise ValueError("--coordinator, --processes and --process go together, the last differs by process.")

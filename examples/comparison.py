@@ -54,7 +54,7 @@ class Task(NamedTuple):
     expert_axis: Any
     loss_fn: Callable[..., Any]  # (graphdef, params, batch), as `training.train_step` requires it
     batch: Callable[[int, int], Any]  # of a seed and a step, counted from 0
-    evaluate: Callable[[Any], Callable[[Any], dict[str, float]]]  # of the graph definition, then of parameters
+    evaluate: Callable[[Any, Any], dict[str, float]]  # of the graph definition and parameters
     steps: int
     evaluate_every: int  # steps; there is an evaluation at the end in any case
     batch_items: int  # tokens or images of a batch
@@ -76,7 +76,7 @@ def train(config: Config, task: Task, strategy: training.Strategy, seed: int) ->
         whole = bool(config.tensorboard or config.wandb)
         return new_state, logged | training.routing_metrics(utilization, step=state.step, whole=whole, **excite)
 
-    evaluate, state = task.evaluate(graphdef), training.TrainState.create(params, tx)
+    state = training.TrainState.create(params, tx)
     name = f"{strategy}-{seed}"
     path = config.output.with_name(f"{config.output.stem}-{name}.jsonl")
     with contextlib.closing(logs.Log(path, task.steps, config, label=name)) as log:
@@ -89,7 +89,7 @@ def train(config: Config, task: Task, strategy: training.Strategy, seed: int) ->
                 rate = {f"{task.items}_per_second": log.rate(number * task.batch_items)}
                 log.write(number, logged | rate, f"loss {logged['loss']:.3f}")
             if number % task.evaluate_every == 0 or number == task.steps:
-                found = evaluate(state.params)
+                found = task.evaluate(graphdef, state.params)
                 log.write(number, found, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
                 log.skip(number * task.batch_items)
             log.advance()
@@ -146,15 +146,14 @@ def table(runs: Runs, measures: Measures) -> str:
     seeds = len(next(iter(runs.values())))
     measures = measures | {"max / mean load": (LOAD, 1, 2), "dead experts, %": ("dead_experts", 100, 1)}
     few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
+    # The last value of a metric in each run, [seeds], by strategy.
+    lasts = lambda name: {strategy: np.array([last(lines, name) for lines in logs]) for strategy, logs in runs.items()}
     lines = [f"at the end, {over_seeds(seeds)}{few}", row("", list(runs))]
     for label, (name, factor, digits) in measures.items():
-        found = [[factor * last(lines, name) for lines in logs] for logs in runs.values()]
-        lines.append(row(label, [spread(values, digits) for values in found]))
-    cells = []
-    for strategy, logs_of_seeds in runs.items():
-        low, high = (np.mean([last(lines, f"excitation_{end}") for lines in logs_of_seeds]) for end in ("min", "max"))
-        cells.append("none" if strategy == "baseline" else f"{low:.2f} to {high:.2f}")
-    return "\n".join([*lines, row("excitation, range", cells)])
+        lines.append(row(label, [spread(factor * values, digits) for values in lasts(name).values()]))
+    low, high = ({name: values.mean() for name, values in lasts(f"excitation_{end}").items()} for end in ("min", "max"))
+    ranges = ["none" if name == "baseline" else f"{low[name]:.2f} to {high[name]:.2f}" for name in runs]
+    return "\n".join([*lines, row("excitation, range", ranges)])
 
 
 def picture(runs: Runs, path: pathlib.Path, measures: Measures, title: str) -> None:
@@ -182,16 +181,12 @@ def curve(axes: Any, x: Any, values: Any, label: str) -> None:
 @contextlib.contextmanager
 def figure(path: pathlib.Path, width: float, height: float = 4.2) -> Iterator[Any]:
     """A figure, saved at the end."""
-    import matplotlib  # imported late: it takes a second
+    from matplotlib import figure  # imported late: it takes a second
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    drawn = plt.figure(figsize=(width, height), layout="constrained")
+    drawn = figure.Figure(figsize=(width, height), layout="constrained")
     yield drawn
     with logs.naming(path):
         drawn.savefig(path, dpi=120)
-    plt.close(drawn)
 
 
 def ready(path: pathlib.Path) -> None:

@@ -149,18 +149,16 @@ def to_unit_range(images):
 def make_epoch(graphdef, make_tx, num_classes):
     """An epoch of every strategy, learning rate and seed, and its evaluation, as one compiled program."""
 
-    def one(name, rate, run, order, train_images, train_labels, test_images, test_labels):
-        tx = make_tx(name, rate)
-        params, opt_state = train_epoch(graphdef, tx, run[0], run[1], order, train_images, train_labels)
-        return (params, opt_state), evaluate(graphdef, num_classes, params, to_unit_range(test_images), test_labels)
-
     @functools.partial(jax.jit, donate_argnums=0)
-    def epoch(runs, rates, orders, *data):
+    def epoch(runs, rates, orders, train_images, train_labels, test_images, test_labels):
+        def one(name, rate, run, order):
+            run = train_epoch(graphdef, make_tx(name, rate), *run, order, train_images, train_labels)
+            return run, evaluate(graphdef, num_classes, run[0], to_unit_range(test_images), test_labels)
+
         found = {}
         for name, run in runs.items():
-            of_seeds = jax.vmap(functools.partial(one, name), in_axes=(None, 0, 0, None, None, None, None))
-            of_rates = jax.vmap(of_seeds, in_axes=(0, 0, None, None, None, None, None))
-            runs[name], found[name] = of_rates(rates, run, orders, *data)
+            of_seeds = jax.vmap(functools.partial(one, name), in_axes=(None, 0, 0))
+            runs[name], found[name] = jax.vmap(of_seeds, in_axes=(0, 0, None))(rates, run, orders)
         return runs, found
 
     return epoch

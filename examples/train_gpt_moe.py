@@ -99,17 +99,13 @@ def loss_fn(graphdef, params, tokens, *, load_balancing: float, router_z: float)
     return minimized, (logged, utilization)
 
 
-def make_total_loss(graphdef):
-    """A compiled function of parameters, tokens `[B, S + 1]` and a mask `[B, S]`: the sum of the loss, in nats."""
-
-    @jax.jit
-    def total_loss(params, tokens, where):
-        model = nnx.merge(graphdef, params)
-        model.eval()
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
-        return jnp.sum(losses, where=where)
-
-    return total_loss
+@functools.partial(jax.jit, static_argnums=0)
+def total_loss(graphdef, params, tokens, where):
+    """The sum of the loss, in nats, on tokens `[B, S + 1]` where the mask `[B, S]` says so."""
+    model = nnx.merge(graphdef, params)
+    model.eval()
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
+    return jnp.sum(losses, where=where)
 
 
 def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float:
@@ -125,8 +121,9 @@ def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float
     return total / (len(tokens) - 1)
 
 
-def evaluation_metrics(loss: float, text: texts.Text) -> dict[str, float]:
-    """What is logged about the mean loss in nats per token of a text."""
+def measure(graphdef, params, text: texts.Text, context: int, batch_size: int) -> dict[str, float]:
+    """What is logged about the held-out text."""
+    loss = evaluate(functools.partial(total_loss, graphdef), params, text.evaluation, context, batch_size)
     bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
     return {
         "evaluation_loss": loss,
@@ -143,11 +140,6 @@ def make_task(config: Config, text: texts.Text) -> comparison.Task:
         shape = config.steps, config.batch_size
         return np.random.default_rng(seed).integers(0, len(text.train) - config.context, shape)
 
-    def evaluator(graphdef):
-        total_loss = make_total_loss(graphdef)
-        sizes = config.context, config.batch_size
-        return lambda params: evaluation_metrics(evaluate(total_loss, params, text.evaluation, *sizes), text)
-
     return comparison.Task(
         name="GPT-MoE",
         data=f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens",
@@ -155,7 +147,7 @@ def make_task(config: Config, text: texts.Text) -> comparison.Task:
         expert_axis=gpt_moe.GPTMoE.expert_axis,
         loss_fn=functools.partial(loss_fn, load_balancing=config.load_balancing, router_z=config.router_z),
         batch=lambda seed, step: text.train[starts(seed)[step][:, None] + np.arange(config.context + 1)],
-        evaluate=evaluator,
+        evaluate=functools.partial(measure, text=text, context=config.context, batch_size=config.batch_size),
         steps=config.steps,
         evaluate_every=config.eval_every,
         batch_items=config.batch_size * config.context,

@@ -81,6 +81,14 @@ def augment(key, images, flip: bool):
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def predict(graphdef, params, images):
+    """The class of each image, `[B]`."""
+    model = nnx.merge(graphdef, params)
+    model.eval()
+    return jnp.argmax(model(to_unit_range(images)), axis=-1)
+
+
 def evaluate(predict, params, images, labels, batch_size: int = 500) -> float:
     """The fraction of images that are classified correctly."""
     batches = (images[start : start + batch_size] for start in range(0, len(labels), batch_size))
@@ -113,14 +121,9 @@ def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
         key = jax.random.fold_in(jax.random.key(seed), 1)  # apart from the keys of random strategies
         return data.train_images[rows], data.train_labels[rows], jax.random.fold_in(key, step)
 
-    def evaluator(graphdef):
-        @jax.jit
-        def predict(params, images):
-            model = nnx.merge(graphdef, params)
-            model.eval()
-            return jnp.argmax(model(to_unit_range(images)), axis=-1)
-
-        return lambda params: {"test_accuracy": evaluate(predict, params, data.test_images, data.test_labels)}
+    def measure(graphdef, params):
+        of_model = functools.partial(predict, graphdef)
+        return {"test_accuracy": evaluate(of_model, params, data.test_images, data.test_labels)}
 
     losses = {"load_balancing": config.load_balancing, "router_z": config.router_z}
     return comparison.Task(
@@ -130,7 +133,7 @@ def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
         expert_axis=moe_vit.MoEViT.expert_axis,
         loss_fn=functools.partial(loss_fn, **losses, flip=config.data_dir is not None),
         batch=batch,
-        evaluate=evaluator,
+        evaluate=measure,
         steps=per_epoch * (config.epochs or (40 if config.data_dir is None else 8)),
         evaluate_every=per_epoch,
         batch_items=config.batch_size,

@@ -171,7 +171,6 @@ def main(config: Config) -> training.TrainState:
         f"({jax.devices()[0].device_kind}) in {jax.process_count()} processes; "
         f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
     )
-    total_loss = train_gpt_moe.make_total_loss(graphdef)
     batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
     put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
     with contextlib.ExitStack() as stack:
@@ -195,10 +194,9 @@ def main(config: Config) -> training.TrainState:
             if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))
             if last or number % config.eval_every == 0:
-                sizes = config.context, config.batch_size
                 with jax.set_mesh(mesh):
-                    loss = train_gpt_moe.evaluate(total_loss, state.params, text.evaluation, *sizes)
-                log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
+                    found = train_gpt_moe.measure(graphdef, state.params, text, config.context, config.batch_size)
+                log.write(number, found, f"evaluation loss {found['evaluation_loss']:.3f}")
                 log.skip(number * tokens_per_step)
             log.advance()
             ending = preempted(number)

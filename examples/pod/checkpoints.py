@@ -75,40 +75,33 @@ class Checkpoints:
             while (step := _of_process_0(max(steps - set(damaged), default=-1))) >= 0:
                 state = self._restore(reader, step, target)
                 if state is not None:
-                    self._set_aside(damaged)
-                    return state, step
+                    break
                 text = f"The checkpoint of step {step} in {self.folder} is damaged; trying the one before."
                 warnings.warn(text, stacklevel=2)
                 damaged.append(step)
-        if damaged:
+        if step < 0 and damaged:
             raise ValueError(
                 f"All checkpoints in {self.folder} are damaged, or of an earlier version of this program: steps "
                 f"{damaged}. Nothing was changed there."
             )
-        return None
+        if damaged:
+            self._set_aside(damaged)
+        return None if step < 0 else (state, step)
 
     def _restore(self, reader: ocp.CheckpointManager, step: int, target: Any) -> Any:
         """The state of one checkpoint, or None if it is damaged."""
         config = _read(reader, step, config=ocp.args.JsonRestore())
-        if config is None:
-            return None
-        if config.get("config_checksum") != config_checksum(config):
-            print(f"checkpoint of step {step}: its config is not the one that was saved", flush=True)
+        if config is None or config.get("config_checksum") != config_checksum(config):
             return None
         self._check(config, step)
         state = _read(reader, step, state=ocp.args.StandardRestore(target))
-        if state is not None and checksum(state) != config["checksum"]:
-            print(f"checkpoint of step {step}: its numbers are not those that were saved", flush=True)
-            return None
-        return state
+        return None if state is None or checksum(state) != config["checksum"] else state
 
     def _check(self, config: dict[str, Any], step: int) -> None:
         """Raises ValueError if a checkpoint is of another run."""
-        changed = {
-            name: f"{name}: {config.get(name)!r} there, {self.config.get(name)!r} here"
-            for name in sorted((config.keys() | self.config.keys()) - SUMS)
-            if config.get(name) != self.config.get(name)
-        }
+        there, here = config, self.config
+        names = sorted(name for name in (there.keys() | here.keys()) - SUMS if there.get(name) != here.get(name))
+        changed = {name: f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names}
         if other := [text for name, text in changed.items() if name not in self.may_change]:
             raise ValueError(
                 f"The checkpoint of step {step} in {self.folder} is of another run ({'; '.join(other)}). Nothing was "
@@ -119,18 +112,12 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged checkpoints, so that their steps can be saved again."""
-        error = None
         if jax.process_index() == 0:
-            try:
-                for step in steps:
-                    kept = logs.set_aside(self.folder / str(step))
-                    print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
-            except OSError as caught:
-                error = caught
-        if steps and not _of_process_0(error is None):
-            raise error or OSError(f"Process 0 could not rename the damaged checkpoints in {self.folder}.")
-        if steps:
-            self.manager.reload()
+            for step in steps:
+                kept = logs.set_aside(self.folder / str(step))
+                print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self.manager.reload()
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save, unless this step is there. It is on disk when `manager.wait_until_finished` returns.

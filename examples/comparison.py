@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
 from examples import logs, training
@@ -32,7 +33,6 @@ class Config(training.TrainingConfig):
     """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
         check(self)
 
@@ -101,7 +101,7 @@ def compare(config: Config, task: Task, show: Callable[[str, Any], None] = lambd
 
     `show` is called with each strategy and its first model.
     """
-    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
+    size = optax.tree.size(nnx.eval_shape(lambda: task.model(0)))
     print(f"{task.data}; {size:,} parameters; {task.steps} steps", flush=True)
     runs: Runs = {strategy: [] for strategy in config.strategy}
     for strategy in config.strategy:
@@ -146,14 +146,16 @@ def table(runs: Runs, measures: Measures) -> str:
     seeds = len(next(iter(runs.values())))
     measures = measures | {"max / mean load": (LOAD, 1, 2), "dead experts, %": ("dead_experts", 100, 1)}
     few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
-    # The last value of a metric in each run, [seeds], by strategy.
-    lasts = lambda name: {strategy: np.array([last(lines, name) for lines in logs]) for strategy, logs in runs.items()}
-    lines = [f"at the end, {over_seeds(seeds)}{few}", row("", list(runs))]
-    for label, (name, factor, digits) in measures.items():
-        lines.append(row(label, [spread(factor * values, digits) for values in lasts(name).values()]))
-    low, high = ({name: values.mean() for name, values in lasts(f"excitation_{end}").items()} for end in ("min", "max"))
-    ranges = ["none" if name == "baseline" else f"{low[name]:.2f} to {high[name]:.2f}" for name in runs]
-    return "\n".join([*lines, row("excitation, range", ranges)])
+
+    def column(strategy: str, logs: list[list[dict[str, Any]]]) -> list[str]:
+        values = lambda name: np.array([last(lines, name) for lines in logs])
+        cells = [spread(factor * values(name), digits) for name, factor, digits in measures.values()]
+        low, high = values("excitation_min").mean(), values("excitation_max").mean()
+        return [strategy, *cells, "none" if strategy == "baseline" else f"{low:.2f} to {high:.2f}"]
+
+    columns = [column(*run) for run in runs.items()]
+    rows = zip(["", *measures, "excitation, range"], *columns, strict=True)
+    return "\n".join([f"at the end, {over_seeds(seeds)}{few}", *(row(label, cells) for label, *cells in rows)])
 
 
 def picture(runs: Runs, path: pathlib.Path, measures: Measures, title: str) -> None:
@@ -181,9 +183,9 @@ def curve(axes: Any, x: Any, values: Any, label: str) -> None:
 @contextlib.contextmanager
 def figure(path: pathlib.Path, width: float, height: float = 4.2) -> Iterator[Any]:
     """A figure, saved at the end."""
-    from matplotlib import figure  # imported late: it takes a second
+    import matplotlib.figure  # imported late: it takes a second
 
-    drawn = figure.Figure(figsize=(width, height), layout="constrained")
+    drawn = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     yield drawn
     with logs.naming(path):
         drawn.savefig(path, dpi=120)

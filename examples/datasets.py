@@ -177,12 +177,13 @@ def _read_svhn(name: str, paths: list[pathlib.Path]) -> ImageData:
     """Reads the makers' files for MATLAB. There, the digit 0 has the label 10."""
     import scipy.io
 
-    arrays = []
-    for path in paths:
+    def read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
         with _naming(path):
             content = scipy.io.loadmat(path)
-            arrays += [content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10]
-    return ImageData(*arrays, NUM_CLASSES[name], f"{name}, from {paths[0].parent}", PUBLISHED)
+            return content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10
+
+    train, test = map(read, paths)
+    return ImageData(*train, *test, NUM_CLASSES[name], f"{name}, from {paths[0].parent}", PUBLISHED)
 
 
 @contextlib.contextmanager

@@ -74,18 +74,16 @@ class Log:
         """Writes a line `{"step": ..., ...}`; `routing` goes to TensorBoard and W&B only, and `shown` to the bar."""
         if self._silent:
             return
-        values = dict(values)
-        routing = values.pop("routing", None)
+        with naming(self._path):
+            self._lines.log({name: value for name, value in values.items() if name != "routing"}, step)
         numbers = {name: x for name, x in values.items() if hasattr(x, "dtype") or type(x) in (int, float)}
-        if self._tensorboard is not None:
+        if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
+        if self._wandb:
             self._wandb.log(numbers, step=step)
-        if routing is not None and (self._tensorboard or self._wandb):
-            self._routing.write(step, *routing)
-        with naming(self._path):
-            self._lines.log(values, step)
+        if "routing" in values:
+            self._routing.write(step, *values["routing"])
         if shown:
             self._bar.set_postfix_str(shown, refresh=False)
 

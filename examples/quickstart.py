@@ -81,7 +81,6 @@ class Config:
     """Where the picture goes."""
 
     def __post_init__(self):
-        """Errors before anything is loaded or trained."""
         training.check(self)
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
@@ -152,7 +151,7 @@ def make_epoch(graphdef, make_tx, num_classes):
     @functools.partial(jax.jit, donate_argnums=0)
     def epoch(runs, rates, orders, train_images, train_labels, test_images, test_labels):
         def one(name, rate, run, order):
-            run = train_epoch(graphdef, make_tx(name, rate), *run, order, train_images, train_labels)
+            run = train_epoch(graphdef, make_tx(name, rate), run[0], run[1], order, train_images, train_labels)
             return run, evaluate(graphdef, num_classes, run[0], to_unit_range(test_images), test_labels)
 
         found = {}

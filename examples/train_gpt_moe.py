@@ -46,11 +46,10 @@ class RunConfig(training.TrainingConfig):
     """The peak learning rate."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
         if self.context < 2:
             raise ValueError(f"--context must be at least 2, for a prompt and what follows; got {self.context}.")
-        self.model(1)
+        self.model(1)  # it checks its sizes
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
         """The model's config."""
@@ -86,7 +85,6 @@ class Config(RunConfig, comparison.Config):
     """Samples are drawn from the likeliest tokens that have this probability together."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
         if not self.prompt:
             raise ValueError("--prompt must not be empty.")

@@ -39,9 +39,8 @@ class Config(comparison.Config):
     """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
-        self.model()
+        self.model()  # it checks its sizes
 
     def model(self) -> moe_vit.MoEViTConfig:
         """The model's config."""

@@ -35,26 +35,24 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 # What flags of these names must be, in every program.
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "must be at least 1": (
-        "batch_size depth epochs eval_every expert fsdp keep log_every max_skips micro_batches rounds save_every seeds "
-        "steps timeout width",
-        lambda value: value >= 1,
-    ),
-    "must be positive": ("clip learning_rate", lambda value: 0 < value < math.inf),
-    "must not be negative": (
+RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("must be at least 1", lambda x: x >= 1, "batch_size depth epochs eval_every expert fsdp keep log_every max_skips"),
+    ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps timeout width"),
+    ("must be positive", lambda x: 0 < x < math.inf, "clip learning_rate"),
+    (
+        "must not be negative",
+        lambda x: 0 <= x < math.inf,
         "gamma load_balancing router_z seed temperature weight_decay",
-        lambda value: 0 <= value < math.inf,
     ),
-    "is a fraction of the steps, in [0, 1]": ("warmup", lambda value: 0 <= value <= 1),
-    "is a share, in [0, 1]": ("sparsity", lambda value: 0 <= value <= 1),
-    "is in (0, 1]": ("top_p", lambda value: 0 < value <= 1),
-}
+    ("is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup"),
+    ("is a share, in [0, 1]", lambda x: 0 <= x <= 1, "sparsity"),
+    ("is in (0, 1]", lambda x: 0 < x <= 1, "top_p"),
+]
 
 
 def check(config: Any) -> None:
     """Raises ValueError for the first flag that breaks its rule. Flags that are None are not given."""
-    for text, (names, is_valid) in RULES.items():
+    for text, is_valid, names in RULES:
         for name in names.split():
             value = getattr(config, name, None)
             values = value if isinstance(value, tuple) else (value,)
@@ -163,7 +161,7 @@ def base_optimizer(config: TrainingConfig, steps: int) -> optax.GradientTransfor
 
 def _is_matrix(path, _):
     """Whether a parameter is a kernel or an embedding, by its path: experts' biases are matrices too, `[E, F]`."""
-    names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return "positions" not in names and any(name.startswith(("kernel", "embedding")) for name in names)
 
 
@@ -248,8 +246,3 @@ def routing_metrics(
         phi = flat(excitation)
         logged |= {"excitation_min": jnp.min(phi), "excitation_max": jnp.max(phi)}
     return logged | ({"routing": (utilization, excitation)} if whole else {})
-
-
-def size_of(tree: Any) -> int:
-    """The number of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

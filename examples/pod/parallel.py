@@ -107,7 +107,7 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     whose first axis is the scanned layers. The paths of the optimizer's moments end as those of their parameters, and
     so the moments are split alike.
     """
-    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+    names = jax.tree_util.keystr(tuple(path), simple=True, separator="/").split("/")
     axes: list[str | None] = [None] * len(shape)
     first = 1 if "stack" in names and len(shape) else 0  # the axis of scanned layers stays whole
     if "experts" in names and len(shape) > first:

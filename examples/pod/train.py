@@ -74,7 +74,6 @@ class Config(train_gpt_moe.RunConfig):
     """The exit status after SIGTERM. Kubernetes restarts only failed jobs: give it another one, such as 143."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
         meeting = (self.coordinator, self.processes, self.process)
         if None in meeting and meeting != (None, None, None):
@@ -169,19 +168,20 @@ def main(config: Config) -> training.TrainState:
     tell(
         f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())} of {mesh.size} devices "
         f"({jax.devices()[0].device_kind}) in {jax.process_count()} processes; "
-        f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
+        f"{optax.tree.size(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
     )
     batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
     put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
     with contextlib.ExitStack() as stack:
         preempted = stack.enter_context(checkpoints.preemption())
-        saved = open_checkpoints(config, config.checkpoints) if config.checkpoints else None
-        if saved:
+        saved = None
+        if config.checkpoints:
+            options = config.identity(), config.save_every, config.keep, MAY_CHANGE
+            saved = checkpoints.Checkpoints(config.checkpoints, *options)
             stack.callback(saved.manager.close)
         state, first = start(trainer, saved, config.steps)
-        silent = jax.process_index() > 0
-        log = logs.Log(config.log_path, config.steps, config, label=config.strategy, done=first, silent=silent)
-        stack.callback(log.close)
+        shown: Any = {"label": config.strategy, "done": first, "silent": jax.process_index() > 0}
+        log = stack.enter_context(contextlib.closing(logs.Log(config.log_path, config.steps, config, **shown)))
         logged = None
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             if logged is None:
@@ -203,9 +203,8 @@ def main(config: Config) -> training.TrainState:
             if saved and (written := saved.written()):
                 log.tell(f"checkpoint of step {written} saved; run the same command to resume")
             # While steps are skipped, older checkpoints stay: the step before may be to blame.
-            if saved and (
-                ending or last or (saved.manager.should_save(number) and not int(logged["skipped_in_a_row"]))
-            ):
+            due = saved and saved.manager.should_save(number) and not int(logged["skipped_in_a_row"])
+            if saved and (due or ending or last):
                 saved.save(number, state)
             if ending and not last:
                 end(config, saved, number)
@@ -213,11 +212,6 @@ def main(config: Config) -> training.TrainState:
             saved.manager.wait_until_finished()
             tell(f"checkpoint of step {config.steps} saved, the last")
     return state
-
-
-def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
-    """The checkpoints of this run."""
-    return checkpoints.Checkpoints(folder, config.identity(), config.save_every, config.keep, MAY_CHANGE)
 
 
 def start(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from examples import logs, training
@@ -50,9 +49,8 @@ class Task(NamedTuple):
 
     name: str  # of the model, for the picture
     data: str  # a line that describes the data
-    model: Callable[[int], nnx.Module]  # of a seed
-    expert_axis: Any
-    loss_fn: Callable[..., Any]  # (graphdef, params, batch), as `training.train_step` requires it
+    model: Callable[[int], Any]  # of a seed
+    loss_fn: Callable[..., Any]  # (graphdef, params, batch, *, load_balancing, router_z): see `training.train_step`
     batch: Callable[[int, int], Any]  # of a seed and a step, counted from 0
     evaluate: Callable[[Any, Any], dict[str, float]]  # of the graph definition and parameters
     steps: int
@@ -64,11 +62,13 @@ class Task(NamedTuple):
 
 def train(config: Config, task: Task, strategy: training.Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     """Trains one model. Returns it, and the lines of its log but for the first."""
-    graphdef, params = nnx.split(task.model(seed))
+    model = task.model(seed)
+    graphdef, params = nnx.split(model)
     excite: Any = {"strategy": strategy, "gamma": config.gamma, "seed": seed}
     base = training.base_optimizer(config, task.steps)
-    tx = training.make_optimizer(base, expert_axis=task.expert_axis, **excite)
-    gradient = jax.grad(functools.partial(task.loss_fn, graphdef), has_aux=True)
+    tx = training.make_optimizer(base, expert_axis=model.expert_axis, **excite)
+    losses = {"load_balancing": config.load_balancing, "router_z": config.router_z}
+    gradient = jax.grad(functools.partial(task.loss_fn, graphdef, **losses), has_aux=True)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
@@ -81,7 +81,7 @@ def train(config: Config, task: Task, strategy: training.Strategy, seed: int) ->
     path = config.output.with_name(f"{config.output.stem}-{name}.jsonl")
     with contextlib.closing(logs.Log(path, task.steps, config, label=name)) as log:
         compiled = step.lower(state, task.batch(seed, 0)).compile()
-        log.start(0, 0)
+        log.start(0)
         for number in range(1, task.steps + 1):
             state, logged = compiled(state, task.batch(seed, number - 1))
             if number % config.log_every == 0 or number == task.steps:
@@ -101,7 +101,7 @@ def compare(config: Config, task: Task, show: Callable[[str, Any], None] = lambd
 
     `show` is called with each strategy and its first model.
     """
-    size = optax.tree.size(nnx.eval_shape(lambda: task.model(0)))
+    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
     print(f"{task.data}; {size:,} parameters; {task.steps} steps", flush=True)
     runs: Runs = {strategy: [] for strategy in config.strategy}
     for strategy in config.strategy:

@@ -215,25 +215,19 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
 
 def table(config: Config, results: dict[str, Evaluation]) -> str:
     """Test accuracy, and neurons that no test image activates, at the end of training, as text."""
-    rates = config.complete().learning_rate
-    last = {name: jax.tree.map(lambda values: values[-1], found) for name, found in results.items()}
 
-    def rows(values: dict[str, Any]) -> list[str]:  # [R, S] by strategy
-        spread = lambda number: [comparison.spread(100 * value[number], 1) for value in values.values()]
-        return [comparison.row(f"{rate:g}", spread(number)) for number, rate in enumerate(rates)]
+    def rows(measured: list[Any]) -> list[str]:  # [R, S] of each strategy
+        cells = lambda number: [comparison.spread(100 * values[number], 1) for values in measured]
+        rates = config.complete().learning_rate
+        return [comparison.row(f"{rate:g}", cells(number)) for number, rate in enumerate(rates)]
 
-    dead = {name: metrics.dead_experts(found.utilization).mean(-1) for name, found in last.items()}
-    epochs = len(next(iter(results.values())).accuracy)
-    return "\n".join(
-        [
-            f"after epoch {epochs}, {comparison.over_seeds(config.seeds)}",
-            comparison.row("learning rate", list(results)),
-            "test accuracy (%)",
-            *rows({name: found.accuracy for name, found in last.items()}),
-            "neurons that no test image activates (%), mean of the hidden layers",
-            *rows(dead),
-        ]
-    )
+    found = list(results.values())
+    lines = [f"after epoch {len(found[0].accuracy)}, {comparison.over_seeds(config.seeds)}"]
+    lines += [comparison.row("learning rate", list(results)), "test accuracy (%)"]
+    lines += rows([evaluation.accuracy[-1] for evaluation in found])
+    lines += ["neurons that no test image activates (%), mean of the hidden layers"]
+    lines += rows([metrics.dead_experts(evaluation.utilization[-1]).mean(-1) for evaluation in found])
+    return "\n".join(lines)
 
 
 def draw(config: Config, results: dict[str, Evaluation], figure: Any) -> None:

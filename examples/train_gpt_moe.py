@@ -47,8 +47,6 @@ class RunConfig(training.TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.context < 2:
-            raise ValueError(f"--context must be at least 2, for a prompt and what follows; got {self.context}.")
         self.model(1)  # it checks its sizes
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
@@ -58,14 +56,8 @@ class RunConfig(training.TrainingConfig):
 
 def model_config(sizes: Any, vocab_size: int, dtype: str = "float32", remat: bool = False) -> gpt_moe.GPTMoEConfig:
     """The config of a GPT-MoE of these sizes, which flags or the config of a run have."""
-    return gpt_moe.GPTMoEConfig(
-        moe=training.layer_config(sizes, dtype),
-        num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
-        context=sizes.context,
-        vocab_size=vocab_size,
-        remat=remat,
-    )
+    options = {"context": sizes.context, "vocab_size": vocab_size, "remat": remat}
+    return training.model_config(gpt_moe.GPTMoEConfig, sizes, dtype, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +98,7 @@ def total_loss(graphdef, params, tokens, where):
     return jnp.sum(losses, where=where)
 
 
-def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float:
+def evaluate(total_loss, tokens, context: int, batch_size: int) -> float:
     """The mean loss in nats per token: every token but the first is predicted once, in windows that do not overlap."""
     windows = -(-(len(tokens) - 1) // context)
     rows = -(-windows // batch_size) * batch_size
@@ -115,13 +107,13 @@ def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float
     total = 0.0
     for start in range(0, rows, batch_size):
         batch = index[start : start + batch_size]
-        total += float(total_loss(params, padded[batch], batch[:, 1:] < len(tokens)))
+        total += float(total_loss(padded[batch], batch[:, 1:] < len(tokens)))
     return total / (len(tokens) - 1)
 
 
 def measure(graphdef, params, text: texts.Text, context: int, batch_size: int) -> dict[str, float]:
     """What is logged about the held-out text."""
-    loss = evaluate(functools.partial(total_loss, graphdef), params, text.evaluation, context, batch_size)
+    loss = evaluate(functools.partial(total_loss, graphdef, params), text.evaluation, context, batch_size)
     bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
     return {
         "evaluation_loss": loss,
@@ -142,8 +134,7 @@ def make_task(config: Config, text: texts.Text) -> comparison.Task:
         name="GPT-MoE",
         data=f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens",
         model=lambda seed: gpt_moe.GPTMoE(config.model(text.vocab_size), rngs=nnx.Rngs(seed)),
-        expert_axis=gpt_moe.GPTMoE.expert_axis,
-        loss_fn=functools.partial(loss_fn, load_balancing=config.load_balancing, router_z=config.router_z),
+        loss_fn=loss_fn,
         batch=lambda seed, step: text.train[starts(seed)[step][:, None] + np.arange(config.context + 1)],
         evaluate=functools.partial(measure, text=text, context=config.context, batch_size=config.batch_size),
         steps=config.steps,

@@ -11,7 +11,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import moe
 
+Model = TypeVar("Model")
 Strategy = Literal["baseline", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -38,6 +39,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("must be at least 1", lambda x: x >= 1, "batch_size depth epochs eval_every expert fsdp keep log_every max_skips"),
     ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps timeout width"),
+    ("must be at least 2, for a prompt and what follows", lambda x: x >= 2, "context"),
     ("must be positive", lambda x: 0 < x < math.inf, "clip learning_rate"),
     (
         "must not be negative",
@@ -132,15 +134,16 @@ def run_program(main: Callable[[Any], Any], config: Any, module: str, descriptio
         sys.exit(f"{name}: interrupted")
 
 
-def layer_config(sizes: Any, dtype: str = "float32") -> moe.MoEConfig:
-    """The config of an MoE layer of these sizes, which flags or the config of a run have."""
-    return moe.MoEConfig(
+def model_config(kind: Callable[..., Model], sizes: Any, dtype: str, **options: Any) -> Model:
+    """The config of a GPT-MoE or a MoE-ViT of these sizes, which flags or the config of a run have."""
+    layer = moe.MoEConfig(
         d_model=sizes.d_model,
         d_ff=sizes.d_ff,
         num_experts=sizes.num_experts,
         experts_per_token=sizes.experts_per_token,
         dtype=jnp.dtype(dtype),
     )
+    return kind(moe=layer, num_layers=sizes.num_layers, num_heads=sizes.num_heads, **options)
 
 
 def warmup_cosine(peak: float, warmup: float, steps: int, end: float = 0.0) -> optax.Schedule:
@@ -246,3 +249,8 @@ def routing_metrics(
         phi = flat(excitation)
         logged |= {"excitation_min": jnp.min(phi), "excitation_max": jnp.max(phi)}
     return logged | ({"routing": (utilization, excitation)} if whole else {})
+
+
+def size_of(tree: Any) -> int:
+    """The number of parameters, of arrays or their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

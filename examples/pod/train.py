@@ -168,7 +168,7 @@ def main(config: Config) -> training.TrainState:
     tell(
         f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())} of {mesh.size} devices "
         f"({jax.devices()[0].device_kind}) in {jax.process_count()} processes; "
-        f"{optax.tree.size(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
+        f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
     )
     batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
     put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
@@ -187,7 +187,7 @@ def main(config: Config) -> training.TrainState:
             if logged is None:
                 tell("compiling")
                 trainer.compile(batch)
-                log.start(first, first * tokens_per_step)
+                log.start(first * tokens_per_step)
             before, (state, logged) = logged, trainer.step(state, batch)
             jax.block_until_ready(before)  # two steps at most are under way: CPU devices wait for each other
             last = number == config.steps

@@ -176,7 +176,7 @@ def train(run: Any, data: Any, progress: Progress | None = None, folder: pathlib
     tx = make_optimizer(run, run.epochs * steps_per_epoch)
     losses = {"load_balancing": run.load_balancing, "router_z": 0.0}
     gradient = jax.grad(functools.partial(task.loss_fn, task.graphdef, **losses), has_aux=True)
-    parameters = optax.tree.size(task.params)
+    parameters = training.size_of(task.params)
     state = training.TrainState.create(task.params, tx)
     checkpoint = None if folder is None else folder / f"{run.key}.npz"
     reached, curve, seconds = 0, {"epoch": [], "train_loss": []}, 0.0  # what a checkpoint holds, beside the state

@@ -177,7 +177,7 @@ class Trainer:
                 text = "--parallel pmap repeats the model on every device"
                 raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
             step = functools.partial(step, axis_name="data")
-            # Metrics that no device sums over, such as those of the step number, are equal everywhere: no check.
+            # Without check_vma, nothing but `step` sums over devices; with it, JAX would sum the gradients too.
             step = jax.shard_map(step, in_specs=(whole, PartitionSpec("data")), out_specs=whole, check_vma=False)
         self._init: Any = jax.jit(init, out_shardings=self.shardings)
         self._step: Any = jax.jit(

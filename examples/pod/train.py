@@ -176,12 +176,13 @@ def main(config: Config) -> training.TrainState:
         preempted = stack.enter_context(checkpoints.preemption())
         saved = None
         if config.checkpoints:
-            options = config.identity(), config.save_every, config.keep, MAY_CHANGE
-            saved = checkpoints.Checkpoints(config.checkpoints, *options)
+            flags = config.identity()
+            saved = checkpoints.Checkpoints(config.checkpoints, flags, config.save_every, config.keep, MAY_CHANGE)
             stack.callback(saved.manager.close)
         state, first = start(trainer, saved, config.steps)
-        shown: Any = {"label": config.strategy, "done": first, "silent": jax.process_index() > 0}
-        log = stack.enter_context(contextlib.closing(logs.Log(config.log_path, config.steps, config, **shown)))
+        silent = jax.process_index() > 0
+        log = logs.Log(config.log_path, config.steps, config, label=config.strategy, done=first, silent=silent)
+        stack.callback(log.close)
         logged = None
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             if logged is None:

@@ -82,9 +82,9 @@ class Config(RunConfig, comparison.Config):
             raise ValueError("--prompt must not be empty.")
 
 
-def loss_fn(graphdef, params, tokens, *, load_balancing: float, router_z: float):
+def loss_fn(graphdef, params, tokens, **weights: float):
     """What is minimized on tokens `[B, S + 1]`, what is logged, and the routing."""
-    model, weights = nnx.merge(graphdef, params), {"load_balancing": load_balancing, "router_z": router_z}
+    model = nnx.merge(graphdef, params)
     minimized, logged, utilization, _ = training.routed_loss(model, tokens[:, :-1], tokens[:, 1:], **weights)
     return minimized, (logged, utilization)
 
@@ -104,10 +104,8 @@ def evaluate(total_loss, tokens, context: int, batch_size: int) -> float:
     rows = -(-windows // batch_size) * batch_size
     index = np.arange(context + 1) + context * np.arange(rows)[:, None]  # [rows, S + 1]
     padded = np.pad(tokens, (0, index[-1, -1] + 1 - len(tokens)))
-    total = 0.0
-    for start in range(0, rows, batch_size):
-        batch = index[start : start + batch_size]
-        total += float(total_loss(padded[batch], batch[:, 1:] < len(tokens)))
+    batches = np.split(index, rows // batch_size)
+    total = sum(float(total_loss(padded[batch], batch[:, 1:] < len(tokens))) for batch in batches)
     return total / (len(tokens) - 1)
 
 

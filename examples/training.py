@@ -169,19 +169,14 @@ def _is_matrix(path, _):
 
 
 def make_optimizer(
-    optimizer: optax.GradientTransformation,
-    *,
-    strategy: Strategy,
-    gamma: float = 1.0,
-    expert_axis: Any = None,
-    seed: int = 0,
+    optimizer: Any, *, strategy: Strategy, gamma: float = 1.0, expert_axis: Any = None, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer, and Excitation after it unless the strategy is "baseline"."""
     if strategy == "baseline":
         return optax.chain(optimizer)
-    excite = {"expert_axis": expert_axis, "seed": seed}
     function = getattr(excitation_optax, strategy)
-    return optax.chain(optimizer, excitation_optax.scale_by_excitation(function, gamma, **excite))
+    scale = excitation_optax.scale_by_excitation(function, gamma, expert_axis=expert_axis, seed=seed)
+    return optax.chain(optimizer, scale)
 
 
 class TrainState(NamedTuple):
@@ -222,13 +217,7 @@ def routed_loss(model: Any, inputs: Any, labels: Any, *, load_balancing: float, 
 
 
 def routing_metrics(
-    utilization: Any,
-    *,
-    strategy: Strategy = "baseline",
-    gamma: float = 1.0,
-    seed: int = 0,
-    step: Any = 0,
-    whole: bool = False,
+    utilization: Any, *, strategy: Strategy = "baseline", gamma: float = 1.0, seed: int = 0, step: Any = 0, whole=False
 ) -> dict[str, Any]:
     """Scalars about the routing: means over the layers, and the extremes of the excitation, if there is any.
 

@@ -92,11 +92,12 @@ def run(
 
     With auxiliary losses under jit only, if nothing else is said: pmap takes them of parts of the batch.
     """
-    trainer, batches = MODELS[model](optimizer, kind, mesh, kind == "jit" if auxiliary is None else auxiliary)
-    state, losses = trainer.init(), []
-    for number in range(STEPS):
-        state, logged = trainer.step(state, trainer.put(batches.shape, functools.partial(batches.rows, number)))
-        losses.append(logged["loss"])
+    with jax.set_mesh(mesh):
+        trainer, batches = MODELS[model](optimizer, kind, mesh, kind == "jit" if auxiliary is None else auxiliary)
+        state, losses = trainer.init(), []
+        for number in range(STEPS):
+            state, logged = trainer.step(state, trainer.put(batches.shape, functools.partial(batches.rows, number)))
+            losses.append(logged["loss"])
     params = multihost_utils.process_allgather(state.params, tiled=True)
     by_path = {jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}
     return np.array(jax.device_get(losses)), by_path

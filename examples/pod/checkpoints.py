@@ -55,16 +55,14 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         self._saving: int | None = None  # a step that `written` has not returned yet
 
-    def restore(self, like: Any, shardings: Any) -> tuple[Any, int] | None:
-        """Returns the newest sound state, shaped `like` and split by `shardings`, and its step; otherwise None.
+    def restore(self, like: Any) -> tuple[Any, int] | None:
+        """Returns the newest sound state, shaped and split `like` another, and its step; otherwise None.
 
         Raises:
           ValueError: if the newest was made with another config, or if there are checkpoints and all are damaged.
           OSError: if a checkpoint could not be read for a transient reason, such as a lost connection.
         """
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
-        )
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         me = jax.process_index()
         # Each process reads by itself: in Orbax's collective restore, one that cannot read leaves the others waiting.
         alone = ocp.options.MultiprocessingOptions(me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -128,23 +128,18 @@ def gradient(
 ) -> Callable[..., Any]:
     """The gradient that `training.train_step` requires, over all devices and in parts.
 
-    `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch, and `RoutingCounts`.
-    `axis_name` is that of `jax.shard_map`. `micro_batches` are processed one after the other, to save memory.
+    `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch `[B, ...]`, and
+    `RoutingCounts`. `axis_name` is that of `jax.shard_map`. `micro_batches` are processed one after the other, to save
+    memory.
     """
     grad = jax.grad(loss_fn, has_aux=True)
-
-    def over_parts(params, batch):
-        # Each device splits its own part of the batch: rows i, i + parts, ... make up a micro-batch.
-        split = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, micro_batches, *a.shape[1:]), 0, 1), batch)
-        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda a: a[0], split))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, grad(params, part)), None)
-        (grads, (logged, utilization)), _ = lax.scan(add, zeros, split)
-        grads, logged = jax.tree.map(lambda a: a / micro_batches, (grads, logged))
-        return grads, (logged, utilization)
+    mean, total = optax.microbatching.AccumulationType.MEAN, optax.microbatching.AccumulationType.SUM
 
     def over_all(params, batch):
-        grads, (logged, utilization) = (grad if micro_batches == 1 else over_parts)(params, batch)
+        # Each device splits its own part of the batch: rows i, i + micro_batches, ... make up a micro-batch.
+        size = None if micro_batches == 1 else len(batch) // micro_batches  # None: the whole batch
+        in_parts = optax.microbatching.microbatch(grad, 1, size, accumulator=(mean, (mean, total)))
+        grads, (logged, utilization) = in_parts(params, batch)
         if axis_name is not None:  # under jit, all of this is global already
             grads, logged = lax.pmean((grads, logged), axis_name)
             utilization = lax.psum(utilization, axis_name)  # otherwise the replicas differ without an error
@@ -154,24 +149,27 @@ def gradient(
 
 
 class Trainer:
-    """A compiled training step, and the state and the batches that it takes, as global arrays.
+    """A training step on a mesh, and the state and the batches that it takes, as global arrays.
+
+    Make it and call it under `jax.set_mesh(mesh)`, from which the MoE layers take their axis.
 
     Args:
-      step: `(state, batch, axis_name=None) -> (state, logged)`. It donates the old state.
-      init: makes the state at the start. It is compiled, so that no device holds more than its part.
-      mesh: see `make_mesh`. The state is split by `shardings`, and stays so.
+      step: `(state, batch, axis_name=None) -> (state, logged)`.
+      init: `() -> state`.
+      mesh: see `make_mesh`.
       kind: "jit" passes global arrays to `step`. "pmap" does what `jax.pmap` does, by `jax.shard_map`: each device has
         all parameters and its part of the batch, and `step` sums over `axis_name`.
+
+    Attributes:
+      init: `init`, compiled, so that no device holds more than its part: the state is split by `shardings`.
+      step: `step` without `axis_name`, compiled. It donates the old state, and the new one is split alike.
+      like: the state as `jax.ShapeDtypeStruct`s with their shardings.
     """
 
     def __init__(
         self, step: Callable, init: Callable[[], TrainState], mesh: Mesh, kind: Literal["jit", "pmap"] = "jit"
     ):
-        self.mesh = mesh
-        with jax.set_mesh(mesh):
-            self.like = jax.eval_shape(init)
-        self.shardings = shardings(self.like, mesh)
-        whole = PartitionSpec()
+        self.mesh, whole = mesh, PartitionSpec()
         if kind == "pmap":
             if mesh.shape["data"] != mesh.size:
                 text = "--parallel pmap repeats the model on every device"
@@ -179,32 +177,16 @@ class Trainer:
             step = functools.partial(step, axis_name="data")
             # Without check_vma, nothing but `step` sums over devices; with it, JAX would sum the gradients too.
             step = jax.shard_map(step, in_specs=(whole, PartitionSpec("data")), out_specs=whole, check_vma=False)
-        self._init: Any = jax.jit(init, out_shardings=self.shardings)
-        self._step: Any = jax.jit(
+        like = jax.eval_shape(init)
+        split = shardings(like, mesh)
+        self.like: Any = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, split)
+        self.init: Any = jax.jit(init, out_shardings=split)
+        self.step: Any = jax.jit(
             step,
-            in_shardings=(self.shardings, batch_sharding(mesh)),
-            out_shardings=(self.shardings, NamedSharding(mesh, whole)),
+            in_shardings=(split, batch_sharding(mesh)),
+            out_shardings=(split, NamedSharding(mesh, whole)),
             donate_argnums=0,
         )
-
-    def init(self) -> TrainState:
-        """The state at the start."""
-        with jax.set_mesh(self.mesh):
-            return self._init()
-
-    def step(self, state: TrainState, batch: jax.Array) -> tuple[TrainState, Any]:
-        """A step on a global batch from `put`."""
-        with jax.set_mesh(self.mesh):
-            return self._step(state, batch)
-
-    def trace(self, batch: Any) -> jax.stages.Traced:
-        """The traced step, not lowered yet, for arrays like `batch`."""
-        with jax.set_mesh(self.mesh):
-            return self._step.trace(self.like, batch)
-
-    def compile(self, batch: jax.Array) -> None:
-        """Compiles the step, for batches like this one."""
-        self._step = self.trace(batch).lower().compile()
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """A global batch; `rows` makes the rows of each device."""

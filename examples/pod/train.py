@@ -135,8 +135,7 @@ def make_trainer(
     """The model's graph definition, and what makes and changes the state."""
     model_config = config.model(texts.VOCAB_SIZE[config.tokenizer])
     make_model = lambda: gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed))
-    with jax.set_mesh(mesh):
-        graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     excite: Any = {"strategy": config.strategy, "gamma": config.gamma, "seed": config.seed}
     base = training.base_optimizer(config, config.steps)
     tx = training.make_optimizer(base, expert_axis=gpt_moe.GPTMoE.expert_axis, **excite)
@@ -163,16 +162,17 @@ def main(config: Config) -> training.TrainState:
     text = texts.load(config.text, config.tokenizer)
     if len(text.train) <= config.context:
         raise ValueError(f"The text has {len(text.train)} tokens, and must have more than --context {config.context}.")
-    graphdef, trainer = make_trainer(config, mesh)
-    tokens_per_step = config.batch_size * config.context
-    tell(
-        f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())} of {mesh.size} devices "
-        f"({jax.devices()[0].device_kind}) in {jax.process_count()} processes; "
-        f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
-    )
-    batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
-    put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        graphdef, trainer = make_trainer(config, mesh)
+        tokens_per_step = config.batch_size * config.context
+        tell(
+            f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())} of {mesh.size} devices "
+            f"({jax.devices()[0].device_kind}) in {jax.process_count()} processes; "
+            f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
+        )
+        batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
+        put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
         preempted = stack.enter_context(checkpoints.preemption())
         saved = None
         if config.checkpoints:
@@ -183,20 +183,19 @@ def main(config: Config) -> training.TrainState:
         silent = jax.process_index() > 0
         log = logs.Log(config.log_path, config.steps, config, label=config.strategy, done=first, silent=silent)
         stack.callback(log.close)
-        logged = None
+        step, logged = trainer.step, None
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             if logged is None:
                 tell("compiling")
-                trainer.compile(batch)
+                step = step.lower(state, batch).compile()
                 log.start(first * tokens_per_step)
-            before, (state, logged) = logged, trainer.step(state, batch)
+            before, (state, logged) = logged, step(state, batch)
             jax.block_until_ready(before)  # two steps at most are under way: CPU devices wait for each other
             last = number == config.steps
             if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))
             if last or number % config.eval_every == 0:
-                with jax.set_mesh(mesh):
-                    found = train_gpt_moe.measure(graphdef, state.params, text, config.context, config.batch_size)
+                found = train_gpt_moe.measure(graphdef, state.params, text, config.context, config.batch_size)
                 log.write(number, found, f"evaluation loss {found['evaluation_loss']:.3f}")
                 log.skip(number * tokens_per_step)
             log.advance()
@@ -219,7 +218,7 @@ def start(
     trainer: parallel.Trainer, saved: checkpoints.Checkpoints | None, steps: int
 ) -> tuple[training.TrainState, int]:
     """The state to start from, and the number of steps that it has seen."""
-    restored = saved.restore(trainer.like, trainer.shardings) if saved else None
+    restored = saved.restore(trainer.like) if saved else None
     if restored is None:
         return trainer.init(), 0
     state, step = restored

@@ -41,11 +41,8 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps timeout width"),
     ("must be at least 2, for a prompt and what follows", lambda x: x >= 2, "context"),
     ("must be positive", lambda x: 0 < x < math.inf, "clip learning_rate"),
-    (
-        "must not be negative",
-        lambda x: 0 <= x < math.inf,
-        "gamma load_balancing router_z seed temperature weight_decay",
-    ),
+    ("must not be negative", lambda x: 0 <= x < math.inf, "gamma load_balancing router_z"),
+    ("must not be negative", lambda x: 0 <= x < math.inf, "seed temperature weight_decay"),
     ("is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup"),
     ("is a share, in [0, 1]", lambda x: 0 <= x <= 1, "sparsity"),
     ("is in (0, 1]", lambda x: 0 < x <= 1, "top_p"),

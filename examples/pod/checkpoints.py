@@ -70,21 +70,22 @@ class Checkpoints:
         damaged: list[int] = []
         with ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS) as reader:
             steps = set(reader.all_steps())
-            while (step := _of_process_0(max(steps - set(damaged), default=-1))) >= 0:
+            newest = lambda: np.int32(max(steps - set(damaged), default=-1))
+            # Processes may see a shared folder at different times: process 0 decides.
+            while (step := int(multihost_utils.broadcast_one_to_all(newest()))) >= 0:
                 state = self._restore(reader, step, target)
                 if state is not None:
-                    break
+                    self._set_aside(damaged)
+                    return state, step
                 text = f"The checkpoint of step {step} in {self.folder} is damaged; trying the one before."
                 warnings.warn(text, stacklevel=2)
                 damaged.append(step)
-        if step < 0 and damaged:
+        if damaged:
             raise ValueError(
                 f"All checkpoints in {self.folder} are damaged, or of an earlier version of this program: steps "
                 f"{damaged}. Nothing was changed there."
             )
-        if damaged:
-            self._set_aside(damaged)
-        return None if step < 0 else (state, step)
+        return None
 
     def _restore(self, reader: ocp.CheckpointManager, step: int, target: Any) -> Any:
         """The state of one checkpoint, or None if it is damaged."""
@@ -109,7 +110,9 @@ class Checkpoints:
             print(f"resuming with other flags ({'; '.join(changed.values())})", flush=True)
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames damaged checkpoints, so that their steps can be saved again."""
+        """Renames damaged checkpoints, if there are any, so that their steps can be saved again."""
+        if not steps:
+            return
         if jax.process_index() == 0:
             for step in steps:
                 kept = logs.set_aside(self.folder / str(step))
@@ -142,11 +145,6 @@ def config_checksum(config: dict[str, Any]) -> str:
     """8 hexadecimal digits made of a config without this checksum."""
     rest = {name: value for name, value in config.items() if name != "config_checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _of_process_0(value: int) -> int:
-    """The value of process 0, on all processes: they may see a shared folder at different times."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:

@@ -117,14 +117,9 @@ def step_fn(config: Config, graphdef: Any, tx: Any, state: training.TrainState, 
     loss_fn = functools.partial(train_gpt_moe.loss_fn, graphdef, **losses)
     gradient = parallel.gradient(loss_fn, axis_name=axis_name, micro_batches=config.micro_batches)
     new_state, logged, utilization = training.train_step(gradient, tx, state, tokens)
-    logged |= training.routing_metrics(
-        utilization,
-        strategy=config.strategy,
-        gamma=config.gamma,
-        seed=config.seed,
-        step=state.step - state.opt_state.total_notfinite,  # the updates that were made
-        whole=bool(config.tensorboard or config.wandb),
-    )
+    excite: Any = {"strategy": config.strategy, "gamma": config.gamma, "seed": config.seed}
+    updates, whole = state.step - state.opt_state.total_notfinite, bool(config.tensorboard or config.wandb)
+    logged |= training.routing_metrics(utilization, step=updates, whole=whole, **excite)
     guard = new_state.opt_state
     return new_state, logged | {"skipped": guard.total_notfinite, "skipped_in_a_row": guard.notfinite_count}
 

@@ -65,7 +65,7 @@ class Config:
 
     def __post_init__(self):
         """Errors before anything is compiled."""
-        training.check_positive(self, "rounds", *(() if self.batch_size is None else ("batch_size",)))
+        training.check(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

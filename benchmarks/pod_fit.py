@@ -65,10 +65,11 @@ def compile_step(config: train.Config, mesh: jax.sharding.Mesh) -> jax.stages.Co
     Raises:
       ValueError: if it does not fit, with both sizes.
     """
-    _, trainer = train.make_trainer(config, mesh, bare_step)
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.context + 1), jnp.int32)
     try:
-        return trainer.trace(tokens).lower(lowering_platforms=("tpu",)).compile()
+        with jax.set_mesh(mesh):
+            _, trainer = train.make_trainer(config, mesh, bare_step)
+            return trainer.step.trace(trainer.like, tokens).lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

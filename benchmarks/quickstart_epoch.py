@@ -19,7 +19,7 @@ from flax import nnx
 
 import excitation_optax
 from benchmarks import timing
-from examples import quickstart
+from examples import quickstart, training
 from models import topk_mlp
 
 MODELS, BATCH, IMAGES, ROUNDS = 3, 512, 50_000, 7
@@ -36,8 +36,9 @@ def make_epoch(tx):
     labels = jnp.asarray(random.integers(0, 10, IMAGES, np.int32))
     orders = [random.permutation(IMAGES)[: STEPS * BATCH].reshape(STEPS, BATCH) for _ in range(MODELS)]
     train = functools.partial(quickstart.train_epoch, nnx.graphdef(make_model(0)), tx)
-    epoch = jax.jit(jax.vmap(train, in_axes=(0, 0, 0, None, None)))
-    return functools.partial(epoch, params, jax.vmap(tx.init)(params), np.stack(orders), images, labels)
+    epoch = jax.jit(jax.vmap(train, in_axes=(0, 0, None, None)))
+    states = jax.vmap(lambda params: training.TrainState.create(params, tx))(params)
+    return functools.partial(epoch, states, np.stack(orders), images, labels)
 
 
 def make_products(weights: str, models: int = MODELS, steps: int = STEPS, config=CONFIG, batch=BATCH, shared=False):

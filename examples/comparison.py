@@ -32,9 +32,7 @@ class Config(training.TrainingConfig):
     """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
-        training.check_positive(self, "seeds")
         check(self)
 
 
@@ -51,11 +49,10 @@ class Task(NamedTuple):
 
     name: str  # of the model, for the picture
     data: str  # a line that describes the data
-    model: Callable[[int], nnx.Module]  # of a seed
-    expert_axis: Any
-    loss_fn: Callable[..., Any]  # (graphdef, params, batch), as `training.train_step` requires it
+    model: Callable[[int], Any]  # of a seed
+    loss_fn: Callable[..., Any]  # (graphdef, params, batch, *, load_balancing, router_z): see `training.train_step`
     batch: Callable[[int, int], Any]  # of a seed and a step, counted from 0
-    evaluate: Callable[[Any], Callable[[Any], dict[str, float]]]  # of the graph definition, then of parameters
+    evaluate: Callable[[Any, Any], dict[str, float]]  # of the graph definition and parameters
     steps: int
     evaluate_every: int  # steps; there is an evaluation at the end in any case
     batch_items: int  # tokens or images of a batch
@@ -65,11 +62,13 @@ class Task(NamedTuple):
 
 def train(config: Config, task: Task, strategy: training.Strategy, seed: int) -> tuple[Any, list[dict[str, Any]]]:
     """Trains one model. Returns it, and the lines of its log but for the first."""
-    graphdef, params = nnx.split(task.model(seed))
+    model = task.model(seed)
+    graphdef, params = nnx.split(model)
     excite: Any = {"strategy": strategy, "gamma": config.gamma, "seed": seed}
     base = training.base_optimizer(config, task.steps)
-    tx = training.make_optimizer(base, expert_axis=task.expert_axis, **excite)
-    gradient = jax.grad(functools.partial(task.loss_fn, graphdef), has_aux=True)
+    tx = training.make_optimizer(base, expert_axis=model.expert_axis, **excite)
+    losses = {"load_balancing": config.load_balancing, "router_z": config.router_z}
+    gradient = jax.grad(functools.partial(task.loss_fn, graphdef, **losses), has_aux=True)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
@@ -77,12 +76,12 @@ def train(config: Config, task: Task, strategy: training.Strategy, seed: int) ->
         whole = bool(config.tensorboard or config.wandb)
         return new_state, logged | training.routing_metrics(utilization, step=state.step, whole=whole, **excite)
 
-    evaluate, state = task.evaluate(graphdef), training.TrainState.create(params, tx)
+    state = training.TrainState.create(params, tx)
     name = f"{strategy}-{seed}"
     path = config.output.with_name(f"{config.output.stem}-{name}.jsonl")
     with contextlib.closing(logs.Log(path, task.steps, config, label=name)) as log:
         compiled = step.lower(state, task.batch(seed, 0)).compile()
-        log.start(0, 0)
+        log.start(0)
         for number in range(1, task.steps + 1):
             state, logged = compiled(state, task.batch(seed, number - 1))
             if number % config.log_every == 0 or number == task.steps:
@@ -90,7 +89,7 @@ def train(config: Config, task: Task, strategy: training.Strategy, seed: int) ->
                 rate = {f"{task.items}_per_second": log.rate(number * task.batch_items)}
                 log.write(number, logged | rate, f"loss {logged['loss']:.3f}")
             if number % task.evaluate_every == 0 or number == task.steps:
-                found = evaluate(state.params)
+                found = task.evaluate(graphdef, state.params)
                 log.write(number, found, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
                 log.skip(number * task.batch_items)
             log.advance()
@@ -147,15 +146,16 @@ def table(runs: Runs, measures: Measures) -> str:
     seeds = len(next(iter(runs.values())))
     measures = measures | {"max / mean load": (LOAD, 1, 2), "dead experts, %": ("dead_experts", 100, 1)}
     few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
-    lines = [f"at the end, {over_seeds(seeds)}{few}", row("", list(runs))]
-    for label, (name, factor, digits) in measures.items():
-        found = [[factor * last(lines, name) for lines in logs] for logs in runs.values()]
-        lines.append(row(label, [spread(values, digits) for values in found]))
-    cells = []
-    for strategy, logs_of_seeds in runs.items():
-        low, high = (np.mean([last(lines, f"excitation_{end}") for lines in logs_of_seeds]) for end in ("min", "max"))
-        cells.append("none" if strategy == "baseline" else f"{low:.2f} to {high:.2f}")
-    return "\n".join([*lines, row("excitation, range", cells)])
+
+    def column(strategy: str, logs: list[list[dict[str, Any]]]) -> list[str]:
+        values = lambda name: np.array([last(lines, name) for lines in logs])
+        cells = [spread(factor * values(name), digits) for name, factor, digits in measures.values()]
+        low, high = values("excitation_min").mean(), values("excitation_max").mean()
+        return [strategy, *cells, "none" if strategy == "baseline" else f"{low:.2f} to {high:.2f}"]
+
+    columns = [column(*run) for run in runs.items()]
+    rows = zip(["", *measures, "excitation, range"], *columns, strict=True)
+    return "\n".join([f"at the end, {over_seeds(seeds)}{few}", *(row(label, cells) for label, *cells in rows)])
 
 
 def picture(runs: Runs, path: pathlib.Path, measures: Measures, title: str) -> None:
@@ -183,16 +183,12 @@ def curve(axes: Any, x: Any, values: Any, label: str) -> None:
 @contextlib.contextmanager
 def figure(path: pathlib.Path, width: float, height: float = 4.2) -> Iterator[Any]:
     """A figure, saved at the end."""
-    import matplotlib  # imported late: it takes a second
+    import matplotlib.figure  # imported late: it takes a second
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    drawn = plt.figure(figsize=(width, height), layout="constrained")
+    drawn = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     yield drawn
     with logs.naming(path):
         drawn.savefig(path, dpi=120)
-    plt.close(drawn)
 
 
 def ready(path: pathlib.Path) -> None:

@@ -17,7 +17,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -88,9 +88,9 @@ def load_images(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
       ValueError: if a file is damaged.
     """
     folder = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    for find in (_find_tfds, _find_archive, _find_mat):
-        if found := find(name, folder):
-            return _cached(name, folder, *found)
+    if found := _find(name, folder):
+        paths, read = found
+        return _cached(name, folder, paths, read)
     files, address = ARCHIVES[name]
     raise FileNotFoundError(
         f"{name} is not in {folder}. Download {files} from {address} and name its folder with --data-dir; or prepare "
@@ -99,35 +99,36 @@ def load_images(name: str, data_dir: pathlib.Path | None = None) -> ImageData:
     )
 
 
-Found = tuple[list[pathlib.Path], Callable[[], ImageData]] | None  # the files, and what reads them
+def _find(name: str, folder: pathlib.Path) -> tuple[list[pathlib.Path], Callable[[], ImageData]] | None:
+    """The files of a data set, and what reads them: the newest version prepared, or what its makers publish."""
+    if versions := {path.parent for path in (folder / name).glob("*.*.*/*.array_record-*-of-*")}:
+        version = max(versions, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+        return sorted(version.iterdir()), functools.partial(_read_tfds, name, version)
+    if name in CIFAR:
+        inner, archive, files, _ = CIFAR[name]
+        choices = [[folder / inner / file for file in files], [folder / file for file in files], [folder / archive]]
+        read = _read_cifar
+    else:
+        choices, read = [[folder / "train_32x32.mat", folder / "test_32x32.mat"]], _read_svhn
+    paths = next((paths for paths in choices if all(path.is_file() for path in paths)), None)
+    return None if paths is None else (paths, functools.partial(read, name, paths))
 
 
-def _find_tfds(name: str, folder: pathlib.Path) -> Found:
-    """The newest version that TensorFlow Datasets prepared."""
-    numbers = lambda path: [int(n) for n in re.findall(r"\d+", path.name)]
-    versions = [path.parent for path in (folder / name).glob("*.*.*/*.array_record-*-of-*")]
-    if not versions:
-        return None
-    version = max(versions, key=numbers)
-    shards = [sorted(version.glob(f"*-{split}.array_record-*-of-*")) for split in ("train", "test")]
-    info = version / "dataset_info.json"
-
-    def read() -> ImageData:
-        state = ""
-        if info.exists():
-            with _naming(info):
-                state = json.loads(info.read_bytes()).get("description", "").strip().partition("\n")[0]
-        (train, test) = (_read_shards(version, split) for split in shards)
-        return ImageData(*train, *test, NUM_CLASSES[name], f"{name} {version.name}, from {version}", state)
-
-    return [*shards[0], *shards[1], *([info] if info.exists() else [])], read
+def _read_tfds(name: str, version: pathlib.Path) -> ImageData:
+    train, test = (_read_shards(version, split) for split in ("train", "test"))
+    info, state = version / "dataset_info.json", ""
+    if info.exists():
+        with _naming(info):
+            state = json.loads(info.read_bytes()).get("description", "").strip().partition("\n")[0]
+    return ImageData(*train, *test, NUM_CLASSES[name], f"{name} {version.name}, from {version}", state)
 
 
-def _read_shards(version: pathlib.Path, shards: list[pathlib.Path]) -> tuple[np.ndarray, np.ndarray]:
+def _read_shards(version: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     from array_record.python import array_record_module
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
+    shards = sorted(version.glob(f"*-{split}.array_record-*-of-*"))
     if not shards or len(shards) != int(shards[0].name.rpartition("-of-")[2]):
         raise ValueError(f"{version} lacks files of a split; it has {[s.name for s in shards]}. Prepare it again.")
     images, labels = [], []
@@ -141,39 +142,24 @@ def _read_shards(version: pathlib.Path, shards: list[pathlib.Path]) -> tuple[np.
     return np.stack(images), np.array(labels, np.int32)
 
 
-def _find_archive(name: str, folder: pathlib.Path) -> Found:
-    """CIFAR as its makers publish it, in the version for Python: an archive, or its folder."""
-    if name not in CIFAR:
-        return None
-    inner, archive, files, labels = CIFAR[name]
-    for place in (folder / inner, folder):
-        paths = [place / file for file in files]
-        if all(path.is_file() for path in paths):
-            opened = ((path, path.read_bytes()) for path in paths)  # read on demand
-            return paths, functools.partial(_read_pickles, name, place, opened, labels)
-    path = folder / archive
-
-    def read() -> ImageData:
-        with _naming(path), tarfile.open(path) as opened:
-            members: Any = (opened.extractfile(f"{inner}/{file}") for file in files)
-            contents = [(path, member.read()) for member in members]
-        return _read_pickles(name, path, contents, labels)
-
-    return ([path], read) if path.is_file() else None
-
-
-def _read_pickles(name: str, place: pathlib.Path, files: Iterable[tuple[pathlib.Path, bytes]], key: bytes) -> ImageData:
-    """Reads the files of the training set, and the last one, of the test set."""
-    parts: Any = []
-    for path, content in files:
+def _read_cifar(name: str, paths: list[pathlib.Path]) -> ImageData:
+    """Reads CIFAR's files for Python, or an archive of them. The last one is the test set."""
+    inner, archive, files, key = CIFAR[name]
+    if paths[0].name == archive:
+        with _naming(paths[0]), tarfile.open(paths[0]) as opened:
+            members: Any = [opened.extractfile(f"{inner}/{file}") for file in files]
+            contents = {paths[0] / file: member.read() for file, member in zip(files, members, strict=True)}
+    else:
+        contents = {path: path.read_bytes() for path in paths}
+    images, labels = [], []
+    for path, content in contents.items():
         with _naming(path):
             batch: Any = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-            labels = np.array(batch[key], np.int32)
-            parts.append((batch[b"data"].reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels))
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
-    test_images, test_labels = parts[-1]
-    about = NUM_CLASSES[name], f"{name}, from {place}", PUBLISHED
-    return ImageData(images, labels, test_images, test_labels, *about)
+            labels.append(np.array(batch[key], np.int32))
+            images.append(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    train = np.concatenate(images[:-1]), np.concatenate(labels[:-1])
+    place = paths[0] if paths[0].name == archive else paths[0].parent
+    return ImageData(*train, images[-1], labels[-1], NUM_CLASSES[name], f"{name}, from {place}", PUBLISHED)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -187,23 +173,17 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no array needs")
 
 
-def _find_mat(name: str, folder: pathlib.Path) -> Found:
-    """SVHN's cropped digits as their makers publish them. There, the digit 0 has the label 10."""
-    paths = [folder / f"{split}_32x32.mat" for split in ("train", "test")]
-    if name != "svhn_cropped" or not all(path.is_file() for path in paths):
-        return None
+def _read_svhn(name: str, paths: list[pathlib.Path]) -> ImageData:
+    """Reads the makers' files for MATLAB. There, the digit 0 has the label 10."""
+    import scipy.io
 
-    def read() -> ImageData:
-        import scipy.io
+    def read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+        with _naming(path):
+            content = scipy.io.loadmat(path)
+            return content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10
 
-        splits = []
-        for path in paths:
-            with _naming(path):
-                content = scipy.io.loadmat(path)
-                splits.append((content["X"].transpose(3, 0, 1, 2), content["y"].ravel().astype(np.int32) % 10))
-        return ImageData(*splits[0], *splits[1], NUM_CLASSES[name], f"{name}, from {folder}", PUBLISHED)
-
-    return paths, read
+    train, test = map(read, paths)
+    return ImageData(*train, *test, NUM_CLASSES[name], f"{name}, from {paths[0].parent}", PUBLISHED)
 
 
 @contextlib.contextmanager

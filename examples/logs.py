@@ -49,10 +49,20 @@ class Log:
     """
 
     def __init__(self, path: pathlib.Path, steps: int, config: Any, *, label: str, done: int = 0, silent: bool = False):
-        self._path, self._steps, self._label, self._silent = path, steps, label, silent
+        self._path, self._silent = path, silent
         self._tensorboard = self._wandb = None
-        self._bar: Any = tqdm.tqdm(disable=True)  # until `start`
         self.skip(0)
+        lines = not sys.stderr.isatty()
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=done,
+            desc=label,
+            unit="step",
+            mininterval=SECONDS_BETWEEN_LINES if lines else 0.5,
+            bar_format=LINE if lines else None,
+            leave=not lines,
+            disable=silent or done >= steps,
+        )
         if silent:
             return
         flags = dataclasses.asdict(config)
@@ -74,18 +84,16 @@ class Log:
         """Writes a line `{"step": ..., ...}`; `routing` goes to TensorBoard and W&B only, and `shown` to the bar."""
         if self._silent:
             return
-        values = dict(values)
-        routing = values.pop("routing", None)
+        with naming(self._path):
+            self._lines.log({name: value for name, value in values.items() if name != "routing"}, step)
         numbers = {name: x for name, x in values.items() if hasattr(x, "dtype") or type(x) in (int, float)}
-        if self._tensorboard is not None:
+        if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
+        if self._wandb:
             self._wandb.log(numbers, step=step)
-        if routing is not None and (self._tensorboard or self._wandb):
-            self._routing.write(step, *routing)
-        with naming(self._path):
-            self._lines.log(values, step)
+        if "routing" in values:
+            self._routing.write(step, *values["routing"])
         if shown:
             self._bar.set_postfix_str(shown, refresh=False)
 
@@ -94,19 +102,9 @@ class Log:
         if not self._silent:
             tqdm.tqdm.write(text, file=sys.stderr)
 
-    def start(self, step: int, items: int) -> None:
-        """Starts the bar, and excludes the time before now, such as that of compilation, from all rates."""
-        lines = not sys.stderr.isatty()
-        self._bar = tqdm.tqdm(
-            total=self._steps,
-            initial=step,
-            desc=self._label,
-            unit="step",
-            mininterval=SECONDS_BETWEEN_LINES if lines else 0.5,
-            bar_format=LINE if lines else None,
-            leave=not lines,
-            disable=self._silent,
-        )
+    def start(self, items: int) -> None:
+        """Excludes the time before now, such as that of compilation, from all rates and from the time left."""
+        self._bar.unpause()
         self.skip(items)
 
     def advance(self) -> None:

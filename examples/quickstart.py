@@ -4,15 +4,14 @@
     python -m examples.quickstart --initialization he_normal                # the baseline trains too
     python -m examples.quickstart --dataset cifar10 --data-dir DIR          # CIFAR-10
 
-Every strategy trains the same models: the same initialization and the same batches for each seed. `train_step` shows
-all that Excitation requires of a training loop.
+Every strategy trains the same models: the same initialization and the same batches for each seed. `loss_fn` and
+`training.train_step` show all that Excitation requires: loss, gradient, update.
 
 Axis letters: R learning rates, S seeds, L hidden layers, E neurons, C classes.
 """
 
 import dataclasses
 import functools
-import math
 import pathlib
 from typing import Any, Literal, NamedTuple
 
@@ -82,12 +81,7 @@ class Config:
     """Where the picture goes."""
 
     def __post_init__(self):
-        """Errors before anything is loaded or trained."""
-        training.check_positive(self, "epochs", "batch_size", "seeds", "width", "depth")
-        if not all(0 < rate < math.inf for rate in self.learning_rate):
-            raise ValueError(f"--learning-rate must be positive; got {' '.join(map(str, self.learning_rate))}.")
-        training.check(self, "must not be negative", lambda x: 0 <= x < math.inf, "gamma")
-        training.check(self, "is a share in [0, 1]", lambda x: 0 <= x <= 1, "sparsity")
+        training.check(self)
         if self.data_dir is not None and self.dataset == "digits":
             raise ValueError("--data-dir goes with --dataset cifar10; digits come with scikit-learn.")
         comparison.check(self)
@@ -107,18 +101,12 @@ class Evaluation(NamedTuple):
     utilization: jax.Array  # [L, E]
 
 
-def train_step(graphdef, tx, params, opt_state, images, labels):
-    """One step: loss, gradient, update. The routing that the model emits is all that Excitation asks for."""
-
-    def loss_fn(params):
-        model = nnx.merge(graphdef, params)
-        logits, utilization = excitation_flax.capture_routing(model)(images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, utilization
-
-    grads, utilization = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params, utilization=utilization)
-    return optax.apply_updates(params, updates), opt_state
+def loss_fn(graphdef, params, batch):
+    """The loss on images and labels, nothing to log, and the routing that the model emits."""
+    images, labels = batch
+    logits, utilization = excitation_flax.capture_routing(nnx.merge(graphdef, params))(images)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, ({}, utilization)
 
 
 def evaluate(graphdef, num_classes, params, images, labels) -> Evaluation:
@@ -136,14 +124,15 @@ def evaluate(graphdef, num_classes, params, images, labels) -> Evaluation:
     )
 
 
-def train_epoch(graphdef, tx, params, opt_state, order, images, labels):
+def train_epoch(graphdef, tx, state, order, images, labels):
     """Steps over the training images, in the order `[steps, batch]`."""
+    gradient = jax.grad(functools.partial(loss_fn, graphdef), has_aux=True)
 
-    def step(carry, batch):
-        params, opt_state = carry
-        return train_step(graphdef, tx, params, opt_state, to_unit_range(images[batch]), labels[batch]), None
+    def step(state, rows):
+        batch = to_unit_range(images[rows]), labels[rows]
+        return training.train_step(gradient, tx, state, batch)[0], None
 
-    return jax.lax.scan(step, (params, opt_state), order)[0]
+    return jax.lax.scan(step, state, order)[0]
 
 
 def to_unit_range(images):
@@ -154,19 +143,17 @@ def to_unit_range(images):
 def make_epoch(graphdef, make_tx, num_classes):
     """An epoch of every strategy, learning rate and seed, and its evaluation, as one compiled program."""
 
-    def one(name, rate, run, order, train_images, train_labels, test_images, test_labels):
-        tx = make_tx(name, rate)
-        params, opt_state = train_epoch(graphdef, tx, run[0], run[1], order, train_images, train_labels)
-        return (params, opt_state), evaluate(graphdef, num_classes, params, to_unit_range(test_images), test_labels)
-
     @functools.partial(jax.jit, donate_argnums=0)
-    def epoch(runs, rates, orders, *data):
+    def epoch(states, rates, orders, train_images, train_labels, test_images, test_labels):
+        def one(name, rate, state, order):
+            state = train_epoch(graphdef, make_tx(name, rate), state, order, train_images, train_labels)
+            return state, evaluate(graphdef, num_classes, state.params, to_unit_range(test_images), test_labels)
+
         found = {}
-        for name, run in runs.items():
-            of_seeds = jax.vmap(functools.partial(one, name), in_axes=(None, 0, 0, None, None, None, None))
-            of_rates = jax.vmap(of_seeds, in_axes=(0, 0, None, None, None, None, None))
-            runs[name], found[name] = of_rates(rates, run, orders, *data)
-        return runs, found
+        for name, state in states.items():
+            of_seeds = jax.vmap(functools.partial(one, name), in_axes=(None, 0, 0))
+            states[name], found[name] = jax.vmap(of_seeds, in_axes=(0, 0, None))(rates, state, orders)
+        return states, found
 
     return epoch
 
@@ -195,12 +182,11 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
         return training.make_optimizer(optimizer, expert_axis=topk_mlp.TopKMLP.expert_axis, **excite)
 
     def init(name, rate, seed):
-        params = nnx.state(make_model(seed))
-        return params, make_tx(name, rate).init(params)
+        return training.TrainState.create(nnx.state(make_model(seed)), make_tx(name, rate))
 
     rates, seeds = jnp.array(settings.learning_rate), jnp.arange(config.seeds)
     over_rates_and_seeds = lambda f: jax.vmap(jax.vmap(f, in_axes=(None, 0)), in_axes=(0, None))
-    runs = {name: over_rates_and_seeds(functools.partial(init, name))(rates, seeds) for name in config.strategy}
+    states = {name: over_rates_and_seeds(functools.partial(init, name))(rates, seeds) for name in config.strategy}
     epoch = make_epoch(nnx.graphdef(make_model(0)), make_tx, data.num_classes)
     arrays = [jnp.asarray(a) for a in (data.train_images, data.train_labels, data.test_images, data.test_labels)]
 
@@ -209,12 +195,12 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
         return shuffled[: examples // batch_size * batch_size].reshape(-1, batch_size)
 
     history = []
-    description = f"{len(runs) * len(rates) * len(seeds)} models"
+    description = f"{len(states) * len(rates) * len(seeds)} models"
     # disable=None: no bar where stderr is no terminal.
     progress = tqdm.trange(1, settings.epochs + 1, desc=description, unit="epoch", mininterval=0.5, disable=None)
     for number in progress:
         orders = np.stack([order(seed, number) for seed in range(config.seeds)])
-        runs, evaluations = epoch(runs, rates, orders, *arrays)
+        states, evaluations = epoch(states, rates, orders, *arrays)
         history.append(jax.device_get(evaluations))
         best: Any = {name: f"{100 * found.accuracy.mean(-1).max():.1f} %" for name, found in evaluations.items()}
         progress.set_postfix(best, refresh=False)
@@ -223,25 +209,19 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
 
 def table(config: Config, results: dict[str, Evaluation]) -> str:
     """Test accuracy, and neurons that no test image activates, at the end of training, as text."""
-    rates = config.complete().learning_rate
-    last = {name: jax.tree.map(lambda values: values[-1], found) for name, found in results.items()}
 
-    def rows(values: dict[str, Any]) -> list[str]:  # [R, S] by strategy
-        spread = lambda number: [comparison.spread(100 * value[number], 1) for value in values.values()]
-        return [comparison.row(f"{rate:g}", spread(number)) for number, rate in enumerate(rates)]
+    def rows(measured: list[Any]) -> list[str]:  # [R, S] of each strategy
+        cells = lambda number: [comparison.spread(100 * values[number], 1) for values in measured]
+        rates = config.complete().learning_rate
+        return [comparison.row(f"{rate:g}", cells(number)) for number, rate in enumerate(rates)]
 
-    dead = {name: metrics.dead_experts(found.utilization).mean(-1) for name, found in last.items()}
-    epochs = len(next(iter(results.values())).accuracy)
-    return "\n".join(
-        [
-            f"after epoch {epochs}, {comparison.over_seeds(config.seeds)}",
-            comparison.row("learning rate", list(results)),
-            "test accuracy (%)",
-            *rows({name: found.accuracy for name, found in last.items()}),
-            "neurons that no test image activates (%), mean of the hidden layers",
-            *rows(dead),
-        ]
-    )
+    found = list(results.values())
+    lines = [f"after epoch {len(found[0].accuracy)}, {comparison.over_seeds(config.seeds)}"]
+    lines += [comparison.row("learning rate", list(results)), "test accuracy (%)"]
+    lines += rows([evaluation.accuracy[-1] for evaluation in found])
+    lines += ["neurons that no test image activates (%), mean of the hidden layers"]
+    lines += rows([metrics.dead_experts(evaluation.utilization[-1]).mean(-1) for evaluation in found])
+    return "\n".join(lines)
 
 
 def draw(config: Config, results: dict[str, Evaluation], figure: Any) -> None:

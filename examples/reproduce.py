@@ -79,7 +79,7 @@ class Run:
             check_name(name)
         if not self.names:
             raise ValueError("Name at least one table or figure; `list` shows them.")
-        training.check_positive(self, "seeds")
+        training.check(self)
         results = read(self.results, exists=False)
         results.check_writable()
         runs = list(dict.fromkeys(run for name in self.names for run in self.runs(name)))

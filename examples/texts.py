@@ -44,8 +44,8 @@ def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:
         train, evaluation = _last_tenth(["\n\n".join(pydoc_data.topics.topics.values()).encode()])
         held_out = {line for line in evaluation.splitlines() if len(line) > 20}  # topics quote each other
         train = b"\n".join(line for line in train.splitlines() if line not in held_out)
-        description = "Python's language reference, from pydoc_data; the last tenth, whose lines are not trained on,"
-        description += " is evaluated"
+        about = "the last tenth, whose lines are not trained on, is evaluated"
+        description = f"Python's language reference, from pydoc_data; {about}"
     elif len(paths) == 1 and paths[0].is_dir():
         train, evaluation, description = _splits(paths[0])
     else:
@@ -56,17 +56,15 @@ def load(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> Text:
 
 
 def _last_tenth(texts: list[bytes]) -> tuple[bytes, bytes]:
-    cuts = [_character_start(text, len(text) * 9 // 10) for text in texts]
-    parts = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
+    """The training and the evaluation text. Each text is cut at the start of a UTF-8 character."""
+    parts = []
+    for text in texts:
+        cut = len(text) * 9 // 10
+        while cut and text[cut] & 0b1100_0000 == 0b1000_0000:
+            cut -= 1
+        parts.append((text[:cut], text[cut:]))
     train, evaluation = map(b"\n\n".join, zip(*parts, strict=True))
     return train, evaluation
-
-
-def _character_start(text: bytes, position: int) -> int:
-    """The last position up to this one that does not split a UTF-8 character."""
-    while 0 < position < len(text) and text[position] & 0b1100_0000 == 0b1000_0000:
-        position -= 1
-    return position
 
 
 def _splits(folder: pathlib.Path) -> tuple[bytes, bytes, str]:

@@ -46,12 +46,8 @@ class RunConfig(training.TrainingConfig):
     """The peak learning rate."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
-        training.check_positive(self, "steps", "batch_size", "eval_every")
-        if self.context < 2:
-            raise ValueError(f"--context must be at least 2, for a prompt and what follows; got {self.context}.")
-        self.model(1)
+        self.model(1)  # it checks its sizes
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
         """The model's config."""
@@ -60,14 +56,8 @@ class RunConfig(training.TrainingConfig):
 
 def model_config(sizes: Any, vocab_size: int, dtype: str = "float32", remat: bool = False) -> gpt_moe.GPTMoEConfig:
     """The config of a GPT-MoE of these sizes, which flags or the config of a run have."""
-    return gpt_moe.GPTMoEConfig(
-        moe=training.layer_config(sizes, dtype),
-        num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
-        context=sizes.context,
-        vocab_size=vocab_size,
-        remat=remat,
-    )
+    options = {"context": sizes.context, "vocab_size": vocab_size, "remat": remat}
+    return training.model_config(gpt_moe.GPTMoEConfig, sizes, dtype, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,49 +77,41 @@ class Config(RunConfig, comparison.Config):
     """Samples are drawn from the likeliest tokens that have this probability together."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
         if not self.prompt:
             raise ValueError("--prompt must not be empty.")
-        training.check(self, "must not be negative", lambda x: 0 <= x < math.inf, "temperature")
-        training.check(self, "is in (0, 1]", lambda x: 0 < x <= 1, "top_p")
 
 
-def loss_fn(graphdef, params, tokens, *, load_balancing: float, router_z: float):
+def loss_fn(graphdef, params, tokens, **weights: float):
     """What is minimized on tokens `[B, S + 1]`, what is logged, and the routing."""
-    model, weights = nnx.merge(graphdef, params), {"load_balancing": load_balancing, "router_z": router_z}
+    model = nnx.merge(graphdef, params)
     minimized, logged, utilization, _ = training.routed_loss(model, tokens[:, :-1], tokens[:, 1:], **weights)
     return minimized, (logged, utilization)
 
 
-def make_total_loss(graphdef):
-    """A compiled function of parameters, tokens `[B, S + 1]` and a mask `[B, S]`: the sum of the loss, in nats."""
-
-    @jax.jit
-    def total_loss(params, tokens, where):
-        model = nnx.merge(graphdef, params)
-        model.eval()
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
-        return jnp.sum(losses, where=where)
-
-    return total_loss
+@functools.partial(jax.jit, static_argnums=0)
+def total_loss(graphdef, params, tokens, where):
+    """The sum of the loss, in nats, on tokens `[B, S + 1]` where the mask `[B, S]` says so."""
+    model = nnx.merge(graphdef, params)
+    model.eval()
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(tokens[:, :-1]), tokens[:, 1:])
+    return jnp.sum(losses, where=where)
 
 
-def evaluate(total_loss, params, tokens, context: int, batch_size: int) -> float:
+def evaluate(total_loss, tokens, context: int, batch_size: int) -> float:
     """The mean loss in nats per token: every token but the first is predicted once, in windows that do not overlap."""
     windows = -(-(len(tokens) - 1) // context)
     rows = -(-windows // batch_size) * batch_size
     index = np.arange(context + 1) + context * np.arange(rows)[:, None]  # [rows, S + 1]
     padded = np.pad(tokens, (0, index[-1, -1] + 1 - len(tokens)))
-    total = 0.0
-    for start in range(0, rows, batch_size):
-        batch = index[start : start + batch_size]
-        total += float(total_loss(params, padded[batch], batch[:, 1:] < len(tokens)))
+    batches = np.split(index, rows // batch_size)
+    total = sum(float(total_loss(padded[batch], batch[:, 1:] < len(tokens))) for batch in batches)
     return total / (len(tokens) - 1)
 
 
-def evaluation_metrics(loss: float, text: texts.Text) -> dict[str, float]:
-    """What is logged about the mean loss in nats per token of a text."""
+def measure(graphdef, params, text: texts.Text, context: int, batch_size: int) -> dict[str, float]:
+    """What is logged about the held-out text."""
+    loss = evaluate(functools.partial(total_loss, graphdef, params), text.evaluation, context, batch_size)
     bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
     return {
         "evaluation_loss": loss,
@@ -146,19 +128,13 @@ def make_task(config: Config, text: texts.Text) -> comparison.Task:
         shape = config.steps, config.batch_size
         return np.random.default_rng(seed).integers(0, len(text.train) - config.context, shape)
 
-    def evaluator(graphdef):
-        total_loss = make_total_loss(graphdef)
-        sizes = config.context, config.batch_size
-        return lambda params: evaluation_metrics(evaluate(total_loss, params, text.evaluation, *sizes), text)
-
     return comparison.Task(
         name="GPT-MoE",
         data=f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens",
         model=lambda seed: gpt_moe.GPTMoE(config.model(text.vocab_size), rngs=nnx.Rngs(seed)),
-        expert_axis=gpt_moe.GPTMoE.expert_axis,
-        loss_fn=functools.partial(loss_fn, load_balancing=config.load_balancing, router_z=config.router_z),
+        loss_fn=loss_fn,
         batch=lambda seed, step: text.train[starts(seed)[step][:, None] + np.arange(config.context + 1)],
-        evaluate=evaluator,
+        evaluate=functools.partial(measure, text=text, context=config.context, batch_size=config.batch_size),
         steps=config.steps,
         evaluate_every=config.eval_every,
         batch_items=config.batch_size * config.context,

@@ -39,10 +39,8 @@ class Config(comparison.Config):
     """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained; the model's own config checks its sizes."""
         super().__post_init__()
-        training.check_positive(self, "batch_size", "epochs")
-        self.model()
+        self.model()  # it checks its sizes
 
     def model(self) -> moe_vit.MoEViTConfig:
         """The model's config."""
@@ -51,8 +49,7 @@ class Config(comparison.Config):
 
 def model_config(sizes: Any, dtype: str = "float32", **options: Any) -> moe_vit.MoEViTConfig:
     """The config of a MoE-ViT of these sizes, which flags or the config of a run have."""
-    layer = training.layer_config(sizes, dtype)
-    return moe_vit.MoEViTConfig(moe=layer, num_layers=sizes.num_layers, num_heads=sizes.num_heads, **options)
+    return training.model_config(moe_vit.MoEViTConfig, sizes, dtype, **options)
 
 
 def loss_fn(graphdef, params, batch, *, flip: bool, **weights: float):
@@ -82,10 +79,18 @@ def augment(key, images, flip: bool):
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
-def evaluate(predict, params, images, labels, batch_size: int = 500) -> float:
-    """The fraction of images that are classified correctly."""
+@functools.partial(jax.jit, static_argnums=0)
+def predict(graphdef, params, images):
+    """The class of each image, `[B]`."""
+    model = nnx.merge(graphdef, params)
+    model.eval()
+    return jnp.argmax(model(to_unit_range(images)), axis=-1)
+
+
+def evaluate(predict, images, labels, batch_size: int = 500) -> float:
+    """The fraction of images whose class is predicted correctly."""
     batches = (images[start : start + batch_size] for start in range(0, len(labels), batch_size))
-    predicted = np.concatenate([np.asarray(predict(params, batch)) for batch in batches])
+    predicted = np.concatenate([np.asarray(predict(batch)) for batch in batches])
     return float(np.mean(predicted == labels))
 
 
@@ -114,24 +119,16 @@ def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
         key = jax.random.fold_in(jax.random.key(seed), 1)  # apart from the keys of random strategies
         return data.train_images[rows], data.train_labels[rows], jax.random.fold_in(key, step)
 
-    def evaluator(graphdef):
-        @jax.jit
-        def predict(params, images):
-            model = nnx.merge(graphdef, params)
-            model.eval()
-            return jnp.argmax(model(to_unit_range(images)), axis=-1)
+    def measure(*model):
+        return {"test_accuracy": evaluate(functools.partial(predict, *model), data.test_images, data.test_labels)}
 
-        return lambda params: {"test_accuracy": evaluate(predict, params, data.test_images, data.test_labels)}
-
-    losses = {"load_balancing": config.load_balancing, "router_z": config.router_z}
     return comparison.Task(
         name="MoE-ViT",
         data=f"{data.description}: {examples} training and {len(data.test_labels)} test images",
         model=lambda seed: moe_vit.MoEViT(config.model(), rngs=nnx.Rngs(seed)),
-        expert_axis=moe_vit.MoEViT.expert_axis,
-        loss_fn=functools.partial(loss_fn, **losses, flip=config.data_dir is not None),
+        loss_fn=functools.partial(loss_fn, flip=config.data_dir is not None),
         batch=batch,
-        evaluate=evaluator,
+        evaluate=measure,
         steps=per_epoch * (config.epochs or (40 if config.data_dir is None else 8)),
         evaluate_every=per_epoch,
         batch_items=config.batch_size,

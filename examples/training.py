@@ -11,7 +11,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import moe
 
+Model = TypeVar("Model")
 Strategy = Literal["baseline", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -33,6 +34,29 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "rmsprop": optax.rmsprop,
     "adagrad": optax.adagrad,
 }
+
+# What flags of these names must be, in every program.
+RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    ("must be at least 1", lambda x: x >= 1, "batch_size depth epochs eval_every expert fsdp keep log_every max_skips"),
+    ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps timeout width"),
+    ("must be at least 2, for a prompt and what follows", lambda x: x >= 2, "context"),
+    ("must be positive", lambda x: 0 < x < math.inf, "clip learning_rate"),
+    ("must not be negative", lambda x: 0 <= x < math.inf, "gamma load_balancing router_z"),
+    ("must not be negative", lambda x: 0 <= x < math.inf, "seed temperature weight_decay"),
+    ("is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup"),
+    ("is a share, in [0, 1]", lambda x: 0 <= x <= 1, "sparsity"),
+    ("is in (0, 1]", lambda x: 0 < x <= 1, "top_p"),
+]
+
+
+def check(config: Any) -> None:
+    """Raises ValueError for the first flag that breaks its rule. Flags that are None are not given."""
+    for text, is_valid, names in RULES:
+        for name in names.split():
+            value = getattr(config, name, None)
+            values = value if isinstance(value, tuple) else (value,)
+            if not all(value is None or is_valid(value) for value in values):
+                raise ValueError(f"--{name.replace('_', '-')} {text}; got {' '.join(map(str, values))}.")
 
 
 def from_run(strategy: str) -> Any:
@@ -85,26 +109,10 @@ class TrainingConfig:
 
     def __post_init__(self):
         """Raises ValueError before anything is loaded or trained."""
-        check(self, "must be positive", lambda x: 0 < x < math.inf, "learning_rate", "clip")
-        losses = ("load_balancing", "router_z")
-        check(self, "must not be negative", lambda x: 0 <= x < math.inf, "gamma", "weight_decay", *losses, "seed")
-        check(self, "is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup")
-        check_positive(self, "log_every")
+        check(self)
         for flag, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise ValueError(f"--{flag} requires {package}: pip install -e '.[telemetry]'")
-
-
-def check(config: Any, text: str, is_valid: Callable[[Any], bool], *names: str) -> None:
-    """Raises ValueError for a flag that is given and not valid; `text` says what it must be."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and not is_valid(value):
-            raise ValueError(f"--{name.replace('_', '-')} {text}; got {value}.")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raises ValueError for a flag that is given and is not at least 1."""
-    check(config, "must be at least 1", lambda value: value >= 1, *names)
 
 
 def run_program(main: Callable[[Any], Any], config: Any, module: str, description: str | None = None) -> None:
@@ -123,15 +131,16 @@ def run_program(main: Callable[[Any], Any], config: Any, module: str, descriptio
         sys.exit(f"{name}: interrupted")
 
 
-def layer_config(sizes: Any, dtype: str = "float32") -> moe.MoEConfig:
-    """The config of an MoE layer of these sizes, which flags or the config of a run have."""
-    return moe.MoEConfig(
+def model_config(kind: Callable[..., Model], sizes: Any, dtype: str, **options: Any) -> Model:
+    """The config of a GPT-MoE or a MoE-ViT of these sizes, which flags or the config of a run have."""
+    layer = moe.MoEConfig(
         d_model=sizes.d_model,
         d_ff=sizes.d_ff,
         num_experts=sizes.num_experts,
         experts_per_token=sizes.experts_per_token,
         dtype=jnp.dtype(dtype),
     )
+    return kind(moe=layer, num_layers=sizes.num_layers, num_heads=sizes.num_heads, **options)
 
 
 def warmup_cosine(peak: float, warmup: float, steps: int, end: float = 0.0) -> optax.Schedule:
@@ -152,24 +161,19 @@ def base_optimizer(config: TrainingConfig, steps: int) -> optax.GradientTransfor
 
 def _is_matrix(path, _):
     """Whether a parameter is a kernel or an embedding, by its path: experts' biases are matrices too, `[E, F]`."""
-    names = [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return "positions" not in names and any(name.startswith(("kernel", "embedding")) for name in names)
 
 
 def make_optimizer(
-    optimizer: optax.GradientTransformation,
-    *,
-    strategy: Strategy,
-    gamma: float = 1.0,
-    expert_axis: Any = None,
-    seed: int = 0,
+    optimizer: Any, *, strategy: Strategy, gamma: float = 1.0, expert_axis: Any = None, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer, and Excitation after it unless the strategy is "baseline"."""
     if strategy == "baseline":
         return optax.chain(optimizer)
-    excite = {"expert_axis": expert_axis, "seed": seed}
     function = getattr(excitation_optax, strategy)
-    return optax.chain(optimizer, excitation_optax.scale_by_excitation(function, gamma, **excite))
+    scale = excitation_optax.scale_by_excitation(function, gamma, expert_axis=expert_axis, seed=seed)
+    return optax.chain(optimizer, scale)
 
 
 class TrainState(NamedTuple):
@@ -210,13 +214,7 @@ def routed_loss(model: Any, inputs: Any, labels: Any, *, load_balancing: float, 
 
 
 def routing_metrics(
-    utilization: Any,
-    *,
-    strategy: Strategy = "baseline",
-    gamma: float = 1.0,
-    seed: int = 0,
-    step: Any = 0,
-    whole: bool = False,
+    utilization: Any, *, strategy: Strategy = "baseline", gamma: float = 1.0, seed: int = 0, step: Any = 0, whole=False
 ) -> dict[str, Any]:
     """Scalars about the routing: means over the layers, and the extremes of the excitation, if there is any.
 
@@ -240,5 +238,5 @@ def routing_metrics(
 
 
 def size_of(tree: Any) -> int:
-    """The number of parameters."""
+    """The number of parameters, of arrays or their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

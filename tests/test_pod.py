@@ -20,6 +20,7 @@ import pytest
 from jax._src import array
 from jax.sharding import PartitionSpec
 
+import excitation_optax
 from examples import logs, training
 from examples.pod import checkpoints, data, parallel, train
 
@@ -81,21 +82,34 @@ def test_a_step_leaves_everything_where_it_lies(tmp_path):
     """Parameters and moments stay split: a device never comes to hold more than its part."""
     config = make_config(tmp_path, fsdp=2, expert=2, d_model=64, d_ff=64, optimizer="adamw")
     mesh = parallel.make_mesh(fsdp=2, expert=2)
-    _, trainer = train.make_trainer(config, mesh)
-    state = trainer.init()
     tokens = np.zeros((8, 9), np.int32)
-    for _ in range(2):
-        state, _ = trainer.step(state, trainer.put(tokens.shape, lambda rows: tokens[rows]))
+    with jax.set_mesh(mesh):
+        _, trainer = train.make_trainer(config, mesh)
+        state = trainer.init()
+        for _ in range(2):
+            state, _ = trainer.step(state, trainer.put(tokens.shape, lambda rows: tokens[rows]))
     parts = 0
-    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.shardings), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.like), strict=True):
+        assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
         parts += leaf.addressable_shards[0].data.shape != leaf.shape
     assert parts >= 3 * 5  # kernels of attention and experts, and their two moments
 
 
 def test_pmap_splits_no_parameters():
     with pytest.raises(ValueError, match="--fsdp and --expert must be 1"):
-        parallel.Pmap(None, None, parallel.make_mesh(fsdp=2))
+        parallel.Trainer(lambda *_: None, lambda: (), parallel.make_mesh(fsdp=2), "pmap")
+
+
+def test_micro_batches_give_the_means_and_the_counts_of_the_whole_batch():
+    def loss_fn(scale, rows):
+        counts = excitation_optax.RoutingCounts(jnp.sum(rows, axis=0), jnp.float32(len(rows)))
+        return jnp.mean(scale**2 * rows), ({"loss": jnp.mean(rows)}, counts)
+
+    rows = jnp.arange(16, dtype=jnp.float32).reshape(8, 2)  # 0 to 15 have the mean 7.5; columns 0, 2, ... sum to 56
+    grads, (logged, counts) = jax.jit(parallel.gradient(loss_fn, micro_batches=4))(jnp.float32(3), rows)
+    assert (float(grads), float(logged["loss"])) == (2 * 3 * 7.5, 7.5)
+    np.testing.assert_array_equal(counts.counts, [56, 64])
+    assert float(counts.tokens) == 8
 
 
 # Batches.
@@ -174,7 +188,7 @@ def restore(folder, fsdp=8, **kwargs):
     like = make_state(mesh, 0)
     saved = open_folder(folder, **kwargs)
     try:
-        return saved.restore(like, parallel.shardings(like, mesh))
+        return saved.restore(like)
     finally:
         saved.manager.close()
 

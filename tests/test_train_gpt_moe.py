@@ -152,13 +152,12 @@ def test_evaluation_is_the_mean_over_all_tokens_but_the_first(number, context, b
     tokens = np.random.default_rng(0).integers(1, 100, number)
     loss = lambda before, token: (7 * before + 3 * token) % 13
 
-    def total_loss(params, tokens, where):
-        assert params == "params"
+    def total_loss(tokens, where):
         assert tokens.shape == (batch_size, context + 1)  # always, so that it is compiled once
         assert where.shape == (batch_size, context)
         return np.sum(loss(tokens[:, :-1], tokens[:, 1:]), where=where)
 
-    evaluated = train_gpt_moe.evaluate(total_loss, "params", tokens, context, batch_size)
+    evaluated = train_gpt_moe.evaluate(total_loss, tokens, context, batch_size)
     assert evaluated == pytest.approx(plain_loop(tokens, loss), rel=1e-12)
 
 

@@ -185,12 +185,11 @@ def test_every_test_image_counts_once(batch_size):
     images = np.array([3, 1, 4, 0, 5, 9, 6])
     sizes = []
 
-    def predict(params, images):
-        assert params == "params"
+    def predict(images):
         sizes.append(len(images))
         return jnp.asarray(images)
 
-    assert train_moe_vit.evaluate(predict, "params", images, labels, batch_size) == 5 / 7
+    assert train_moe_vit.evaluate(predict, images, labels, batch_size) == 5 / 7
     assert sizes == {1: [1] * 7, 3: [3, 3, 1], 7: [7], 100: [7]}[batch_size]
 
 

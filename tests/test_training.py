@@ -375,7 +375,7 @@ def test_the_rate_is_that_since_the_last_call(tmp_path):
 def test_without_a_terminal_lines_say_how_long_it_takes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(logs, "SECONDS_BETWEEN_LINES", 0)
     log = open_log(tmp_path / "log", steps=4)
-    log.start(0, 0)
+    log.start(0)
     for step in range(1, 5):
         log.write(step, {}, f"loss {step}")
         log.advance()

@@ -79,7 +79,7 @@ def mlp(optimizer: str, kind: str, mesh, auxiliary: bool):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(256, 13)).astype(np.float32)
     rows[:, -1] = np.argmax(rows[:, :4], axis=1)
-    return {"jit": parallel.Jit, "pmap": parallel.Pmap}[kind](step, init, mesh), data.Batches(rows, BATCH, seed=0)
+    return parallel.Trainer(step, init, mesh, kind), data.Batches(rows, BATCH, seed=0)
 
 
 MODELS = {"gpt": gpt, "mlp": mlp}
@@ -92,12 +92,13 @@ def run(
 
     With auxiliary losses under jit only, if nothing else is said: pmap takes them of parts of the batch.
     """
-    trainer, batches = MODELS[model](optimizer, kind, mesh, kind == "jit" if auxiliary is None else auxiliary)
-    state, losses = trainer.init(), []
-    for number in range(STEPS):
-        state, logged = trainer.step(state, trainer.put(batches.shape, functools.partial(batches.rows, number)))
-        losses.append(logged["loss"])
-    params = multihost_utils.process_allgather(trainer.to_checkpoint(state.params), tiled=True)
+    with jax.set_mesh(mesh):
+        trainer, batches = MODELS[model](optimizer, kind, mesh, kind == "jit" if auxiliary is None else auxiliary)
+        state, losses = trainer.init(), []
+        for number in range(STEPS):
+            state, logged = trainer.step(state, trainer.put(batches.shape, functools.partial(batches.rows, number)))
+            losses.append(logged["loss"])
+    params = multihost_utils.process_allgather(state.params, tiled=True)
     by_path = {jax.tree_util.keystr(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}
     return np.array(jax.device_get(losses)), by_path
 

@@ -55,16 +55,14 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
         self._saving: int | None = None  # a step that `written` has not returned yet
 
-    def restore(self, like: Any, shardings: Any) -> tuple[Any, int] | None:
-        """Returns the newest sound state, shaped `like` and split by `shardings`, and its step; otherwise None.
+    def restore(self, like: Any) -> tuple[Any, int] | None:
+        """Returns the newest sound state, shaped and split `like` another, and its step; otherwise None.
 
         Raises:
           ValueError: if the newest was made with another config, or if there are checkpoints and all are damaged.
           OSError: if a checkpoint could not be read for a transient reason, such as a lost connection.
         """
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
-        )
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
         me = jax.process_index()
         # Each process reads by itself: in Orbax's collective restore, one that cannot read leaves the others waiting.
         alone = ocp.options.MultiprocessingOptions(me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}")
@@ -72,7 +70,9 @@ class Checkpoints:
         damaged: list[int] = []
         with ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS) as reader:
             steps = set(reader.all_steps())
-            while (step := _of_process_0(max(steps - set(damaged), default=-1))) >= 0:
+            newest = lambda: np.int32(max(steps - set(damaged), default=-1))
+            # Processes may see a shared folder at different times: process 0 decides.
+            while (step := int(multihost_utils.broadcast_one_to_all(newest()))) >= 0:
                 state = self._restore(reader, step, target)
                 if state is not None:
                     self._set_aside(damaged)
@@ -90,25 +90,17 @@ class Checkpoints:
     def _restore(self, reader: ocp.CheckpointManager, step: int, target: Any) -> Any:
         """The state of one checkpoint, or None if it is damaged."""
         config = _read(reader, step, config=ocp.args.JsonRestore())
-        if config is None:
-            return None
-        if config.get("config_checksum") != config_checksum(config):
-            print(f"checkpoint of step {step}: its config is not the one that was saved", flush=True)
+        if config is None or config.get("config_checksum") != config_checksum(config):
             return None
         self._check(config, step)
         state = _read(reader, step, state=ocp.args.StandardRestore(target))
-        if state is not None and checksum(state) != config["checksum"]:
-            print(f"checkpoint of step {step}: its numbers are not those that were saved", flush=True)
-            return None
-        return state
+        return None if state is None or checksum(state) != config["checksum"] else state
 
     def _check(self, config: dict[str, Any], step: int) -> None:
         """Raises ValueError if a checkpoint is of another run."""
-        changed = {
-            name: f"{name}: {config.get(name)!r} there, {self.config.get(name)!r} here"
-            for name in sorted((config.keys() | self.config.keys()) - SUMS)
-            if config.get(name) != self.config.get(name)
-        }
+        there, here = config, self.config
+        names = sorted(name for name in (there.keys() | here.keys()) - SUMS if there.get(name) != here.get(name))
+        changed = {name: f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names}
         if other := [text for name, text in changed.items() if name not in self.may_change]:
             raise ValueError(
                 f"The checkpoint of step {step} in {self.folder} is of another run ({'; '.join(other)}). Nothing was "
@@ -118,19 +110,15 @@ class Checkpoints:
             print(f"resuming with other flags ({'; '.join(changed.values())})", flush=True)
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames damaged checkpoints, so that their steps can be saved again."""
-        error = None
+        """Renames damaged checkpoints, if there are any, so that their steps can be saved again."""
+        if not steps:
+            return
         if jax.process_index() == 0:
-            try:
-                for step in steps:
-                    kept = logs.set_aside(self.folder / str(step))
-                    print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
-            except OSError as caught:
-                error = caught
-        if steps and not _of_process_0(error is None):
-            raise error or OSError(f"Process 0 could not rename the damaged checkpoints in {self.folder}.")
-        if steps:
-            self.manager.reload()
+            for step in steps:
+                kept = logs.set_aside(self.folder / str(step))
+                print(f"the damaged checkpoint of step {step} is kept as {kept.name}", flush=True)
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self.manager.reload()
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save, unless this step is there. It is on disk when `manager.wait_until_finished` returns.
@@ -157,11 +145,6 @@ def config_checksum(config: dict[str, Any]) -> str:
     """8 hexadecimal digits made of a config without this checksum."""
     rest = {name: value for name, value in config.items() if name != "config_checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _of_process_0(value: int) -> int:
-    """The value of process 0, on all processes: they may see a shared folder at different times."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _read(reader: ocp.CheckpointManager, step: int, **item: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One training step on many devices: by `jax.jit` with shardings, or by `jax.pmap`.
+"""One training step on many devices: by `jax.jit` with shardings, or with a replica on each device, as in `jax.pmap`.
 
 The mesh has three axes. A batch is split over all of them. Experts are split over `expert`; parameters and the
 optimizer's state are split over `fsdp` and repeated over `data`. XLA chooses the collectives, except in the MoE layers
@@ -13,10 +13,10 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -107,7 +107,7 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> PartitionSpec
     whose first axis is the scanned layers. The paths of the optimizer's moments end as those of their parameters, and
     so the moments are split alike.
     """
-    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+    names = jax.tree_util.keystr(tuple(path), simple=True, separator="/").split("/")
     axes: list[str | None] = [None] * len(shape)
     first = 1 if "stack" in names and len(shape) else 0  # the axis of scanned layers stays whole
     if "experts" in names and len(shape) > first:
@@ -128,23 +128,18 @@ def gradient(
 ) -> Callable[..., Any]:
     """The gradient that `training.train_step` requires, over all devices and in parts.
 
-    `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch, and `RoutingCounts`.
-    `axis_name` is that of `jax.pmap`. `micro_batches` are processed one after the other, to save memory.
+    `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch `[B, ...]`, and
+    `RoutingCounts`. `axis_name` is that of `jax.shard_map`. `micro_batches` are processed one after the other, to save
+    memory.
     """
     grad = jax.grad(loss_fn, has_aux=True)
-
-    def over_parts(params, batch):
-        # Each device splits its own part of the batch: rows i, i + parts, ... make up a micro-batch.
-        split = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, micro_batches, *a.shape[1:]), 0, 1), batch)
-        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda a: a[0], split))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, grad(params, part)), None)
-        (grads, (logged, utilization)), _ = lax.scan(add, zeros, split)
-        grads, logged = jax.tree.map(lambda a: a / micro_batches, (grads, logged))
-        return grads, (logged, utilization)
+    mean, total = optax.microbatching.AccumulationType.MEAN, optax.microbatching.AccumulationType.SUM
 
     def over_all(params, batch):
-        grads, (logged, utilization) = (grad if micro_batches == 1 else over_parts)(params, batch)
+        # Each device splits its own part of the batch: rows i, i + micro_batches, ... make up a micro-batch.
+        size = None if micro_batches == 1 else len(batch) // micro_batches  # None: the whole batch
+        in_parts = optax.microbatching.microbatch(grad, 1, size, accumulator=(mean, (mean, total)))
+        grads, (logged, utilization) = in_parts(params, batch)
         if axis_name is not None:  # under jit, all of this is global already
             grads, logged = lax.pmean((grads, logged), axis_name)
             utilization = lax.psum(utilization, axis_name)  # otherwise the replicas differ without an error
@@ -153,100 +148,47 @@ def gradient(
     return over_all
 
 
-class Jit:
-    """The main way: the state is split by `shardings` and stays so, and `step` works on global arrays.
+class Trainer:
+    """A training step on a mesh, and the state and the batches that it takes, as global arrays.
 
-    `step` is `(state, batch, axis_name=None) -> (state, logged)`. `init` makes the state; it is compiled, so that no
-    device holds more than its part.
+    Make it and call it under `jax.set_mesh(mesh)`, from which the MoE layers take their axis.
+
+    Args:
+      step: `(state, batch, axis_name=None) -> (state, logged)`.
+      init: `() -> state`.
+      mesh: see `make_mesh`.
+      kind: "jit" passes global arrays to `step`. "pmap" does what `jax.pmap` does, by `jax.shard_map`: each device has
+        all parameters and its part of the batch, and `step` sums over `axis_name`.
+
+    Attributes:
+      init: `init`, compiled, so that no device holds more than its part: the state is split by `shardings`.
+      step: `step` without `axis_name`, compiled. It donates the old state, and the new one is split alike.
+      like: the state as `jax.ShapeDtypeStruct`s with their shardings.
     """
 
-    def __init__(self, step: Callable, init: Callable[[], TrainState], mesh: Mesh):
-        self.mesh = mesh
-        with jax.set_mesh(mesh):
-            self.like = jax.eval_shape(init)
-        self.shardings = shardings(self.like, mesh)
-        self._init: Any = jax.jit(init, out_shardings=self.shardings)
-        self._step: Any = jax.jit(
+    def __init__(
+        self, step: Callable, init: Callable[[], TrainState], mesh: Mesh, kind: Literal["jit", "pmap"] = "jit"
+    ):
+        self.mesh, whole = mesh, PartitionSpec()
+        if kind == "pmap":
+            if mesh.shape["data"] != mesh.size:
+                text = "--parallel pmap repeats the model on every device"
+                raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
+            step = functools.partial(step, axis_name="data")
+            # Without check_vma, nothing but `step` sums over devices; with it, JAX would sum the gradients too.
+            step = jax.shard_map(step, in_specs=(whole, PartitionSpec("data")), out_specs=whole, check_vma=False)
+        like = jax.eval_shape(init)
+        split = shardings(like, mesh)
+        self.like: Any = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, split)
+        self.init: Any = jax.jit(init, out_shardings=split)
+        self.step: Any = jax.jit(
             step,
-            in_shardings=(self.shardings, batch_sharding(mesh)),
-            out_shardings=(self.shardings, NamedSharding(mesh, PartitionSpec())),
+            in_shardings=(split, batch_sharding(mesh)),
+            out_shardings=(split, NamedSharding(mesh, whole)),
             donate_argnums=0,
         )
-
-    def init(self) -> TrainState:
-        """The state at the start."""
-        with jax.set_mesh(self.mesh):
-            return self._init()
-
-    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """A step on a global batch from `put`. It donates the old state."""
-        with jax.set_mesh(self.mesh):
-            return self._step(state, batch)
-
-    def compile(self, state: TrainState, batch: Any) -> None:
-        """Compiles the step, for a state and a batch like these."""
-        with jax.set_mesh(self.mesh):
-            self._step = self._step.lower(state, batch).compile()
-
-    def trace(self, batch: Any) -> jax.stages.Traced:
-        """The traced step, not lowered yet, for arrays like `batch`."""
-        with jax.set_mesh(self.mesh):
-            return self._step.trace(self.like, batch)
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
         """A global batch; `rows` makes the rows of each device."""
         part: Callable[[Any], Any] = lambda index: rows(index[0])
         return jax.make_array_from_callback(tuple(shape), batch_sharding(self.mesh), part)
-
-    def to_checkpoint(self, state: Any) -> Any:
-        """The state, or a part of it, as a checkpoint holds it."""
-        return state
-
-    def from_checkpoint(self, state: TrainState) -> TrainState:
-        """The state as `step` takes it."""
-        return state
-
-
-class Pmap(Jit):
-    """`jax.pmap`, for comparison with older code: each device has a replica and its part of the batch.
-
-    The mesh must have the axis `data` alone. A checkpoint holds one replica, in the format of `Jit`.
-    """
-
-    def __init__(self, step: Callable, init: Callable[[], TrainState], mesh: Mesh):
-        if mesh.shape["data"] != mesh.size:
-            text = "--parallel pmap repeats the model on every device"
-            raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
-        super().__init__(step, init, mesh)
-        self._replicas: Any = jax.pmap(functools.partial(step, axis_name="data"), axis_name="data", donate_argnums=0)
-        self._repeat = jax.pmap(lambda _, state: state, in_axes=(0, None))
-
-    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """A step on a batch `[devices, B / devices, ...]`. The metrics are those of the first replica here."""
-        state, logged = self._replicas(state, batch)
-        return state, jax.tree.map(lambda a: a.addressable_data(0)[0], logged)
-
-    def compile(self, state: TrainState, batch: Any) -> None:
-        """Compiles the step, for a state and a batch like these."""
-        self._replicas = self._replicas.lower(state, batch).compile()
-
-    def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
-        """The rows of this process's devices, in their order."""
-        each, process = shape[0] // jax.process_count(), jax.process_index()
-        own = rows(slice(process * each, (process + 1) * each))
-        return own.reshape(jax.local_device_count(), -1, *shape[1:])
-
-    def init(self) -> TrainState:
-        """Replicas of the state at the start."""
-        return self.from_checkpoint(super().init())
-
-    def to_checkpoint(self, state: Any) -> Any:
-        """One replica, as a global array on every device."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        one = jax.tree.map(lambda a: a.addressable_data(0)[0], state)
-        return jax.tree.map(lambda a: jax.make_array_from_process_local_data(whole, jax.device_get(a)), one)
-
-    def from_checkpoint(self, state: TrainState) -> TrainState:
-        """A replica for every device of this process."""
-        one = jax.tree.map(lambda a: jax.device_get(a.addressable_data(0)), state)
-        return self._repeat(jnp.arange(jax.local_device_count()), one)

@@ -74,9 +74,7 @@ class Config(train_gpt_moe.RunConfig):
     """The exit status after SIGTERM. Kubernetes restarts only failed jobs: give it another one, such as 143."""
 
     def __post_init__(self):
-        """Raises ValueError before anything is loaded or trained."""
         super().__post_init__()
-        training.check_positive(self, "fsdp", "expert", "micro_batches", "save_every", "keep", "max_skips", "timeout")
         meeting = (self.coordinator, self.processes, self.process)
         if None in meeting and meeting != (None, None, None):
             raise ValueError("--coordinator, --processes and --process go together, the last differs by process.")
@@ -119,33 +117,27 @@ def step_fn(config: Config, graphdef: Any, tx: Any, state: training.TrainState, 
     loss_fn = functools.partial(train_gpt_moe.loss_fn, graphdef, **losses)
     gradient = parallel.gradient(loss_fn, axis_name=axis_name, micro_batches=config.micro_batches)
     new_state, logged, utilization = training.train_step(gradient, tx, state, tokens)
-    logged |= training.routing_metrics(
-        utilization,
-        strategy=config.strategy,
-        gamma=config.gamma,
-        seed=config.seed,
-        step=state.step - state.opt_state.total_notfinite,  # the updates that were made
-        whole=bool(config.tensorboard or config.wandb),
-    )
+    excite: Any = {"strategy": config.strategy, "gamma": config.gamma, "seed": config.seed}
+    updates, whole = state.step - state.opt_state.total_notfinite, bool(config.tensorboard or config.wandb)
+    logged |= training.routing_metrics(utilization, step=updates, whole=whole, **excite)
     guard = new_state.opt_state
     return new_state, logged | {"skipped": guard.total_notfinite, "skipped_in_a_row": guard.notfinite_count}
 
 
 def make_trainer(
     config: Config, mesh: jax.sharding.Mesh, step_fn: Callable[..., Any] = step_fn
-) -> tuple[Any, parallel.Jit]:
+) -> tuple[Any, parallel.Trainer]:
     """The model's graph definition, and what makes and changes the state."""
     model_config = config.model(texts.VOCAB_SIZE[config.tokenizer])
     make_model = lambda: gpt_moe.GPTMoE(model_config, rngs=nnx.Rngs(config.seed))
-    with jax.set_mesh(mesh):
-        graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
     excite: Any = {"strategy": config.strategy, "gamma": config.gamma, "seed": config.seed}
     base = training.base_optimizer(config, config.steps)
     tx = training.make_optimizer(base, expert_axis=gpt_moe.GPTMoE.expert_axis, **excite)
     tx = optax.apply_if_finite(tx, NEVER)
     init = lambda: training.TrainState.create(nnx.state(make_model()), tx)
-    kind = parallel.Pmap if config.parallel == "pmap" else parallel.Jit
-    return graphdef, kind(functools.partial(step_fn, config, graphdef, tx), init, mesh)
+    step = functools.partial(step_fn, config, graphdef, tx)
+    return graphdef, parallel.Trainer(step, init, mesh, config.parallel)
 
 
 def tell(text: str) -> None:
@@ -165,51 +157,50 @@ def main(config: Config) -> training.TrainState:
     text = texts.load(config.text, config.tokenizer)
     if len(text.train) <= config.context:
         raise ValueError(f"The text has {len(text.train)} tokens, and must have more than --context {config.context}.")
-    graphdef, trainer = make_trainer(config, mesh)
-    tokens_per_step = config.batch_size * config.context
-    tell(
-        f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())} of {mesh.size} devices "
-        f"({jax.devices()[0].device_kind}) in {jax.process_count()} processes; "
-        f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
-    )
-    total_loss = train_gpt_moe.make_total_loss(graphdef)
-    batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
-    put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        graphdef, trainer = make_trainer(config, mesh)
+        tokens_per_step = config.batch_size * config.context
+        tell(
+            f"mesh {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())} of {mesh.size} devices "
+            f"({jax.devices()[0].device_kind}) in {jax.process_count()} processes; "
+            f"{training.size_of(trainer.like.params):,} parameters; {tokens_per_step:,} tokens per step"
+        )
+        batches = data.Batches(data.windows(text.train, config.context + 1), config.batch_size, config.seed)
+        put = lambda step: trainer.put(batches.shape, functools.partial(batches.rows, step))
         preempted = stack.enter_context(checkpoints.preemption())
-        saved = open_checkpoints(config, config.checkpoints) if config.checkpoints else None
-        if saved:
+        saved = None
+        if config.checkpoints:
+            flags = config.identity()
+            saved = checkpoints.Checkpoints(config.checkpoints, flags, config.save_every, config.keep, MAY_CHANGE)
             stack.callback(saved.manager.close)
         state, first = start(trainer, saved, config.steps)
         silent = jax.process_index() > 0
         log = logs.Log(config.log_path, config.steps, config, label=config.strategy, done=first, silent=silent)
         stack.callback(log.close)
-        logged = None
+        step, logged = trainer.step, None
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             if logged is None:
                 tell("compiling")
-                trainer.compile(state, batch)
-                log.start(first, first * tokens_per_step)
-            before, (state, logged) = logged, trainer.step(state, batch)
+                step = step.lower(state, batch).compile()
+                log.start(first * tokens_per_step)
+            before, (state, logged) = logged, step(state, batch)
             jax.block_until_ready(before)  # two steps at most are under way: CPU devices wait for each other
             last = number == config.steps
             if last or number % config.log_every == 0:
                 report(config, log, number, jax.device_get(logged))
             if last or number % config.eval_every == 0:
-                params, sizes = trainer.to_checkpoint(state.params), (config.context, config.batch_size)
-                with jax.set_mesh(mesh):
-                    loss = train_gpt_moe.evaluate(total_loss, params, text.evaluation, *sizes)
-                log.write(number, train_gpt_moe.evaluation_metrics(loss, text), f"evaluation loss {loss:.3f}")
+                found = train_gpt_moe.measure(graphdef, state.params, text, config.context, config.batch_size)
+                log.write(number, found, f"evaluation loss {found['evaluation_loss']:.3f}")
                 log.skip(number * tokens_per_step)
             log.advance()
             ending = preempted(number)
             if saved and (written := saved.written()):
                 log.tell(f"checkpoint of step {written} saved; run the same command to resume")
             # While steps are skipped, older checkpoints stay: the step before may be to blame.
-            if saved and (
-                ending or last or (saved.manager.should_save(number) and not int(logged["skipped_in_a_row"]))
-            ):
-                saved.save(number, trainer.to_checkpoint(state))
+            due = saved and saved.manager.should_save(number) and not int(logged["skipped_in_a_row"])
+            if saved and (due or ending or last):
+                saved.save(number, state)
             if ending and not last:
                 end(config, saved, number)
         if saved and logged is not None:
@@ -218,19 +209,16 @@ def main(config: Config) -> training.TrainState:
     return state
 
 
-def open_checkpoints(config: Config, folder: str) -> checkpoints.Checkpoints:
-    """The checkpoints of this run."""
-    return checkpoints.Checkpoints(folder, config.identity(), config.save_every, config.keep, MAY_CHANGE)
-
-
-def start(trainer: parallel.Jit, saved: checkpoints.Checkpoints | None, steps: int) -> tuple[training.TrainState, int]:
+def start(
+    trainer: parallel.Trainer, saved: checkpoints.Checkpoints | None, steps: int
+) -> tuple[training.TrainState, int]:
     """The state to start from, and the number of steps that it has seen."""
-    restored = saved.restore(trainer.like, trainer.shardings) if saved else None
+    restored = saved.restore(trainer.like) if saved else None
     if restored is None:
         return trainer.init(), 0
     state, step = restored
     print(f"resuming from step {step}" + (", the last: nothing is left to do" if step == steps else ""), flush=True)
-    return trainer.from_checkpoint(state), step
+    return state, step
 
 
 def report(config: Config, log: logs.Log, step: int, logged: dict[str, Any]) -> None:

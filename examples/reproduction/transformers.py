@@ -115,15 +115,13 @@ def gpt(run: configs.GPTRun, text: texts.Text) -> Task:
     examples = examples if run.subset is None else min(examples, run.subset)
     config = train_gpt_moe.model_config(run, text.vocab_size, dtype=run.dtype)
     graphdef, params = nnx.split(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)))
-    total_loss = train_gpt_moe.make_total_loss(graphdef)
 
     def batch(number, train, indices):
         del number
         return train[indices[:, None] * run.context + jnp.arange(run.context + 1)[None]]  # [B, S + 1]
 
     def measure(params):
-        loss = train_gpt_moe.evaluate(total_loss, params, text.evaluation, run.context, run.batch_size)
-        found = train_gpt_moe.evaluation_metrics(loss, text)
+        found = train_gpt_moe.measure(graphdef, params, text, run.context, run.batch_size)
         return {name: found[name] for name in ("perplexity", "bits_per_byte")}
 
     about, unit = {"data": run.dataset, "fingerprint": text.fingerprint}, f"sequences of {run.context} tokens"

@@ -1,4 +1,4 @@
-"""One training step on many devices: by `jax.jit` with shardings, or with a replica on each device, as in `jax.pmap`.
+"""One training step on many devices: by `jax.jit` with shardings, or by `jax.pmap`.
 
 The mesh has three axes. A batch is split over all of them. Experts are split over `expert`; parameters and the
 optimizer's state are split over `fsdp` and repeated over `data`. XLA chooses the collectives, except in the MoE layers
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import optax
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from examples.training import TrainState
@@ -129,7 +130,7 @@ def gradient(
     """The gradient that `training.train_step` requires, over all devices and in parts.
 
     `loss_fn` is as `training.train_step` describes it; it gives means over a part of the batch `[B, ...]`, and
-    `RoutingCounts`. `axis_name` is that of `jax.shard_map`. `micro_batches` are processed one after the other, to save
+    `RoutingCounts`. `axis_name` is that of `jax.pmap`. `micro_batches` are processed one after the other, to save
     memory.
     """
     grad = jax.grad(loss_fn, has_aux=True)
@@ -149,7 +150,7 @@ def gradient(
 
 
 class Trainer:
-    """A training step on a mesh, and the state and the batches that it takes, as global arrays.
+    """A training step on a mesh, and the state and the batches that it takes. The state is global arrays.
 
     Make it and call it under `jax.set_mesh(mesh)`, from which the MoE layers take their axis.
 
@@ -157,11 +158,11 @@ class Trainer:
       step: `(state, batch, axis_name=None) -> (state, logged)`.
       init: `() -> state`.
       mesh: see `make_mesh`.
-      kind: "jit" passes global arrays to `step`. "pmap" does what `jax.pmap` does, by `jax.shard_map`: each device has
-        all parameters and its part of the batch, and `step` sums over `axis_name`.
+      kind: "jit" is the main way: the state is split by `shardings`, and XLA splits `step`. "pmap" is for comparison
+        with older code: each device has all parameters and its part of the batch, and `step` sums over `axis_name`.
 
     Attributes:
-      init: `init`, compiled, so that no device holds more than its part: the state is split by `shardings`.
+      init: `init`, compiled, so that no device holds more than its part.
       step: `step` without `axis_name`, compiled. It donates the old state, and the new one is split alike.
       like: the state as `jax.ShapeDtypeStruct`s with their shardings.
     """
@@ -169,26 +170,45 @@ class Trainer:
     def __init__(
         self, step: Callable, init: Callable[[], TrainState], mesh: Mesh, kind: Literal["jit", "pmap"] = "jit"
     ):
-        self.mesh, whole = mesh, PartitionSpec()
-        if kind == "pmap":
-            if mesh.shape["data"] != mesh.size:
-                text = "--parallel pmap repeats the model on every device"
-                raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
-            step = functools.partial(step, axis_name="data")
-            # Without check_vma, nothing but `step` sums over devices; with it, JAX would sum the gradients too.
-            step = jax.shard_map(step, in_specs=(whole, PartitionSpec("data")), out_specs=whole, check_vma=False)
+        if kind == "pmap" and mesh.shape["data"] != mesh.size:
+            text = "--parallel pmap repeats the model on every device"
+            raise ValueError(f"{text}: --fsdp and --expert must be 1; got {dict(mesh.shape)}.")
+        self.mesh, self.kind = mesh, kind
         like = jax.eval_shape(init)
         split = shardings(like, mesh)
         self.like: Any = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), like, split)
         self.init: Any = jax.jit(init, out_shardings=split)
-        self.step: Any = jax.jit(
-            step,
-            in_shardings=(split, batch_sharding(mesh)),
-            out_shardings=(split, NamedSharding(mesh, whole)),
-            donate_argnums=0,
+        self.step: Any = (
+            _pmap(step, mesh)
+            if kind == "pmap"
+            else jax.jit(
+                step,
+                in_shardings=(split, batch_sharding(mesh)),
+                out_shardings=(split, NamedSharding(mesh, PartitionSpec())),
+                donate_argnums=0,
+            )
         )
 
     def put(self, shape: Sequence[int], rows: Callable[[slice], Any]) -> jax.Array:
-        """A global batch; `rows` makes the rows of each device."""
+        """A batch for `step`; `rows` makes some of its rows. pmap takes the rows of this process, by its devices."""
+        if self.kind == "pmap":
+            each, process = shape[0] // jax.process_count(), jax.process_index()
+            own = rows(slice(process * each, (process + 1) * each))
+            return own.reshape(jax.local_device_count(), -1, *shape[1:])
         part: Callable[[Any], Any] = lambda index: rows(index[0])
         return jax.make_array_from_callback(tuple(shape), batch_sharding(self.mesh), part)
+
+
+def _pmap(step: Callable, mesh: Mesh) -> Callable:
+    """The step by `jax.pmap`. The replicas of the state are one global array, as those of `jax.jit` are."""
+    step = functools.partial(step, axis_name="data")
+    replicas: Any = jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    of_pmap = Mesh(mesh.devices.ravel(), ("data",))  # it works under no mesh but its own
+
+    def call(state, batch):
+        with jax.set_mesh(of_pmap):
+            results = replicas(state, batch)
+        # With several processes, these are arrays of the devices of this process alone.
+        return multihost_utils.host_local_array_to_global_array(results, of_pmap, PartitionSpec())
+
+    return call

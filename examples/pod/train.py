@@ -178,13 +178,13 @@ def main(config: Config) -> training.TrainState:
         silent = jax.process_index() > 0
         log = logs.Log(config.log_path, config.steps, config, label=config.strategy, done=first, silent=silent)
         stack.callback(log.close)
-        step, logged = trainer.step, None
+        logged = None
         for number, batch in enumerate(data.prefetch(put, first, config.steps), first + 1):
             if logged is None:
                 tell("compiling")
-                step = step.lower(state, batch).compile()
+            before, (state, logged) = logged, trainer.step(state, batch)
+            if before is None:
                 log.start(first * tokens_per_step)
-            before, (state, logged) = logged, step(state, batch)
             jax.block_until_ready(before)  # two steps at most are under way: CPU devices wait for each other
             last = number == config.steps
             if last or number % config.log_every == 0:

@@ -23,7 +23,6 @@ from examples.reproduction import (
     sections,
     store,
     studies,
-    tables,
     toy,
 )
 
@@ -259,14 +258,14 @@ def test_perplexity_saved_and_the_picture_of_table_2(tmp_path, use):
 
 def test_experiments_that_are_not_the_papers_have_a_page_of_their_own(tmp_path, use, monkeypatch):
     use()
-    rows = sections.rows((VANILLA, EXCITED))
-    other = sections.Section("look", "A look", seeds=2, rows=rows, settings={"epochs": 2}, table=tables.one_by_one)
+    rows = tuple(map(sections.row, (VANILLA, EXCITED)))
+    other = sections.Section("look", "A look", seeds=2, rows=rows, settings={"epochs": 2})
     monkeypatch.setitem(studies.SECTIONS, "look", other)
     page = report.studies_markdown(store.Results(tmp_path))
     assert page.endswith("## A look\n\nNot run: `python -m examples.reproduce run look`\n")
     results = store.Results(tmp_path)
     results.append([made_up(run, 0.5) for run in other.runs()])
-    row = "| optimizer sgd, learning_rate 0.01, strategy vanilla | 50.00 ± 0.00 (2 seeds) |"
+    row = "| test accuracy (%), sgd | 0.01 |\n| --- | --: |\n| baseline | 50.00 ± 0.00 (2 seeds) |"
     assert row in report.studies_markdown(results)
     assert row not in report.markdown(results)
 

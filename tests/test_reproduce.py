@@ -26,7 +26,7 @@ TINY = sections.Section(
     "Tiny",
     seeds=2,
     settings={"dataset": "digits", "width": 16, "depth": 1, "epochs": 2, "subset": 100, "batch_size": 32},
-    rows=sections.rows(({"strategy": "vanilla"}, {"strategy": "zero_sum"})),
+    rows=tuple(sections.row({"strategy": name}) for name in ("vanilla", "zero_sum")),
 )
 MLPS = [name for name, section in studies.SECTIONS.items() if section.kind == "mlp" and not section.in_study]
 NAMES = list(studies.SECTIONS)

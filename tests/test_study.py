@@ -9,7 +9,6 @@ import pytest
 from examples import datasets, reproduce
 from examples.reproduction import (
     answer,
-    claims,
     engine,
     evidence,
     inside,
@@ -24,9 +23,17 @@ from examples.reproduction import (
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
-WHERES = sections.product(claims.rates(0.1, 0.2, 0.3), (claims.BASELINE, claims.ZERO_SUM))
-CLAIM = claims.beats("zero_sum is better", claims.ZERO_SUM, claims.BASELINE, learning_rate="best")
-STUDY = claims.study("look", "A look", WHERES, (CLAIM,), seeds=4, settings={"subset": 100}, draw=("over_rates",))
+WHERES = sections.product(studies.rates(0.1, 0.2, 0.3), (studies.BASELINE, studies.ZERO_SUM))
+CLAIM = studies.beats("zero_sum is better", studies.ZERO_SUM, studies.BASELINE, learning_rate="best")
+STUDY = sections.Section(
+    "look",
+    "A look",
+    seeds=4,
+    settings={"subset": 100},
+    rows=tuple(map(sections.row, WHERES)),
+    claims=(CLAIM,),
+    draw=("over_rates",),
+)
 STUDIES = {section.name: section for section in studies.STUDIES}
 
 
@@ -68,13 +75,13 @@ def test_the_best_rate_is_chosen_on_held_out_data(tmp_path):
 
     results = fill(tmp_path, values)
     rate = lambda where: evidence.resolve(results, STUDY, where)["learning_rate"]
-    assert rate({**claims.ZERO_SUM, "learning_rate": "best"}) == 0.1
-    assert rate({**claims.BASELINE, "learning_rate": "best"}) == 0.2
-    assert rate({**claims.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
-    assert rate({**claims.ZERO_SUM, "learning_rate": 0.3}) == 0.3
+    assert rate({**studies.ZERO_SUM, "learning_rate": "best"}) == 0.1
+    assert rate({**studies.BASELINE, "learning_rate": "best"}) == 0.2
+    assert rate({**studies.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
+    assert rate({**studies.ZERO_SUM, "learning_rate": 0.3}) == 0.3
     assert evidence.contrast(results, STUDY, CLAIM).mean == pytest.approx(0.1)
     of_losses = dataclasses.replace(STUDY, measure="loss")
-    smallest = evidence.resolve(results, of_losses, {**claims.BASELINE, "learning_rate": "best"})
+    smallest = evidence.resolve(results, of_losses, {**studies.BASELINE, "learning_rate": "best"})
     assert smallest["learning_rate"] in (0.1, 0.3)  # of a loss, the smallest is best
 
 
@@ -87,7 +94,7 @@ def test_a_rate_that_diverged_is_not_chosen_and_seeds_without_all_rates_do_not_c
         return 0.5, 0.8 - row["learning_rate"]
 
     results = fill(tmp_path, values)
-    where = {**claims.BASELINE, "learning_rate": "best"}
+    where = {**studies.BASELINE, "learning_rate": "best"}
     assert evidence.resolve(results, STUDY, where)["learning_rate"] == 0.1
     assert evidence.resolve(store.Results(tmp_path / "none"), STUDY, where) is None
     assert evidence.contrast(store.Results(tmp_path / "none"), STUDY, CLAIM).n == 0

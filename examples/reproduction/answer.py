@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from examples.reproduction import claims, evidence, pictures, sections, store, studies, tables
+from examples.reproduction import evidence, pictures, sections, store, studies, tables
 from examples.reproduction.sections import Row
 from excitation_optax import plotting
 
@@ -16,29 +16,29 @@ ANSWER: dict[str, tuple[str, Row, tuple[float, float] | None]] = {
     "GPT-MoE, text, AdamW (nats; less is better)": ("mini_tuned", {}, None),
 }
 # Lines of the picture.
-VARIANTS = [claims.BASELINE, *({**claims.ZERO_SUM, "component": component} for component in claims.COMPONENTS)]
+VARIANTS = [studies.BASELINE, *({**studies.ZERO_SUM, "component": component} for component in studies.COMPONENTS)]
 
 
 def markdown(results: store.Results) -> str:
     """The table: a row for each study and strategy, a column for each component."""
     rows = []
     for text, (name, common, _) in ANSWER.items():
-        for two in claims.TWO:
+        for two in studies.TWO:
             cells = []
-            for component in claims.COMPONENTS:
+            for component in studies.COMPONENTS:
                 claim, ours = difference(results, name, {**two, "component": component}, common)
                 verdict = evidence.verdict(ours, claim["sign"])
                 bold = "**" if verdict in ("confirmed", "contradicted") else ""
                 tested = not verdict.startswith("not tested")
                 cells.append(f"{bold}{tables.our_delta(claim, ours)}{bold}" if tested else "not tested")
             rows.append((text, f"`{two['strategy']}`", *cells))
-    return tables.table(("", "", *claims.COMPONENTS), rows, numbers=3)
+    return tables.table(("", "", *studies.COMPONENTS), rows, numbers=3)
 
 
 def difference(results: store.Results, name: str, better: Row, common: Row) -> tuple[Row, evidence.Contrast]:
     """The claim that a variant beats the baseline, each at its best or the row's learning rate, and its evidence."""
     section = studies.SECTIONS[name]
-    claim = claims.beats("", better, claims.BASELINE, section.measure, **{**claims.BEST, **common})
+    claim = studies.beats("", better, studies.BASELINE, section.measure, **{"learning_rate": "best", **common})
     return claim, evidence.contrast(results, section, claim)
 
 

@@ -139,7 +139,7 @@ def section(results: store.Results, s: Section) -> str:
         settings = _settings(s) if s.where_in_paper else _settings(s) + s.note
         parts = [f"{where}. Here: {settings}.", *([s.note] if s.note and s.where_in_paper else [])]
         parts += [_picture(s.name, s.heading)] if s.is_drawn else []
-        parts.append((s.table or tables.beside_the_paper)(results, s))
+        parts.append((s.table or (tables.beside_the_paper if s.where_in_paper else tables.by_rate))(results, s))
         parts += [_picture("inside", "Inside the networks")] if s.inside and inside.load(results.folder) else []
         claims = tables.claims_beside_the_paper if s.where_in_paper else tables.claims_corrected
         parts += [claims(results, s)] if s.claims else []

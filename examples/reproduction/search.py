@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from examples.reproduction import configs, evidence, sections, store, tables
-from examples.reproduction.sections import Row, Section, grid, product, rows
+from examples.reproduction.sections import Row, Section, grid, product
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.01}
 ADAM = {"optimizer": "adam", "learning_rate": 1e-4}
@@ -87,20 +87,16 @@ CHOICES = grid(
 )
 
 SEARCH = (
-    sections.ours(
-        "table2_brief",
-        rows=rows(grid(num_experts=(4,), d_ff=(256,), strategy=("vanilla", "positive_sum")), "perplexity"),
-        table=tables.one_by_one,
-    ),
-    sections.ours("search", rows=rows(product(CHOICES, (SGD, ADAM))), table=extrapolations),
+    sections.ours("table2_brief", grid(num_experts=(4,), d_ff=(256,), strategy=("vanilla", "positive_sum"))),
+    sections.ours("search", product(CHOICES, (SGD, ADAM)), table=extrapolations),
     sections.ours(
         "search_variants",
-        rows=rows({**row["where"], **variant} for variant in VARIANTS for row in targets()),
+        [{**row["where"], **variant} for variant in VARIANTS for row in targets()],
         table=residuals,
     ),
     sections.ours(
         "search_long",
-        rows=rows({**row["where"], **choice} for choice in CANDIDATES for row in targets()),
+        [{**row["where"], **choice} for choice in CANDIDATES for row in targets()],
         table=residuals,
     ),
 )

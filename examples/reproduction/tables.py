@@ -69,27 +69,20 @@ def beside_the_paper(results: store.Results, section: Section) -> str:
 
 
 def by_rate(results: store.Results, section: Section) -> str:
-    """The rows of a study, with a column for every learning rate: a table for each optimizer."""
-    grouped: dict[str, dict[str, dict[float, str]]] = {}
+    """The rows of a study, with a column for every learning rate, if they name one: a table for each optimizer."""
+    optimizers: dict[str, dict[str, dict[float, str]]] = {}
     for row in section.rows:
-        where = row["where"]
-        lines = grouped.setdefault(where.get("optimizer", ""), {})
-        lines.setdefault(words(where, "optimizer"), {})[where["learning_rate"]] = reached(results, section, row)[0]
+        lines = optimizers.setdefault(row["where"].get("optimizer", ""), {})
+        line = lines.setdefault(words(row["where"], "optimizer"), {})
+        line[row["where"].get("learning_rate", 0.0)] = reached(results, section, row)[0]
     tables = []
-    for optimizer, lines in grouped.items():
-        rates = sorted({rate for cells in lines.values() for rate in cells})
-        head = (UNIT[section.measure] + (f", {optimizer}" if optimizer else ""), *(f"{rate:g}" for rate in rates))
-        found = {label: cells for label, cells in lines.items() if any(cells.values())}
-        rows = [(label, *(cells.get(rate, "") for rate in rates)) for label, cells in found.items()]
+    for optimizer, lines in optimizers.items():
+        rates = sorted({rate for line in lines.values() for rate in line})
+        measure = UNIT.get(section.measure, section.measure)
+        head = (f"{measure}, {optimizer}" if optimizer else measure, *(f"{rate:g}" if rate else "" for rate in rates))
+        rows = [(name, *map(line.get, rates, [""] * len(rates))) for name, line in lines.items() if any(line.values())]
         tables.append(table(head, rows, text=1, numbers=len(rates)))
     return "\n\n".join(tables)
-
-
-def one_by_one(results: store.Results, section: Section) -> str:
-    """What each row reached."""
-    label = lambda where: ", ".join(f"{key} {value}" for key, value in where.items())
-    rows = [(label(row["where"]), reached(results, section, row)[0]) for row in section.rows]
-    return table(("", UNIT.get(section.measure, section.measure)), rows, text=1, numbers=1)
 
 
 def our_delta(claim: Row, ours: evidence.Contrast) -> str:

@@ -38,7 +38,7 @@ class List:
         print(f"{'name':<14}{'runs':>6}{'done':>6}{'hours':>7}   {' / '.join(evidence.VERDICTS[:3])}   title")
         for name, section in studies.SECTIONS.items():
             if section.same_as or not section.trains:
-                done = "done" if not section.trains and report.state_elsewhere(results, section) else "-"
+                done = "done" if not section.trains and report.made_elsewhere(results, section)[0] else "-"
                 title = section.title + (f" (the runs of {section.same_as})" if section.same_as else "")
                 print(f"{name:<14}{'-':>6}{done:>6}{'-':>7}{'':>41}   {title}")
                 continue

@@ -94,18 +94,19 @@ def test_the_interval_is_that_of_a_paired_t_test(tmp_path):
     got = evidence.contrast(*paired(tmp_path, vanilla, excited), CLAIM)
     expected = stats.ttest_rel(excited, vanilla).confidence_interval(0.95)
     assert (got.n, got.diverged) == (4, 0)
-    np.testing.assert_allclose(got[:3], [np.mean(excited) - np.mean(vanilla), expected.low, expected.high], rtol=1e-9)
+    mean = np.mean(excited) - np.mean(vanilla)
+    np.testing.assert_allclose(got[:3], 100 * np.array([mean, expected.low, expected.high]), rtol=1e-9)
 
 
 def test_four_runs_in_a_contrast(tmp_path):
-    """(0.5 - 0.4) - (0.3 - 0.25) = 0.05 for both seeds: an interval without width."""
+    """(0.5 - 0.4) - (0.3 - 0.25) = 5 points for both seeds: an interval without width."""
     experiment, results = short("table1", seeds=2), store.Results(tmp_path)
     terms = [[1.0, 0.9, "zero_sum", 0.5], [-1.0, 0.9, "vanilla", 0.4], [-1.0, 0.1, "zero_sum", 0.3]]
     terms += [[1.0, 0.1, "vanilla", 0.25]]
     claim = CLAIM | {"contrast": [[c, {"sparsity": s, "strategy": name}] for c, s, name, _ in terms]}
     for (_, where), (*_, value) in zip(claim["contrast"], terms, strict=True):
         results.append([made_up(experiment.make_run(where, seed), value) for seed in (0, 1)])
-    np.testing.assert_allclose(evidence.contrast(results, experiment, claim)[:4], [0.05, 0.05, 0.05, 2], atol=1e-12)
+    np.testing.assert_allclose(evidence.contrast(results, experiment, claim)[:4], [5, 5, 5, 2], atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_the_size_is_compared_with_the_papers(tmp_path, use, excited, size):
 def test_diverged_seeds_are_counted_and_left_out(tmp_path):
     got = evidence.contrast(*paired(tmp_path, [0.40, math.nan, 0.42], [0.45, 0.46, 0.49]), CLAIM)
     assert (got.n, got.diverged) == (2, 1)
-    np.testing.assert_allclose(got.mean, 0.06)
+    np.testing.assert_allclose(got.mean, 6)
 
 
 def test_what_is_measured():

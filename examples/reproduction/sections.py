@@ -89,10 +89,20 @@ class Section:
         return list(dict.fromkeys(self.make_run(where, seed) for where in named for seed in range(self.seeds)))
 
 
+# Fields that make lines of a picture, not panels; columns of a table, not rows.
+VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "router_bias")
+
+
 def row(where: Row, measure: str = "accuracy") -> Row:
     """A row about the runs of one setting."""
-    label, column = words(where, "strategy"), words({"strategy": where.get("strategy", "vanilla")})
-    return {"where": where, "measure": measure, "contrast": [[1.0, where]], "label": label, "column": column}
+    column = words({key: where[key] for key in VARIANT if key in where})
+    return {
+        "where": where,
+        "measure": measure,
+        "contrast": [[1.0, where]],
+        "label": words(where, *VARIANT),
+        "column": column,
+    }
 
 
 def grid(**choices: Iterable[Any]) -> tuple[Row, ...]:

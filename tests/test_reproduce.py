@@ -18,7 +18,7 @@ import pytest
 
 from examples import datasets, reproduce
 from examples.reproduction import engine, report, sections, store, studies, toy
-from examples.reproduction.groups import shared_of
+from examples.reproduction.stacks import shared_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = sections.Section(
@@ -427,7 +427,7 @@ def test_killed_ten_times(tmp_path):
 TRANSFORMERS = """
 import pathlib, resource, sys
 from examples import datasets, reproduce, texts
-from examples.reproduction import configs, store, transformers
+from examples.reproduction import configs, inputs, store, transformers
 
 folder, fail = pathlib.Path(sys.argv[1]), sys.argv[2:] == ["full"]
 sizes = {"num_experts": 4, "experts_per_token": 2, "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
@@ -436,8 +436,7 @@ gpt = configs.GPTRun(**sizes, dataset="abc", strategy="positive_sum", batch_size
 parts = [b"abcab" * n for n in (40, 13)]
 text = texts.Text(*(texts.encode(part, "bytes") for part in parts), parts[1], 256, "abc")
 transformers.CHUNK, transformers.CHECKPOINT_SECONDS = 1, 0
-transformers.load_text = lambda name, folder: text
-datasets.load_images = lambda name, folder: datasets.load_digits()
+inputs.load = lambda run, folder: text if run.kind == "gpt" else datasets.load_digits()
 save, restore = transformers._save, transformers._restore
 transformers._save = lambda *args: (print("save", flush=True), save(*args), print("saved", flush=True))
 

@@ -11,6 +11,7 @@ from examples.reproduction import (
     answer,
     engine,
     evidence,
+    inputs,
     inside,
     minis,
     pictures,
@@ -154,7 +155,7 @@ def test_a_tiny_version(name, monkeypatch):
         small = {"d_model": 8, "num_heads": 2, "d_ff": 8, "epochs": 1}
         small |= {"dataset": "python-reference", "context": 8} if is_text else {"dataset": "digits"}
         tiny = [dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs]
-    data = minis.load_text("python-reference", None) if is_text else datasets.load_digits()
+    data = inputs.load(tiny[0], None)
     stacks.program_of.cache_clear()
     program = reproduce.STACKED[section.kind]
     groups = program.plan(tiny)
@@ -194,7 +195,7 @@ def test_inside_is_that_of_the_models(tmp_path):
     assert len(outcome["rows"]) == len(inside.ROWS)
     row = outcome["rows"]["baseline, 0.001"]
     run = STUDIES["deep_digits"].make_run({**inside.ROWS[0], **small}, seed=1)
-    program, _, seeds, on_device, _ = engine.Program.prepare(engine.Group(((run,),)), data)
+    program, _, seeds, on_device = engine.Program.prepare(engine.Group(((run,),)), data)
     model = program.make_model(seeds[0])
     model.eval()
     h = np.asarray(program.normalize(on_device.train_images, on_device)).reshape(64, -1)

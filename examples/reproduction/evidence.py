@@ -46,9 +46,9 @@ def found(results: store.Results, section: Section) -> list[configs.Run]:
 
 
 def measured(result: store.Result, spec: Row) -> float:
-    """What a claim or a row measures in one run, at its end or `at` a fraction of it; the mean over layers, if any.
+    """What a claim or a row measures in one run, in the unit on file; the mean over layers, if any.
 
-    With `layers`: "middle", only the middle half of the layers counts.
+    It is measured at the end of the run, or `at` a fraction of it. With `layers`: "middle", only the middle half of the layers counts.
     """
     if "at" in spec:
         epochs = np.asarray(result.curve["epoch"], float)
@@ -61,7 +61,10 @@ def measured(result: store.Result, spec: Row) -> float:
 
 
 def by_seed(results: store.Results, section: Section, spec: Row) -> np.ndarray:
-    """The linear combination of a claim or row, for each seed that has all runs; NaN if one of them diverged."""
+    """The linear combination of a claim or row, in the paper's unit, for each seed that has all runs.
+
+    NaN if one of them diverged.
+    """
     wheres = [(factor, resolve(results, section, where)) for factor, where in spec["contrast"]]
     if any(where is None for _, where in wheres):
         return np.array([])

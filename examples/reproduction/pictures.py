@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import evidence, sections, store
+from examples.reproduction import configs, evidence, sections, store
 from examples.reproduction.sections import Row, Section, words
 from examples.reproduction.tables import UNIT
 from excitation_optax import plotting
@@ -32,7 +32,7 @@ def along(results: store.Results, section: Section, figure: Any, what: str) -> N
     are left out.
     """
     measure, style = section.measure, {} if what == "epoch" else {"marker": "."}
-    for axes, (label, rows) in panels(figure, grouped(section.rows, lambda row: row["label"])):
+    for axes, (label, rows) in panels(figure, configs.grouped(section.rows, lambda row: row["label"])):
         axes.set(title=label, xlabel=what, ylabel=UNIT.get(measure, measure))
         for row in rows:
             runs = [section.make_run(row["where"], seed) for seed in range(section.seeds)]
@@ -57,9 +57,9 @@ def over(results: store.Results, section: Section, figure: Any, field: str, part
     A panel for each label, or each value of a `part` of it, and a line for each column.
     """
     panel = lambda row: row["label"] if part is None else row["label"].split(", ")[part]
-    for axes, (title, rows) in panels(figure, grouped(section.rows, panel)):
+    for axes, (title, rows) in panels(figure, configs.grouped(section.rows, panel)):
         axes.set(title=title, xscale="log", xlabel=field.replace("_", " "), ylabel=UNIT[section.measure])
-        for name, line in grouped(rows, lambda row: row["column"].split(" (")[0]).items():
+        for name, line in configs.grouped(rows, lambda row: row["column"].split(" (")[0]).items():
             x = [row["where"][field] for row in line]
             style = STYLES.get(name, {"color": f"C{len(axes.containers) % 10}", "linestyle": ":"})
             if field == "num_experts":
@@ -89,7 +89,7 @@ def gains(results: store.Results, section: Section, figure: Any, field: str, sca
     ((axes, _),) = panels(figure, {"": None})
     axes.set(xscale=scale, xlabel=field.replace("_", " "), ylabel="Δ test accuracy (points)")
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    groups = grouped(evidence.printed_deltas(section), lambda claim: claim["text"].split(",")[0])
+    groups = configs.grouped(evidence.printed_deltas(section), lambda claim: claim["text"].split(",")[0])
     for number, (optimizer, claims) in enumerate(groups.items()):
         values = [claim["contrast"][0][1][field] for claim in claims]
         means, halves = _intervals(results, section, claims)
@@ -156,14 +156,6 @@ def panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, An
     for axes in grid[: len(groups)]:
         axes.grid(alpha=0.3)
     return list(zip(grid, groups.items(), strict=False))
-
-
-def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """The items by key, in order."""
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def save(path: pathlib.Path, draw: Callable[..., None], *arguments: Any) -> pathlib.Path:

@@ -129,7 +129,7 @@ def _how(s: Section) -> str:
     runs = [run for run in s.runs() if isinstance(run, configs.ViTRun | configs.GPTRun)]
     if not runs:
         return s.command
-    hours = tables.about(sum(run.hours for run in runs))
+    hours = tables.about(sum(map(configs.hours, runs)))
     return f"{s.command}, {tables.plural(len(runs), 'run')}, by estimate {hours} hours of an H100."
 
 

@@ -152,15 +152,7 @@ def _from_paper(name: str, views: dict[str, Any]) -> Section:
     view, only = views[ours.get("of", name)], ours.pop("only", {})
     if "same_as" in view:
         view = {**views[view["same_as"]], **chosen[view["same_as"]], **view, "remark": ""}
+    rows = [{"measure": view["measure"], "contrast": [[1.0, row["where"]]], **row} for row in view["rows"]]
     fits = lambda spec: all(only.items() <= where.items() for _, where in spec["contrast"])
-    rows = tuple(filter(fits, (_spec(view["measure"], row) for row in view["rows"])))
-    return Section(name, **view | ours | {"rows": rows, "claims": tuple(filter(fits, view["claims"]))})
-
-
-def _spec(measure: str, row: Row) -> Row:
-    """A row of the paper with its contrast. Table 2 prints differences of perplexity."""
-    if measure != "perplexity_reduction":
-        return row | {"measure": measure, "contrast": [[1.0, row["where"]]]}
-    signs = {"vanilla": 1.0, "positive_sum": -1.0}
-    contrast = [[sign, row["where"] | {"strategy": strategy}] for strategy, sign in signs.items()]
-    return row | {"measure": "perplexity", "contrast": contrast}
+    specs = {"rows": tuple(filter(fits, rows)), "claims": tuple(filter(fits, view["claims"]))}
+    return Section(name, **view | ours | specs)

@@ -222,7 +222,7 @@ def test_partial_runs_remarks_and_notes(tmp_path, use, monkeypatch):
         monkeypatch.setitem(studies.SECTIONS, name, dataclasses.replace(studies.SECTIONS[name], remark=remark))
     results = store.Results(tmp_path)
     runs = [run for run in table["fig3"].runs() if run.depth == 9]
-    results.append([made_up(run, data={"set": "cifar10", "quality": 75}) for run in runs])
+    results.append([made_up(run, data="cifar10, quality 75") for run in runs])
     page = report.markdown(results)
     fig3 = section(page, "Figure 3")
     assert "9 of 18 runs" in fig3
@@ -231,7 +231,7 @@ def test_partial_runs_remarks_and_notes(tmp_path, use, monkeypatch):
     assert "which variant" in fig3
     assert fig3.strip().endswith("\n\nA remark.")
     assert "Left out." not in page  # as it was not run
-    assert "* quality: 75, set: cifar10\n" in page
+    assert "* cifar10, quality 75\n" in page
 
 
 def test_perplexity_saved_and_the_picture_of_table_2(tmp_path, use):

@@ -45,7 +45,8 @@ def fill(folder, values):
         for seed in range(STUDY.seeds):
             if (value := values(row, seed)) is not None:
                 measures = dict(zip(("accuracy", "validation"), value, strict=True))
-                results.append([store.Result(STUDY.make_run(row, seed), measures, {}, 1.0, {})])
+                about = {"device": "a device", "date": "2026-01-01"}
+                results.append([store.Result(STUDY.make_run(row, seed), measures, {}, 1.0, about)])
     return results
 
 

@@ -207,6 +207,22 @@ class MiniViTRun(MiniRun):
 KINDS: dict[str, type[Run]] = {config.kind: config for config in (MLPRun, ViTRun, GPTRun, MiniGPTRun, MiniViTRun)}
 
 
+def from_json(config: dict[str, Any]) -> Run:
+    """The run whose `to_json` this is.
+
+    Raises:
+      ValueError: if the kind or a field is not known.
+    """
+    config = dict(config)
+    kind = config.pop("kind", None)
+    if kind not in KINDS:
+        raise ValueError(f"A run's kind is one of {sorted(KINDS)}; got {kind!r}.")
+    try:
+        return KINDS[kind](**config)
+    except TypeError as error:
+        raise ValueError(f"Not a config of kind {kind!r}: {error}.") from error
+
+
 # Images, and GPT-2's tokens; those of WikiText-103 are the paper's ("5 epochs, about 517M tokens").
 TRAINING_SIZES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257}
 TRAINING_SIZES |= {"wikitext-103": 103_400_000, "wikitext-valid": 258_659}
@@ -237,19 +253,3 @@ def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[A
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
-
-def from_json(config: dict[str, Any]) -> Run:
-    """The run whose `to_json` this is.
-
-    Raises:
-      ValueError: if the kind or a field is not known.
-    """
-    config = dict(config)
-    kind = config.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(f"A run's kind is one of {sorted(KINDS)}; got {kind!r}.")
-    try:
-        return KINDS[kind](**config)
-    except TypeError as error:
-        raise ValueError(f"Not a config of kind {kind!r}: {error}.") from error

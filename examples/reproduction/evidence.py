@@ -48,7 +48,8 @@ def found(results: store.Results, section: Section) -> list[configs.Run]:
 def measured(result: store.Result, spec: Row) -> float:
     """What a claim or a row measures in one run, in the unit on file; the mean over layers, if any.
 
-    It is measured at the end of the run, or `at` a fraction of it. With `layers`: "middle", only the middle half of the layers counts.
+    It is measured at the end of the run, or `at` a fraction of it. With `layers`: "middle", only the middle half of the
+    layers counts.
     """
     if "at" in spec:
         epochs = np.asarray(result.curve["epoch"], float)

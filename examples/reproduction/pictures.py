@@ -37,11 +37,10 @@ def along(results: store.Results, section: Section, figure: Any, what: str) -> N
         for row in rows:
             runs = [section.make_run(row["where"], seed) for seed in range(section.seeds)]
             found = [results[run] for run in runs if run in results]
-            sources = [result.curve if what == "epoch" else result.measures for result in found]
-            values = np.array([source[measure] for source in sources if measure in source], float)
-            values *= evidence.FACTOR.get(measure, 1)
-            if not len(values):
+            if not found:
                 continue
+            sources = [result.curve if what == "epoch" else result.measures for result in found]
+            values = evidence.FACTOR.get(measure, 1) * np.array([source[measure] for source in sources], float)
             x = sources[0]["epoch"] if what == "epoch" else np.arange(1, values.shape[1] + 1)
             count, color = np.isfinite(values).sum(0), plotting.COLORS[row["column"]]
             mean = np.where(count > 0, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)

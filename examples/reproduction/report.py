@@ -49,8 +49,7 @@ def markdown(results: store.Results) -> str:
     total = ("all", "", "", *totals(results))
     parts = [_summary([*(summary_line(results, s) for s in papers), total]), "[Our own studies](studies.md) follow."]
     if found:
-        states = {_describe(results[run].about.get("data", "not recorded")) for run in found}
-        data = "\n".join(f"* {state}" for state in sorted(states))
+        data = "\n".join(f"* {state}" for state in sorted({results[run].about["data"] for run in found}))
         parts = ["## The data", "What the results say of the data that they come from:", data, *parts]
         parts.append(f"The paper's runs: {len(found)}, {_total_time(found, results)}.")
     return "\n\n".join([INTRODUCTION, *parts, *(section(results, s) for s in papers)]) + "\n"
@@ -136,22 +135,16 @@ def _how(s: Section) -> str:
 def _provenance(results: store.Results, s: Section, found: list[configs.Run]) -> str:
     """How many runs, how long, on what, when, and how to make them."""
     about = [results[run].about for run in found]
-    devices = sorted({a.get("device", "a device not recorded") for a in about})
-    dates = sorted({a["date"][:10] for a in about if "date" in a})
-    when = f", {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}" if dates else ""
+    devices, dates = "; ".join(sorted({a["device"] for a in about})), sorted({a["date"][:10] for a in about})
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     runs = f"{len(found)} of {tables.plural(len(s.runs()), 'run')}"
-    return f"{runs}, {_total_time(found, results)}, on {'; '.join(devices)}{when}. Made by {s.command}."
+    return f"{runs}, {_total_time(found, results)}, on {devices}, {when}. Made by {s.command}."
 
 
 def _total_time(found: Iterable[configs.Run], results: store.Results) -> str:
     seconds = sum(results[run].seconds for run in found)
     amount, unit = (seconds / 3600, "hours") if seconds >= 7200 else (seconds / 60, "minutes")
     return f"{amount:.1f} device {unit}"
-
-
-def _describe(state: Any) -> str:
-    """What a result says about its data, as text."""
-    return ", ".join(f"{k}: {v}" for k, v in sorted(state.items())) if isinstance(state, dict) else str(state)
 
 
 def _anchor(title: str) -> str:

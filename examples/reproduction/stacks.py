@@ -237,14 +237,7 @@ class Program:
         return results
 
     @classmethod
-    def train(
-        cls,
-        runs: Iterable[Any],
-        load: Callable[[configs.Run], Any],
-        results: store.Results,
-        progress: Any,
-        **limits: int,
-    ) -> None:
+    def train(cls, runs: Iterable[Any], load: Any, results: store.Results, progress: Any, **limits: int) -> None:
         """Trains what is missing among the runs, on all devices, and appends what is finished.
 
         `load` reads the data set of a run; `progress` is a `tqdm` bar, counting epochs of runs. Groups are planned from

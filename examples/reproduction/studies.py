@@ -10,7 +10,7 @@ Excitation. See results/PLAN.md.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from examples.reproduction import search, sections, tables
@@ -44,9 +44,9 @@ def at_best(text: str, better: Row, worse: Row, measure: str = "accuracy", **com
     return beats(text, better, worse, measure, learning_rate="best", **common)
 
 
-def both_beat(claim: Any, text: str, *measure: str, **common: Any) -> list[Row]:
-    """Claims by `beats` or `at_best` that zero_sum and positive_sum beat the baseline; the text names them at {}."""
-    return [claim(text.format(two["strategy"]), two, BASELINE, *measure, **common) for two in TWO]
+def both_beat(claim: Callable[..., Row], text: str, measure: str = "accuracy", **common: Any) -> list[Row]:
+    """Claims, by `beats` or `at_best`, that zero_sum and positive_sum beat the baseline; the text has {} for them."""
+    return [claim(text.format(two["strategy"]), two, BASELINE, measure, **common) for two in TWO]
 
 
 def tuned(prefix: str = "", measure: str = "accuracy", strategies: Iterable[Row] = TWO, **common: Any) -> list[Row]:

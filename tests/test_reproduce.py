@@ -222,7 +222,8 @@ def test_trained_once_then_never_again(tmp_path, tiny, capsys):
 
 
 def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
-    outcomes = iter([{"made": "up"}])
+    outcome = {"made": "up", "bowls": {}, "excitation": [1.5, 0.5], "utilization": [], "tolerance": 1, "most_steps": 1}
+    outcomes = iter([outcome])
     monkeypatch.setattr(toy, "run", lambda: next(outcomes))
     for _ in range(2):  # what is there is not made again
         reproduce.Run(names=("fig1",), results=tmp_path).main()

@@ -120,7 +120,7 @@ def test_every_run_is_that_of_a_plain_loop(kind, short):
         done = []
         results = program_of.train_group(group, data, done.append, lambda: False)
         assert done == [len(group.runs[0])] * 2
-        program, *_, on_device, _ = program_of.prepare(group, data)
+        program, *_, on_device = program_of.prepare(group, data)
         for result in results:
             found, losses = plain_loop(result.run, on_device, program)
             assert result.measures[program.measure] == pytest.approx(found, rel=1e-4), result.run

@@ -18,7 +18,7 @@ import tqdm
 import tyro
 
 from examples import datasets, logs, training
-from examples.reproduction import configs, engine, evidence, minis, report, stacks, store, studies, toy, transformers
+from examples.reproduction import configs, engine, evidence, inputs, minis, report, store, studies, toy, transformers
 
 ROOT = pathlib.Path(__file__).parents[1]
 STACKED = {"mlp": engine.Program, "mini_gpt": minis.GPTProgram, "mini_vit": minis.ViTProgram}
@@ -35,18 +35,21 @@ class List:
     def main(self) -> None:
         """Prints the list."""
         results, listed = read(self.results), set()
-        print(f"{'name':<14}{'runs':>6}{'done':>6}{'hours':>7}   {' / '.join(evidence.VERDICTS[:3])}   title")
+        line = "{:<14}{:>6}{:>6}{:>7}{:>41}   {}"
+        print(line.format("name", "runs", "done", "hours", f"   {' / '.join(evidence.VERDICTS[:3])}", "title"))
         for name, section in studies.SECTIONS.items():
-            if section.same_as or not section.trains:
-                done = "done" if not section.trains and report.state_elsewhere(results, section) else "-"
-                title = section.title + (f" (the runs of {section.same_as})" if section.same_as else "")
-                print(f"{name:<14}{'-':>6}{done:>6}{'-':>7}{'':>41}   {title}")
-                continue
-            found = evidence.found(results, section)
-            listed |= {run.key for run in found}
-            hours = sum(results[run].seconds for run in found) / 3600
-            verdicts = " / ".join(map(str, evidence.count(results, section)[:3])) if section.claims else ""
-            print(f"{name:<14}{len(section.runs()):>6}{len(found):>6}{hours:>7.1f}{verdicts:>41}   {section.title}")
+            cells, title = ("-", "-", "-", ""), section.title
+            if section.same_as:
+                title += f" (the runs of {section.same_as})"
+            elif not section.trains:
+                cells = ("-", "done" if report.made_elsewhere(results, section)[0] else "-", "-", "")
+            else:
+                found = evidence.found(results, section)
+                listed |= {run.key for run in found}
+                hours = sum(results[run].seconds for run in found) / 3600
+                verdicts = " / ".join(map(str, evidence.count(results, section)[:3])) if section.claims else ""
+                cells = (len(section.runs()), len(found), f"{hours:.1f}", verdicts)
+            print(line.format(name, *cells, title))
         if len(results) > len(listed):
             print(f"On file too: {len(results) - len(listed)} runs with other settings, which are in none of these.")
 
@@ -97,8 +100,12 @@ class Run:
                     store.save_json(self.results / toy.FILE, toy.run())
             print(f"fig1 is on file in {self.results / 'fig1'}")
         for kind, program in STACKED.items():
-            self.train_stacked(program, [run for run in runs if run.kind == kind], results)
-        self.train_transformers([run for run in runs if isinstance(run, configs.ViTRun | configs.GPTRun)], results)
+            of_kind = [run for run in runs if run.kind == kind]
+            if any(run not in results for run in of_kind):
+                total = sum(run.epochs for run in of_kind)
+                with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
+                    program.train(of_kind, lambda run: inputs.load(run, self.data_dir), results, bar)
+        self.train_transformers([run for run in runs if run.kind not in STACKED], results)
         if "table8" in self.names:
             print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")
         in_tables = {run for name in self.names for run in studies.SECTIONS[name].runs()}
@@ -112,25 +119,10 @@ class Run:
         section = studies.SECTIONS[name]
         if not section.trains and (flags or self.seeds is not None):
             raise ValueError(f"{name} trains no model: --dataset, --seeds, --epochs and --subset do not apply.")
-        known = {"gpt": tuple(transformers.TEXTS), "mini_gpt": tuple(minis.TEXTS)}.get(section.kind, DATASETS)
+        known = tuple(inputs.TEXTS.get(section.kind, DATASETS))
         if self.dataset is not None and self.dataset not in known:
             raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
         return dataclasses.replace(section, seeds=self.seeds or section.seeds).runs(**flags)
-
-    def load(self, run: configs.Run):
-        """Reads the data of a run; digits come with scikit-learn."""
-        if isinstance(run, configs.GPTRun):
-            return transformers.load_text(run.dataset, self.data_dir or pathlib.Path())
-        if isinstance(run, configs.MiniGPTRun):
-            return minis.load_text(run.dataset, self.data_dir)
-        return datasets.load_digits() if run.dataset == "digits" else datasets.load_images(run.dataset, self.data_dir)
-
-    def train_stacked(self, program: type[stacks.Program], runs: list[configs.Run], results: store.Results) -> None:
-        """Trains Top-K MLPs or transformers in miniature, many at once."""
-        if any(run not in results for run in runs):
-            total = sum(run.epochs for run in runs)
-            with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
-                program.train(runs, self.load, results, bar)
 
     def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
         """Trains transformers one after the other, seed by seed: an interruption leaves what can be compared."""
@@ -138,7 +130,7 @@ class Run:
         folder, data = self.results / "checkpoints", {}
         for run in runs:  # all data first: hours later is too late for an error
             if (run.kind, run.dataset) not in data:
-                data[run.kind, run.dataset] = self.load(run)
+                data[run.kind, run.dataset] = inputs.load(run, self.data_dir)
         for number, run in enumerate(runs, 1):
             label = f"{number}/{len(runs)} {run.kind} {training.from_run(run.strategy)} seed {run.seed}"
             with tqdm.tqdm(total=run.epochs, desc=label, unit="epoch", mininterval=1) as bar:
@@ -214,8 +206,9 @@ def describe(run: configs.Run, result: store.Result) -> str:
     default = configs.KINDS[run.kind](dataset=run.dataset)
     fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
     apart = [f"{name} {value}" for name, value in fields.items() if value != getattr(default, name)]
-    measure, factor = {"gpt": ("perplexity", 1), "mini_gpt": ("loss", 1)}.get(run.kind, ("accuracy", 100))
-    return f"{', '.join([run.dataset, *apart])}: {measure} {factor * result.measures[measure]:.2f}"
+    measure = {"gpt": "perplexity", "mini_gpt": "loss"}.get(run.kind, "accuracy")
+    value = evidence.FACTOR.get(measure, 1) * result.measures[measure]
+    return f"{', '.join([run.dataset, *apart])}: {measure} {value:.2f}"
 
 
 def check_name(name: str) -> None:

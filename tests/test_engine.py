@@ -16,7 +16,7 @@ from flax import nnx
 
 from examples import datasets
 from examples.reproduction import configs, engine, stacks, store, studies
-from examples.reproduction.groups import missing, shared_of
+from examples.reproduction.stacks import missing, shared_of
 from models import topk_mlp
 
 STRATEGIES = ("vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted")
@@ -74,7 +74,7 @@ def train_group(group):
 
 def make_program(group):
     """The program of a group, as `train_group` makes it, with its members, seeds and data."""
-    return engine.Program.prepare(group, digits())[:4]
+    return engine.Program.prepare(group, digits())
 
 
 def layers(params, s, m):

@@ -13,7 +13,7 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets
-from examples.reproduction import configs, minis, stacks, store
+from examples.reproduction import configs, inputs, minis, stacks, store
 from excitation_optax import flax as excitation_flax
 from models import moe
 
@@ -108,7 +108,7 @@ def by_hand(run, train, numbers):
 def test_every_run_is_that_of_a_plain_loop(kind, short):
     """Its loss, its measure and its load; images are mirrored, and a router has a bias if the run has a rate for it."""
     if kind == "mini_gpt":
-        runs, data = [*RUNS, dataclasses.replace(RUNS[0], **BIASED)], minis.load_text("python-reference", None)
+        runs, data = [*RUNS, dataclasses.replace(RUNS[0], **BIASED)], inputs.load(RUNS[0], None)
     else:
         tiny = TINY | {"dataset": "cifar10", "patch_size": 4, "subset": 500}
         runs = [configs.MiniViTRun(**tiny | variant) for variant in (*VARIANTS[:2], BIASED)]
@@ -120,7 +120,7 @@ def test_every_run_is_that_of_a_plain_loop(kind, short):
         done = []
         results = program_of.train_group(group, data, done.append, lambda: False)
         assert done == [len(group.runs[0])] * 2
-        program, *_, on_device, _ = program_of.prepare(group, data)
+        program, *_, on_device = program_of.prepare(group, data)
         for result in results:
             found, losses = plain_loop(result.run, on_device, program)
             assert result.measures[program.measure] == pytest.approx(found, rel=1e-4), result.run
@@ -133,13 +133,13 @@ def test_every_run_is_that_of_a_plain_loop(kind, short):
 
 
 def test_the_text_is_cut_in_three():
-    text = minis.load_text("python-reference", None)
+    text = inputs.load(RUNS[0], None)
     parts = minis.GPTProgram.put(text, configs.MiniGPTRun(context=8))
     cut = len(text.train) * 9 // 10
     np.testing.assert_array_equal(parts.train, text.train[:cut])
-    for (inputs, labels), first in ((parts.validation, text.train[cut:]), (parts.test, text.evaluation)):
-        assert inputs.shape == labels.shape == (minis.WINDOWS, 8)
-        np.testing.assert_array_equal(inputs[0], first[:8])
+    for (tokens, labels), first in ((parts.validation, text.train[cut:]), (parts.test, text.evaluation)):
+        assert tokens.shape == labels.shape == (minis.WINDOWS, 8)
+        np.testing.assert_array_equal(tokens[0], first[:8])
         np.testing.assert_array_equal(labels[-1], first[-8:] if first is text.evaluation else text.train[-8:])
     assert len(minis.GPTProgram.put(text, configs.MiniGPTRun(subset=100)).train) == 100
 
@@ -173,19 +173,12 @@ def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(minis.GPTProgram, "train_group", train_group)
     results, bar = store.Results(tmp_path), tqdm.tqdm(disable=True, total=14)
     monkeypatch.setattr(bar, "update", lambda epochs: epochs and seen.append(epochs))
-    seen, load = [], lambda run: minis.load_text(run.dataset, None)
+    seen, load = [], lambda run: inputs.load(run, None)
     minis.GPTProgram.train(RUNS, load, results, bar)
     assert (len(results), len(trained)) == (len(RUNS), 1)
     minis.GPTProgram.train(RUNS, load, store.Results(tmp_path), bar)
     assert len(trained) == 1
     assert seen == [14]
-
-
-def test_a_text_that_is_missing(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"tinyshakespeare is read from .*tinyshakespeare.txt, which is missing"
-    ):
-        minis.load_text("tinyshakespeare", tmp_path)
 
 
 def test_few_programs_are_kept():

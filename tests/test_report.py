@@ -23,7 +23,6 @@ from examples.reproduction import (
     sections,
     store,
     studies,
-    tables,
     toy,
 )
 
@@ -95,18 +94,19 @@ def test_the_interval_is_that_of_a_paired_t_test(tmp_path):
     got = evidence.contrast(*paired(tmp_path, vanilla, excited), CLAIM)
     expected = stats.ttest_rel(excited, vanilla).confidence_interval(0.95)
     assert (got.n, got.diverged) == (4, 0)
-    np.testing.assert_allclose(got[:3], [np.mean(excited) - np.mean(vanilla), expected.low, expected.high], rtol=1e-9)
+    mean = np.mean(excited) - np.mean(vanilla)
+    np.testing.assert_allclose(got[:3], 100 * np.array([mean, expected.low, expected.high]), rtol=1e-9)
 
 
 def test_four_runs_in_a_contrast(tmp_path):
-    """(0.5 - 0.4) - (0.3 - 0.25) = 0.05 for both seeds: an interval without width."""
+    """(0.5 - 0.4) - (0.3 - 0.25) = 5 points for both seeds: an interval without width."""
     experiment, results = short("table1", seeds=2), store.Results(tmp_path)
     terms = [[1.0, 0.9, "zero_sum", 0.5], [-1.0, 0.9, "vanilla", 0.4], [-1.0, 0.1, "zero_sum", 0.3]]
     terms += [[1.0, 0.1, "vanilla", 0.25]]
     claim = CLAIM | {"contrast": [[c, {"sparsity": s, "strategy": name}] for c, s, name, _ in terms]}
     for (_, where), (*_, value) in zip(claim["contrast"], terms, strict=True):
         results.append([made_up(experiment.make_run(where, seed), value) for seed in (0, 1)])
-    np.testing.assert_allclose(evidence.contrast(results, experiment, claim)[:4], [0.05, 0.05, 0.05, 2], atol=1e-12)
+    np.testing.assert_allclose(evidence.contrast(results, experiment, claim)[:4], [5, 5, 5, 2], atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_size_is_compared_with_the_papers(tmp_path, use, excited, size):
 def test_diverged_seeds_are_counted_and_left_out(tmp_path):
     got = evidence.contrast(*paired(tmp_path, [0.40, math.nan, 0.42], [0.45, 0.46, 0.49]), CLAIM)
     assert (got.n, got.diverged) == (2, 1)
-    np.testing.assert_allclose(got.mean, 0.06)
+    np.testing.assert_allclose(got.mean, 6)
 
 
 def test_what_is_measured():
@@ -222,7 +222,7 @@ def test_partial_runs_remarks_and_notes(tmp_path, use, monkeypatch):
         monkeypatch.setitem(studies.SECTIONS, name, dataclasses.replace(studies.SECTIONS[name], remark=remark))
     results = store.Results(tmp_path)
     runs = [run for run in table["fig3"].runs() if run.depth == 9]
-    results.append([made_up(run, data={"set": "cifar10", "quality": 75}) for run in runs])
+    results.append([made_up(run, data="cifar10, quality 75") for run in runs])
     page = report.markdown(results)
     fig3 = section(page, "Figure 3")
     assert "9 of 18 runs" in fig3
@@ -231,7 +231,7 @@ def test_partial_runs_remarks_and_notes(tmp_path, use, monkeypatch):
     assert "which variant" in fig3
     assert fig3.strip().endswith("\n\nA remark.")
     assert "Left out." not in page  # as it was not run
-    assert "* quality: 75, set: cifar10\n" in page
+    assert "* cifar10, quality 75\n" in page
 
 
 def test_perplexity_saved_and_the_picture_of_table_2(tmp_path, use):
@@ -259,14 +259,14 @@ def test_perplexity_saved_and_the_picture_of_table_2(tmp_path, use):
 
 def test_experiments_that_are_not_the_papers_have_a_page_of_their_own(tmp_path, use, monkeypatch):
     use()
-    rows = sections.rows((VANILLA, EXCITED))
-    other = sections.Section("look", "A look", seeds=2, rows=rows, settings={"epochs": 2}, table=tables.one_by_one)
+    rows = tuple(map(sections.row, (VANILLA, EXCITED)))
+    other = sections.Section("look", "A look", seeds=2, rows=rows, settings={"epochs": 2})
     monkeypatch.setitem(studies.SECTIONS, "look", other)
     page = report.studies_markdown(store.Results(tmp_path))
     assert page.endswith("## A look\n\nNot run: `python -m examples.reproduce run look`\n")
     results = store.Results(tmp_path)
     results.append([made_up(run, 0.5) for run in other.runs()])
-    row = "| optimizer sgd, learning_rate 0.01, strategy vanilla | 50.00 ± 0.00 (2 seeds) |"
+    row = "| test accuracy (%), sgd | 0.01 |\n| --- | --: |\n| baseline | 50.00 ± 0.00 (2 seeds) |"
     assert row in report.studies_markdown(results)
     assert row not in report.markdown(results)
 

@@ -18,7 +18,7 @@ import pytest
 
 from examples import datasets, reproduce
 from examples.reproduction import engine, report, sections, store, studies, toy
-from examples.reproduction.groups import shared_of
+from examples.reproduction.stacks import shared_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = sections.Section(
@@ -26,7 +26,7 @@ TINY = sections.Section(
     "Tiny",
     seeds=2,
     settings={"dataset": "digits", "width": 16, "depth": 1, "epochs": 2, "subset": 100, "batch_size": 32},
-    rows=sections.rows(({"strategy": "vanilla"}, {"strategy": "zero_sum"})),
+    rows=tuple(sections.row({"strategy": name}) for name in ("vanilla", "zero_sum")),
 )
 MLPS = [name for name, section in studies.SECTIONS.items() if section.kind == "mlp" and not section.in_study]
 NAMES = list(studies.SECTIONS)
@@ -222,7 +222,8 @@ def test_trained_once_then_never_again(tmp_path, tiny, capsys):
 
 
 def test_figure_1_needs_no_data(tmp_path, capsys, monkeypatch):
-    outcomes = iter([{"made": "up"}])
+    outcome = {"made": "up", "bowls": {}, "excitation": [1.5, 0.5], "utilization": [], "tolerance": 1, "most_steps": 1}
+    outcomes = iter([outcome])
     monkeypatch.setattr(toy, "run", lambda: next(outcomes))
     for _ in range(2):  # what is there is not made again
         reproduce.Run(names=("fig1",), results=tmp_path).main()
@@ -427,7 +428,7 @@ def test_killed_ten_times(tmp_path):
 TRANSFORMERS = """
 import pathlib, resource, sys
 from examples import datasets, reproduce, texts
-from examples.reproduction import configs, store, transformers
+from examples.reproduction import configs, inputs, store, transformers
 
 folder, fail = pathlib.Path(sys.argv[1]), sys.argv[2:] == ["full"]
 sizes = {"num_experts": 4, "experts_per_token": 2, "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
@@ -436,8 +437,7 @@ gpt = configs.GPTRun(**sizes, dataset="abc", strategy="positive_sum", batch_size
 parts = [b"abcab" * n for n in (40, 13)]
 text = texts.Text(*(texts.encode(part, "bytes") for part in parts), parts[1], 256, "abc")
 transformers.CHUNK, transformers.CHECKPOINT_SECONDS = 1, 0
-transformers.load_text = lambda name, folder: text
-datasets.load_images = lambda name, folder: datasets.load_digits()
+inputs.load = lambda run, folder: text if run.kind == "gpt" else datasets.load_digits()
 save, restore = transformers._save, transformers._restore
 transformers._save = lambda *args: (print("save", flush=True), save(*args), print("saved", flush=True))
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets, texts, train_moe_vit
-from examples.reproduction import configs, store, transformers
+from examples.reproduction import configs, inputs, store, transformers
 from excitation_optax import flax as excitation_flax
 from models import gpt_moe, moe, moe_vit
 
@@ -365,7 +365,7 @@ def test_the_rate_rises_and_falls_as_a_cosine():
 def test_texts_are_read_by_name(tmp_path):
     (tmp_path / "wikitext-valid.txt").write_bytes(b"hello world hello")
     (tmp_path / "wikitext-test.txt").write_bytes("né".encode())
-    text = transformers.load_text("wikitext-valid", tmp_path)
+    text = inputs.load(configs.GPTRun(dataset="wikitext-valid"), tmp_path)
     np.testing.assert_array_equal(text.train, texts.encode(b"hello world hello", "gpt2"))
     assert (text.evaluation_bytes.decode(), text.vocab_size) == ("né", 50257)
 
@@ -373,9 +373,9 @@ def test_texts_are_read_by_name(tmp_path):
 def test_missing_texts_are_named(tmp_path):
     (tmp_path / "wiki.test.tokens").touch()
     with pytest.raises(FileNotFoundError, match=r"read from wiki.train.tokens and wiki.test.tokens; .* lacks wiki.tr"):
-        transformers.load_text("wikitext-103", tmp_path)
-    with pytest.raises(ValueError, match="The texts are wikitext-103, wikitext-valid; got 'abc'"):
-        transformers.load_text("abc", tmp_path)
+        inputs.load(configs.GPTRun(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"read from tinyshakespeare.txt; .* lacks tiny.*--data-dir"):
+        inputs.load(configs.MiniGPTRun(dataset="tinyshakespeare"), tmp_path)
 
 
 # Configs and errors.
@@ -398,13 +398,13 @@ def test_the_hours_of_a_gpt():
     active = 12 * layer + 2 * 512 + 512 * 50257  # with the last norm and the head
     tokens = 5 * 103_400_000
     expected = 6 * active * tokens / configs.FLOPS_PER_SECOND / 3600
-    assert run.hours == pytest.approx(expected, rel=5e-3)  # biases and norms aside
+    assert configs.hours(run) == pytest.approx(expected, rel=5e-3)  # biases and norms aside
     half = dataclasses.replace(run, subset=103_400_000 // 128 // 2)
-    assert half.hours == pytest.approx(expected / 2, rel=5e-3)
+    assert configs.hours(half) == pytest.approx(expected / 2, rel=5e-3)
 
 
 def test_the_hours_of_a_vit():
     run = configs.ViTRun(epochs=1)
     most = 6 * 17.2e6 * 64 * 50_000 / configs.FLOPS_PER_SECOND / 3600
-    assert 0.02 * most < run.hours < 0.1 * most  # 2 of 64 experts
-    assert dataclasses.replace(run, epochs=7).hours == pytest.approx(7 * run.hours)
+    assert 0.02 * most < configs.hours(run) < 0.1 * most  # 2 of 64 experts
+    assert configs.hours(dataclasses.replace(run, epochs=7)) == pytest.approx(7 * configs.hours(run))

@@ -9,9 +9,9 @@ import pytest
 from examples import datasets, reproduce
 from examples.reproduction import (
     answer,
-    claims,
     engine,
     evidence,
+    inputs,
     inside,
     minis,
     pictures,
@@ -24,9 +24,17 @@ from examples.reproduction import (
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
-WHERES = sections.product(claims.rates(0.1, 0.2, 0.3), (claims.BASELINE, claims.ZERO_SUM))
-CLAIM = claims.beats("zero_sum is better", claims.ZERO_SUM, claims.BASELINE, learning_rate="best")
-STUDY = claims.study("look", "A look", WHERES, (CLAIM,), seeds=4, settings={"subset": 100}, draw=("over_rates",))
+WHERES = sections.product(studies.rates(0.1, 0.2, 0.3), (studies.BASELINE, studies.ZERO_SUM))
+CLAIM = studies.beats("zero_sum is better", studies.ZERO_SUM, studies.BASELINE, learning_rate="best")
+STUDY = sections.Section(
+    "look",
+    "A look",
+    seeds=4,
+    settings={"subset": 100},
+    rows=tuple(map(sections.row, WHERES)),
+    claims=(CLAIM,),
+    draw=("over", "learning_rate"),
+)
 STUDIES = {section.name: section for section in studies.STUDIES}
 
 
@@ -37,7 +45,8 @@ def fill(folder, values):
         for seed in range(STUDY.seeds):
             if (value := values(row, seed)) is not None:
                 measures = dict(zip(("accuracy", "validation"), value, strict=True))
-                results.append([store.Result(STUDY.make_run(row, seed), measures, {}, 1.0, {})])
+                about = {"device": "a device", "date": "2026-01-01"}
+                results.append([store.Result(STUDY.make_run(row, seed), measures, {}, 1.0, about)])
     return results
 
 
@@ -68,13 +77,13 @@ def test_the_best_rate_is_chosen_on_held_out_data(tmp_path):
 
     results = fill(tmp_path, values)
     rate = lambda where: evidence.resolve(results, STUDY, where)["learning_rate"]
-    assert rate({**claims.ZERO_SUM, "learning_rate": "best"}) == 0.1
-    assert rate({**claims.BASELINE, "learning_rate": "best"}) == 0.2
-    assert rate({**claims.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
-    assert rate({**claims.ZERO_SUM, "learning_rate": 0.3}) == 0.3
-    assert evidence.contrast(results, STUDY, CLAIM).mean == pytest.approx(0.1)
+    assert rate({**studies.ZERO_SUM, "learning_rate": "best"}) == 0.1
+    assert rate({**studies.BASELINE, "learning_rate": "best"}) == 0.2
+    assert rate({**studies.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
+    assert rate({**studies.ZERO_SUM, "learning_rate": 0.3}) == 0.3
+    assert evidence.contrast(results, STUDY, CLAIM).mean == pytest.approx(10)
     of_losses = dataclasses.replace(STUDY, measure="loss")
-    smallest = evidence.resolve(results, of_losses, {**claims.BASELINE, "learning_rate": "best"})
+    smallest = evidence.resolve(results, of_losses, {**studies.BASELINE, "learning_rate": "best"})
     assert smallest["learning_rate"] in (0.1, 0.3)  # of a loss, the smallest is best
 
 
@@ -87,7 +96,7 @@ def test_a_rate_that_diverged_is_not_chosen_and_seeds_without_all_rates_do_not_c
         return 0.5, 0.8 - row["learning_rate"]
 
     results = fill(tmp_path, values)
-    where = {**claims.BASELINE, "learning_rate": "best"}
+    where = {**studies.BASELINE, "learning_rate": "best"}
     assert evidence.resolve(results, STUDY, where)["learning_rate"] == 0.1
     assert evidence.resolve(store.Results(tmp_path / "none"), STUDY, where) is None
     assert evidence.contrast(store.Results(tmp_path / "none"), STUDY, CLAIM).n == 0
@@ -147,7 +156,7 @@ def test_a_tiny_version(name, monkeypatch):
         small = {"d_model": 8, "num_heads": 2, "d_ff": 8, "epochs": 1}
         small |= {"dataset": "python-reference", "context": 8} if is_text else {"dataset": "digits"}
         tiny = [dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs]
-    data = minis.load_text("python-reference", None) if is_text else datasets.load_digits()
+    data = inputs.load(tiny[0], None)
     stacks.program_of.cache_clear()
     program = reproduce.STACKED[section.kind]
     groups = program.plan(tiny)
@@ -187,7 +196,7 @@ def test_inside_is_that_of_the_models(tmp_path):
     assert len(outcome["rows"]) == len(inside.ROWS)
     row = outcome["rows"]["baseline, 0.001"]
     run = STUDIES["deep_digits"].make_run({**inside.ROWS[0], **small}, seed=1)
-    program, _, seeds, on_device, _ = engine.Program.prepare(engine.Group(((run,),)), data)
+    program, _, seeds, on_device = engine.Program.prepare(engine.Group(((run,),)), data)
     model = program.make_model(seeds[0])
     model.eval()
     h = np.asarray(program.normalize(on_device.train_images, on_device)).reshape(64, -1)

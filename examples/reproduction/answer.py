@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from examples.reproduction import claims, evidence, pictures, sections, store, studies, tables
+from examples.reproduction import evidence, pictures, sections, store, studies, tables
 from examples.reproduction.sections import Row
 from excitation_optax import plotting
 
@@ -15,83 +15,71 @@ ANSWER: dict[str, tuple[str, Row, tuple[float, float] | None]] = {
     "19 layers, CIFAR-10, Adam (points)": ("rescue", {"learning_rate": 1e-3}, (0, 60)),
     "GPT-MoE, text, AdamW (nats; less is better)": ("mini_tuned", {}, None),
 }
-# Lines of the picture.
-VARIANTS = [claims.BASELINE, *({**claims.ZERO_SUM, "component": component} for component in claims.COMPONENTS)]
 
 
 def markdown(results: store.Results) -> str:
     """The table: a row for each study and strategy, a column for each component."""
     rows = []
     for text, (name, common, _) in ANSWER.items():
-        for two in claims.TWO:
+        for two in studies.TWO:
             cells = []
-            for component in claims.COMPONENTS:
+            for component in studies.COMPONENTS:
                 claim, ours = difference(results, name, {**two, "component": component}, common)
                 verdict = evidence.verdict(ours, claim["sign"])
                 bold = "**" if verdict in ("confirmed", "contradicted") else ""
                 tested = not verdict.startswith("not tested")
                 cells.append(f"{bold}{tables.our_delta(claim, ours)}{bold}" if tested else "not tested")
             rows.append((text, f"`{two['strategy']}`", *cells))
-    return tables.table(("", "", *claims.COMPONENTS), rows, numbers=3)
+    return tables.table(("", "", *studies.COMPONENTS), rows, numbers=3)
 
 
 def difference(results: store.Results, name: str, better: Row, common: Row) -> tuple[Row, evidence.Contrast]:
     """The claim that a variant beats the baseline, each at its best or the row's learning rate, and its evidence."""
     section = studies.SECTIONS[name]
-    claim = claims.beats("", better, claims.BASELINE, section.measure, **{**claims.BEST, **common})
+    claim = studies.beats("", better, studies.BASELINE, section.measure, **{"learning_rate": "best", **common})
     return claim, evidence.contrast(results, section, claim)
 
 
 def draw(results: store.Results, figure: Any) -> None:
-    """A column for each study: what each variant reached over the learning rate, and below it the differences.
+    """A column for each study: what the baseline and the components of zero_sum reached over the learning rate.
 
-    The variants are the baseline, zero_sum, and the components of zero_sum.
+    Below it, differences from the baseline, each at its best learning rate, paired by seed, with 95 % intervals.
     """
+    components = [{**studies.ZERO_SUM, "component": component} for component in studies.COMPONENTS]
     figure.set_size_inches(max(1.86 * len(ANSWER), 3.3), 4.1)
     grid = figure.subplots(2, len(ANSWER), squeeze=False, height_ratios=(3, 2))
     shown = None
     for column, (title, (name, common, limits)) in enumerate(ANSWER.items()):
-        above, below = grid[:, column]
+        (above, below), section = grid[:, column], studies.SECTIONS[name]
         setting, _, unit = title.removesuffix(")").partition(" (")
-        _draw_rates(above, results, name, common)
-        above.set(title=setting.replace(", ", "\n", 1), ylim=limits or (None, None))
-        if (measure := studies.SECTIONS[name].measure) != shown:
-            above.set_ylabel(tables.UNIT[measure])
-        _draw_differences(below, results, name, common)
-        below.set_xlabel(f"difference ({unit})".replace("; ", ";\n"))
+        above.set(title=setting.replace(", ", "\n", 1), xscale="log", xlabel="learning rate")
+        if section.measure != shown:
+            above.set_ylabel(tables.UNIT[section.measure])
+        shown = section.measure
+
+        fixed = {field: value for field, value in common.items() if field != "learning_rate"}
+        wheres = [row["where"] for row in section.rows if fixed.items() <= row["where"].items()]
+        rates = sorted({where["learning_rate"] for where in wheres})
+        for variant in (studies.BASELINE, *components):
+            specs = [sections.row({**fixed, **variant, "learning_rate": r}, section.measure) for r in rates]
+            color = plotting.COLORS[variant.get("component", "baseline")]
+            pictures.reached(above, rates, results, section, specs, sections.words(variant), color=color)
+        above.set_ylim(limits or (None, None))
+        above.grid(alpha=0.3)
+
+        for place, variant in enumerate(components):
+            _, ours = difference(results, name, variant, common)
+            if ours.n > 1:
+                color = plotting.COLORS[variant["component"]]
+                below.errorbar([ours.mean], [place], xerr=[ours.half], **pictures.POINTS, color=color)
+        below.axvline(0, color="0.5", linewidth=0.8, zorder=0)
+        below.set_yticks(range(3), [f"{variant['component']} - baseline" for variant in components])
+        below.set(ylim=(2.6, -0.6), xlabel=f"difference ({unit})".replace("; ", ";\n"))
         below.tick_params(labelleft=not column)
+        below.grid(alpha=0.3, axis="x")
         for axes in (above, below):
             axes.title.set_fontsize("medium")
             axes.spines[["top", "right"]].set_visible(False)
-        shown = measure
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
-
-
-def _draw_rates(axes: Any, results: store.Results, name: str, common: Row) -> None:
-    """Means and standard deviations over the learning rate."""
-    section = studies.SECTIONS[name]
-    common = {field: value for field, value in common.items() if field != "learning_rate"}
-    wheres = [row["where"] for row in section.rows if common.items() <= row["where"].items()]
-    rates = sorted({where["learning_rate"] for where in wheres})
-    axes.set(xscale="log", xlabel="learning rate")
-    for variant in VARIANTS:
-        specs = [sections.row({**common, **variant, "learning_rate": r}, section.measure) for r in rates]
-        color = plotting.COLORS[variant.get("component", "baseline")]
-        pictures.reached(axes, rates, results, section, specs, sections.words(variant), color=color)
-    axes.grid(alpha=0.3)
-
-
-def _draw_differences(axes: Any, results: store.Results, name: str, common: Row) -> None:
-    """Differences from the baseline, each at its best learning rate, paired by seed, with 95 % intervals."""
-    factor = tables.SHOWN.get(studies.SECTIONS[name].measure, (1, 3))[0]
-    for place, variant in enumerate(VARIANTS[1:]):
-        _, ours = difference(results, name, variant, common)
-        if ours.n > 1:
-            half, color = factor * (ours.high - ours.low) / 2, plotting.COLORS[variant["component"]]
-            axes.errorbar([factor * ours.mean], [place], xerr=[half], **pictures.POINTS, color=color)
-    axes.axvline(0, color="0.5", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(3), [f"{variant['component']} - baseline" for variant in VARIANTS[1:]])
-    axes.set_ylim(2.6, -0.6)
-    axes.grid(alpha=0.3, axis="x")

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 # The rules of fields, for every kind of run that has them.
@@ -20,12 +20,6 @@ _RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
 }
 
 DIGITS = ("svhn_cropped", "digits")  # data sets whose images must not be mirrored
-
-TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257, "digits": 1_437}
-# GPT-2's tokens in a training text; those of WikiText-103 are the paper's ("5 epochs, about 517M tokens").
-TRAINING_TOKENS = {"wikitext-103": 103_400_000, "wikitext-valid": 258_659}
-# Our guess for an H100 that trains such small models with XLA in float32: a tenth of its dense TF32 peak.
-FLOPS_PER_SECOND = 50e12
 
 Strategy = Literal["vanilla", "zero_sum", "positive_sum", "exp_diff", "global_exp", "random_boost", "inverted"]
 Component = Literal["both", "direction", "norm"]  # see `excitation_optax.scale_by_excitation`
@@ -120,16 +114,6 @@ class TransformerRun(Run):
     batch_size: int = 64
     load_balancing: float = 0.01  # the weight of the loss, which is 1 for an even load
 
-    def gpu_hours(self, examples: int, tokens_of_example: int, vocab_size: int = 0) -> float:
-        """An estimate for one H100: 6 operations per token and active weight, at a guessed `FLOPS_PER_SECOND`.
-
-        It leaves out the products of attention, evaluation and the optimizer. The weights that a token uses are those
-        of attention, the router, K experts in every layer, and the head.
-        """
-        d, tokens = self.d_model, self.epochs * min(examples, self.subset or examples) * tokens_of_example
-        layer = 4 * d * d + d * self.num_experts + self.experts_per_token * 2 * d * self.d_ff
-        return 6 * (self.num_layers * layer + d * vocab_size) * tokens / FLOPS_PER_SECOND / 3600
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTRun(TransformerRun):
@@ -157,11 +141,6 @@ class ViTRun(TransformerRun):
         self.fill_in(learning_rate=self.RATES[self.optimizer], flip=self.dataset not in DIGITS)
         super().__post_init__()
 
-    @property
-    def hours(self) -> float:
-        """The estimate for its data set."""
-        return self.gpu_hours(TRAINING_IMAGES[self.dataset], (32 // self.patch_size) ** 2)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTRun(TransformerRun):
@@ -180,11 +159,6 @@ class GPTRun(TransformerRun):
     learning_rate: float = 3e-4  # of Adam, at its peak
     warmup: float = 0.05  # the share of the steps in which the rate rises
     dtype: Literal["float32", "bfloat16"] = "float32"  # what the model computes in; its parameters stay float32
-
-    @property
-    def hours(self) -> float:
-        """The estimate for its data set."""
-        return self.gpu_hours(TRAINING_TOKENS[self.dataset] // self.context, self.context, vocab_size=50_257)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,3 +221,35 @@ def from_json(config: dict[str, Any]) -> Run:
         return KINDS[kind](**config)
     except TypeError as error:
         raise ValueError(f"Not a config of kind {kind!r}: {error}.") from error
+
+
+# Images, and GPT-2's tokens; those of WikiText-103 are the paper's ("5 epochs, about 517M tokens").
+TRAINING_SIZES = {"cifar10": 50_000, "cifar100": 50_000, "svhn_cropped": 73_257}
+TRAINING_SIZES |= {"wikitext-103": 103_400_000, "wikitext-valid": 258_659}
+# Our guess for an H100 that trains such small models with XLA in float32: a tenth of its dense TF32 peak.
+FLOPS_PER_SECOND = 50e12
+
+
+def hours(run: Any) -> float:
+    """An estimate for a `ViTRun` or a `GPTRun` on one H100: 6 operations per token and active weight.
+
+    It leaves out the products of attention, evaluation and the optimizer. The weights that a token uses are those of
+    attention, the router, K experts in every layer, and the head.
+    """
+    examples, d = TRAINING_SIZES[run.dataset], run.d_model
+    if run.kind == "gpt":
+        tokens_of_example, head = run.context, d * 50_257
+        examples //= run.context
+    else:
+        tokens_of_example, head = (32 // run.patch_size) ** 2, 0
+    layer = 4 * d * d + d * run.num_experts + run.experts_per_token * 2 * d * run.d_ff
+    tokens = run.epochs * min(examples, run.subset or examples) * tokens_of_example
+    return 6 * (run.num_layers * layer + head) * tokens / FLOPS_PER_SECOND / 3600
+
+
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """The items by key, in order."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups

@@ -17,12 +17,12 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets, training
-from examples.reproduction import configs, groups, stacks
+from examples.reproduction import configs, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import topk_mlp
 
-Group, Member = groups.Group, groups.Member
+Group, Member = stacks.Group, stacks.Member
 
 PAD = 4  # pixels on every side, black, for random crops
 HELD_OUT = 5000  # the most images that `validation` is measured on
@@ -153,7 +153,7 @@ class Program(stacks.Program):
         epsilon = {"eps": self.shared.epsilon} if self.shared.optimizer in ("adam", "adamw") else {}
         return optax.chain(
             OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count), **epsilon),
-            groups.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
+            stacks.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
         )
 
     def rows(self, key, data: Data):

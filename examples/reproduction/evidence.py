@@ -1,6 +1,6 @@
 """What the results say about claims, the paper's and ours: differences between runs, paired by seed, with intervals.
 
-The runs of a seed share their initialization and batches.
+The runs of a seed share their initialization and batches. Values are in the paper's units: accuracies in percent.
 """
 
 import math
@@ -13,6 +13,7 @@ from examples.reproduction import configs, store
 from examples.reproduction.sections import Row, Section
 
 VERDICTS = ("confirmed", "contradicted", "inconclusive", "not tested")
+FACTOR = {"accuracy": 100}  # of measures whose unit on file is not the paper's
 MIN_SEEDS = 3  # fewer give no verdict: they only show that the program runs
 
 
@@ -26,12 +27,16 @@ class Contrast(NamedTuple):
     diverged: int = 0  # seeds left out because one of their runs is not finite
 
     @property
+    def half(self) -> float:
+        """Half of the interval's length."""
+        return (self.high - self.low) / 2
+
+    @property
     def p_value(self) -> float:
-        """The two-sided p-value of a paired t-test; NaN if there are fewer than two seeds."""
-        half = (self.high - self.low) / 2
-        if self.n < 2 or half == 0:
-            return math.nan if self.n < 2 else float(self.mean == 0)
-        t = self.mean / half * special.stdtrit(self.n - 1, 0.975)
+        """The two-sided p-value of a paired t-test; NaN if there are fewer seeds than a verdict requires."""
+        if self.n < MIN_SEEDS or self.half == 0:
+            return math.nan if self.n < MIN_SEEDS else float(self.mean == 0)
+        t = self.mean / self.half * special.stdtrit(self.n - 1, 0.975)
         return float(2 * special.stdtr(self.n - 1, -abs(t)))
 
 
@@ -41,9 +46,10 @@ def found(results: store.Results, section: Section) -> list[configs.Run]:
 
 
 def measured(result: store.Result, spec: Row) -> float:
-    """What a claim or a row measures in one run, at its end or `at` a fraction of it; the mean over layers, if any.
+    """What a claim or a row measures in one run, in the unit on file; the mean over layers, if any.
 
-    With `layers`: "middle", only the middle half of the layers counts.
+    It is measured at the end of the run, or `at` a fraction of it. With `layers`: "middle", only the middle half of the
+    layers counts.
     """
     if "at" in spec:
         epochs = np.asarray(result.curve["epoch"], float)
@@ -56,7 +62,10 @@ def measured(result: store.Result, spec: Row) -> float:
 
 
 def by_seed(results: store.Results, section: Section, spec: Row) -> np.ndarray:
-    """The linear combination of a claim or row, for each seed that has all runs; NaN if one of them diverged."""
+    """The linear combination of a claim or row, in the paper's unit, for each seed that has all runs.
+
+    NaN if one of them diverged.
+    """
     wheres = [(factor, resolve(results, section, where)) for factor, where in spec["contrast"]]
     if any(where is None for _, where in wheres):
         return np.array([])
@@ -65,7 +74,7 @@ def by_seed(results: store.Results, section: Section, spec: Row) -> np.ndarray:
         terms = [(factor, section.make_run(where, seed)) for factor, where in wheres if where is not None]
         if all(run in results for _, run in terms):
             combinations.append(sum(factor * measured(results[run], spec) for factor, run in terms))
-    return np.array(combinations, float)
+    return FACTOR.get(spec["measure"], 1) * np.array(combinations, float)
 
 
 def finite(results: store.Results, section: Section, spec: Row) -> np.ndarray:
@@ -96,8 +105,9 @@ def resolve(results: store.Results, section: Section, where: Row) -> Row | None:
 
 
 def contrast(results: store.Results, section: Section, claim: Row) -> Contrast:
-    """The mean over seeds of what a claim is about, and its 95 % interval, in the measure's own unit."""
-    values, kept = by_seed(results, section, claim), finite(results, section, claim)
+    """The mean over seeds of what a claim is about, and its 95 % interval."""
+    values = by_seed(results, section, claim)
+    kept = values[np.isfinite(values)]
     n, diverged = len(kept), len(values) - len(kept)
     if n < 2:
         return Contrast(float(kept[0]) if n else math.nan, math.nan, math.nan, n, diverged)
@@ -108,15 +118,13 @@ def contrast(results: store.Results, section: Section, claim: Row) -> Contrast:
 
 def verdict(contrast: Contrast, sign: int) -> str:
     """Whether the results agree with a claim that the contrast has this sign."""
-    if contrast.n + contrast.diverged == 0:
-        return "not tested"
     if contrast.n + contrast.diverged < MIN_SEEDS:
-        return "not tested (smoke test)"
+        return "not tested (smoke test)" if contrast.n + contrast.diverged else "not tested"
     if contrast.n < MIN_SEEDS:
         return "inconclusive (diverged)"
-    if min(sign * contrast.low, sign * contrast.high) > 0:
-        return "confirmed"
-    return "contradicted" if max(sign * contrast.low, sign * contrast.high) < 0 else "inconclusive"
+    if contrast.low <= 0 <= contrast.high:
+        return "inconclusive"
+    return "confirmed" if sign * contrast.mean > 0 else "contradicted"
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -7,7 +7,7 @@ Axis letters: M members (the runs of a seed), B batch, S sequence, L layers, E e
 
 import dataclasses
 import functools
-import pathlib
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -18,19 +18,15 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets, texts, train_gpt_moe, train_moe_vit
-from examples.reproduction import configs, groups, stacks
+from examples.reproduction import configs, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import gpt_moe, moe, moe_vit, router
 
-Member = groups.Member
+Member = stacks.Member
 STEPS = 100  # batches of an epoch
 WINDOWS = 512  # of the evaluation text, evenly spaced; as many of the validation text
 IMAGES = 4096  # of the test images at most, and half as many for validation
-TEXTS = {"tinyshakespeare": "tinyshakespeare.txt", "python-reference": None}  # None: it comes with Python
-# On data that is not trained on; the last two by layer: the load of the busiest expert over the mean, and the share of
-# dead experts.
-ROUTING = ("validation", "max_load", "dead")
 
 
 class Examples(NamedTuple):
@@ -42,11 +38,13 @@ class Examples(NamedTuple):
 
 
 class Program(stacks.Program):
-    """The compiled functions of a group, of one seed. A subclass has `measure`, `make_model`, `draws` and `batch`."""
+    """The compiled functions of a group, of one seed. A subclass has what stands below without a value, and `batch`."""
 
     together = False
     measure: ClassVar[str]  # what is evaluated on the test data, and on held-out training data as `validation`
     evaluation_batch: ClassVar[int]
+    model: ClassVar[Callable[..., nnx.Module]]
+    config: Any  # of the model, as it is without a selection bias
     draws: Any  # of data: how many numbers name examples
 
     @classmethod
@@ -55,10 +53,11 @@ class Program(stacks.Program):
         del shared
         return max_runs or (16 if jax.default_backend() == "cpu" else 64), 1
 
-    def with_bias(self, config: Any) -> Any:
-        """The model's config, with a selection bias if the runs have one."""
+    def make_model(self, seed: Any) -> nnx.Module:
+        """The model, with a selection bias if the runs have one."""
+        config = self.config()
         layer = dataclasses.replace(config.moe, selection_bias=self.shared.router_bias > 0)
-        return dataclasses.replace(config, moe=layer)
+        return self.model(dataclasses.replace(config, moe=layer), rngs=nnx.Rngs(jax.random.key(seed)))
 
     def make_optimizer(self, member: Member, seed: Any) -> optax.GradientTransformationExtraArgs:
         """AdamW with its schedule, then Excitation, then the static factor on the experts' updates."""
@@ -68,7 +67,7 @@ class Program(stacks.Program):
         mask = _is_param if self.shared.router_bias else None
         return optax.chain(
             optax.adamw(lambda count: member.learning_rate * shape(count), weight_decay=0.01, mask=mask),
-            groups.excite(self.strategies, self.components, member, None, seed),
+            stacks.excite(self.strategies, self.components, member, None, seed),
             excitation_optax.scale_by_excitation(jnp.full_like, member.expert_rate),
         )
 
@@ -98,7 +97,7 @@ class Program(stacks.Program):
         return loss, loss if self.measure == "loss" else stacks.accuracy(logits, labels), utilization, sown
 
     def measure_all(self, params, data: Examples):
-        """`along` on what is not trained on."""
+        """`measure` on test and `validation` data; by layer, the largest load over the mean, and dead experts."""
 
         def whole(part):
             def one(batch):
@@ -111,8 +110,8 @@ class Program(stacks.Program):
             return jnp.mean(found), jax.tree.map(functools.partial(jnp.sum, axis=0), counts)
 
         (test, counts), (validation, _) = whole(data.test), whole(data.validation)
-        found = test, validation, metrics.max_over_mean_load(counts), metrics.dead_experts(counts)
-        return dict(zip(self.along, found, strict=True))
+        loads = {"max_load": metrics.max_over_mean_load(counts), "dead": metrics.dead_experts(counts)}
+        return {self.measure: test, "validation": validation} | loads
 
 
 def routing_of(utilization: Any) -> excitation_optax.RoutingCounts:
@@ -133,18 +132,12 @@ def _cut(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class GPTProgram(Program):
     """The model takes bytes `[B, S]`, and the labels are the bytes that follow each; losses are in nats per byte."""
 
-    measure, evaluation_batch = "loss", 64
-    along = (measure, *ROUTING)
+    model, measure, evaluation_batch = gpt_moe.GPTMoE, "loss", 64
 
     @classmethod
     def sizes_of(cls, shared: Any, data: texts.Text) -> tuple[int, ...]:
         """Nothing: there are 256 bytes."""
         return ()
-
-    @classmethod
-    def about(cls, data: texts.Text, shared: Any) -> dict[str, Any]:
-        """What a result says about its data."""
-        return {"data": f"{shared.dataset}, as bytes", "fingerprint": data.fingerprint}
 
     @classmethod
     def put(cls, data: texts.Text, shared: Any) -> Examples:
@@ -159,10 +152,9 @@ class GPTProgram(Program):
         parts = train[: shared.subset], windows(held_out), windows(data.evaluation)
         return Examples(*jax.tree.map(lambda part: jnp.asarray(part, jnp.int32), parts))
 
-    def make_model(self, seed: Any) -> nnx.Module:
-        """The GPT-MoE."""
-        config = train_gpt_moe.model_config(self.shared, texts.VOCAB_SIZE["bytes"])
-        return gpt_moe.GPTMoE(self.with_bias(config), rngs=nnx.Rngs(jax.random.key(seed)))
+    def config(self) -> gpt_moe.GPTMoEConfig:
+        """The sizes of the GPT-MoE."""
+        return train_gpt_moe.model_config(self.shared, texts.VOCAB_SIZE["bytes"])
 
     def draws(self, data):
         """The first positions of windows."""
@@ -177,8 +169,7 @@ class GPTProgram(Program):
 class ViTProgram(Program):
     """The model takes images `[B, H, W, 3]` of the sizes (H, C). Gray images are repeated in 3 channels."""
 
-    measure, evaluation_batch = "accuracy", 256
-    along = (measure, *ROUTING)
+    model, measure, evaluation_batch = moe_vit.MoEViT, "accuracy", 256
 
     @classmethod
     def sizes_of(cls, shared: Any, data: datasets.ImageData) -> tuple[int, ...]:
@@ -202,12 +193,11 @@ class ViTProgram(Program):
             first(data.test_images, data.test_labels, IMAGES),
         )
 
-    def make_model(self, seed: Any) -> nnx.Module:
-        """The MoE-ViT."""
+    def config(self) -> moe_vit.MoEViTConfig:
+        """The sizes of the MoE-ViT."""
         image_size, num_classes = self.sizes
         sizes = {"image_size": image_size, "num_classes": num_classes, "patch_size": self.shared.patch_size}
-        config = train_moe_vit.model_config(self.shared, **sizes)
-        return moe_vit.MoEViT(self.with_bias(config), rngs=nnx.Rngs(jax.random.key(seed)))
+        return train_moe_vit.model_config(self.shared, **sizes)
 
     def draws(self, data):
         """Numbers past the last image name mirrored images."""
@@ -219,12 +209,3 @@ class ViTProgram(Program):
         is_mirrored, rows = row >= len(labels), row % len(labels)
         images = train_moe_vit.to_unit_range(images[rows])
         return jnp.where(is_mirrored[:, None, None, None], images[:, :, ::-1], images), labels[rows]
-
-
-def load_text(dataset: str, folder: pathlib.Path | None) -> texts.Text:
-    """Reads a text of `TEXTS` as bytes. Raises FileNotFoundError if the folder lacks the file."""
-    name = TEXTS[dataset]
-    path = None if name is None else (folder or pathlib.Path()) / name
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f"{dataset} is read from {path}, which is missing; name its folder with --data-dir.")
-    return texts.load([path] if path else [], "bytes")

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-from examples.reproduction import sections
+from examples.reproduction import sections, tables
 
 
 class Printed(NamedTuple):
@@ -58,11 +58,7 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def table(entries: list[dict[str, Any]]) -> str:
     """A Markdown table. Bytes and FLOPs are ratios of the excited step to the baseline's."""
-    rows = [HEADER, *map(_cells, entries)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return tables.table(HEADER, map(_cells, entries), text=3, numbers=7)
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, ...]:

@@ -6,47 +6,42 @@ from typing import Any
 
 import numpy as np
 
-from examples.reproduction import evidence, sections, store
+from examples.reproduction import configs, evidence, sections, store
 from examples.reproduction.sections import Row, Section, words
-from examples.reproduction.tables import SHOWN, UNIT
+from examples.reproduction.tables import UNIT
 from excitation_optax import plotting
 
-# Fields that make lines of a picture, not panels.
-VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "router_bias")
-FIELDS = {"learning_rate": "learning rate", "num_experts": "experts"}
 STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}}
 for strategy in ("zero_sum", "positive_sum"):
     STYLES[strategy] = {"color": plotting.COLORS[strategy]}
     for component, line in (("both", "-"), ("direction", "--"), ("norm", ":")):
         STYLES[f"{strategy}, {component}"] = {"color": plotting.COLORS[strategy], "linestyle": line}
+POINTS: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
 
 
-def curves(results: store.Results, section: Section, figure: Any) -> None:
-    """A measure along training."""
-    _bands(results, section, figure, "epoch")
+def draw(section: Section, results: store.Results, figure: Any) -> None:
+    """The picture of a section: its `draw` names one of the functions below, and arguments."""
+    name, *arguments = section.draw
+    globals()[name](results, section, figure, *arguments)
 
 
-def by_layer(results: store.Results, section: Section, figure: Any) -> None:
-    """A measure by hidden layer, at the end of training."""
-    _bands(results, section, figure, "hidden layer", marker=".")
+def along(results: store.Results, section: Section, figure: Any, what: str) -> None:
+    """A measure along training ("epoch"), or by "hidden layer" at its end.
 
-
-def _bands(results: store.Results, section: Section, figure: Any, xlabel: str, **style: Any) -> None:
-    """A panel for each label, a line for each column: the mean over seeds, and a band from the lowest to the highest.
-
-    NaNs are left out.
+    A panel for each label, a line for each column: the mean over seeds, and a band from the lowest to the highest. NaNs
+    are left out.
     """
-    factor, measure = SHOWN.get(section.measure, (1, 3))[0], section.measure
-    for axes, (label, rows) in panels(figure, grouped(section.rows, lambda row: row["label"])):
-        axes.set(title=label, xlabel=xlabel, ylabel=UNIT.get(measure, measure))
+    measure, style = section.measure, {} if what == "epoch" else {"marker": "."}
+    for axes, (label, rows) in panels(figure, configs.grouped(section.rows, lambda row: row["label"])):
+        axes.set(title=label, xlabel=what, ylabel=UNIT.get(measure, measure))
         for row in rows:
             runs = [section.make_run(row["where"], seed) for seed in range(section.seeds)]
             found = [results[run] for run in runs if run in results]
-            sources = [result.curve if xlabel == "epoch" else result.measures for result in found]
-            values = factor * np.array([source[measure] for source in sources if measure in source], float)
-            if not len(values):
+            if not found:
                 continue
-            x = sources[0]["epoch"] if xlabel == "epoch" else np.arange(1, values.shape[1] + 1)
+            sources = [result.curve if what == "epoch" else result.measures for result in found]
+            values = evidence.FACTOR.get(measure, 1) * np.array([source[measure] for source in sources], float)
+            x = sources[0]["epoch"] if what == "epoch" else np.arange(1, values.shape[1] + 1)
             count, color = np.isfinite(values).sum(0), plotting.COLORS[row["column"]]
             mean = np.where(count > 0, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
             axes.plot(x, mean, label=row["column"], color=color, linewidth=1.2, **style)
@@ -55,39 +50,23 @@ def _bands(results: store.Results, section: Section, figure: Any, xlabel: str, *
             axes.legend(fontsize="x-small")
 
 
-def learning_rates(results: store.Results, section: Section, figure: Any) -> None:
-    """Final accuracy over the learning rate, of a table of the paper."""
-    panel, style = lambda row: row["label"].split(",")[0], lambda name, axes: {"color": plotting.COLORS[name]}
-    _lines(results, section, figure, "learning_rate", panel, lambda row: row["column"], style, paper=True)
+def over(results: store.Results, section: Section, figure: Any, field: str, part: int | None = None) -> None:
+    """What rows reached over a field of their runs: means and standard deviations, and the paper's values.
 
-
-def over_rates(results: store.Results, section: Section, figure: Any) -> None:
-    """What a study's rows reached, over the learning rate: means and standard deviations, a panel for each setting."""
-    variant = lambda row: words({key: row["where"][key] for key in VARIANT if key in row["where"]})
-    style = lambda name, axes: STYLES.get(name, {"color": f"C{len(axes.containers) % 10}", "linestyle": ":"})
-    _lines(results, section, figure, "learning_rate", lambda row: words(row["where"], *VARIANT), variant, style)
-
-
-def by_experts(results: store.Results, section: Section, figure: Any) -> None:
-    """Gains over the number of experts, for each width and number of experts per token."""
-    panel = lambda row: f"k = {row['where']['experts_per_token']}"
-    line = lambda row: f"d_ff = {row['where']['d_ff']}"
-    style = lambda name, axes: {"color": f"C{len(axes.containers)}"}
-    _lines(results, section, figure, "num_experts", panel, line, style, paper=True)
-
-
-def _lines(results, section, figure, field: str, panel, line, style, paper: bool = False) -> None:
-    """What rows reached, over a field of their runs: panels and lines by their names, which the style goes with."""
-    for axes, (title, rows) in panels(figure, grouped(section.rows, panel)):
-        axes.set(title=title, xscale="log", xlabel=FIELDS[field], ylabel=UNIT[section.measure])
-        for name, members in grouped(rows, line).items():
-            x, look = [row["where"][field] for row in members], style(name, axes)
+    A panel for each label, or each value of a `part` of it, and a line for each column.
+    """
+    panel = lambda row: row["label"] if part is None else row["label"].split(", ")[part]
+    for axes, (title, rows) in panels(figure, configs.grouped(section.rows, panel)):
+        axes.set(title=title, xscale="log", xlabel=field.replace("_", " "), ylabel=UNIT[section.measure])
+        for name, line in configs.grouped(rows, lambda row: row["column"].split(" (")[0]).items():
+            x = [row["where"][field] for row in line]
+            style = STYLES.get(name, {"color": f"C{len(axes.containers) % 10}", "linestyle": ":"})
             if field == "num_experts":
                 axes.set_xticks(x, [str(n) for n in x])
                 axes.minorticks_off()
-            reached(axes, x, results, section, members, name, **look)
-            if paper:
-                _papers(axes, x, [row["value"] for row in members], color=look["color"])
+            reached(axes, x, results, section, line, name, **style)
+            if "value" in line[0]:
+                _papers(axes, x, [row["value"] for row in line], color=style["color"])
         if axes.containers:
             axes.legend(fontsize="x-small")
 
@@ -100,7 +79,7 @@ def over_depth(results: store.Results, section: Section, figure: Any) -> None:
     for strategy in ("vanilla", "zero_sum", "positive_sum"):
         line = [sections.row({"strategy": strategy, "depth": depth, "learning_rate": "best"}) for depth in depths]
         name = words({"strategy": strategy})
-        reached(axes, depths, results, section, line, name, color=plotting.COLORS[name])
+        reached(axes, depths, results, section, line, name, **STYLES[name])
     axes.legend(fontsize="x-small")
 
 
@@ -109,7 +88,7 @@ def gains(results: store.Results, section: Section, figure: Any, field: str, sca
     ((axes, _),) = panels(figure, {"": None})
     axes.set(xscale=scale, xlabel=field.replace("_", " "), ylabel="Δ test accuracy (points)")
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    groups = grouped(evidence.printed_deltas(section), lambda claim: claim["text"].split(",")[0])
+    groups = configs.grouped(evidence.printed_deltas(section), lambda claim: claim["text"].split(",")[0])
     for number, (optimizer, claims) in enumerate(groups.items()):
         values = [claim["contrast"][0][1][field] for claim in claims]
         means, halves = _intervals(results, section, claims)
@@ -141,22 +120,16 @@ def summary(results: store.Results, section: Section, figure: Any) -> None:
     axes.grid(alpha=0.3, axis="x")
 
 
-# Parts of pictures.
-
-POINTS: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
-
-
 def reached(
     axes: Any, x: Any, results: store.Results, section: Section, rows: Iterable[Row], label: str, **style: Any
 ) -> None:
     """A line through the means of the rows that have runs, with their standard deviations."""
-    factor = SHOWN.get(section.measure, (1, 3))[0]
-    values = [factor * evidence.finite(results, section, row) for row in rows]
-    if there := [(place, v) for place, v in zip(x, values, strict=True) if len(v)]:
-        places, means, spreads = zip(
-            *((p, v.mean(), v.std(ddof=1) if len(v) > 1 else 0.0) for p, v in there), strict=True
-        )
-        axes.errorbar(places, means, spreads, label=label, **POINTS | style)
+    values = [evidence.finite(results, section, row) for row in rows]
+    points = [
+        (place, v.mean(), v.std(ddof=1) if len(v) > 1 else 0.0) for place, v in zip(x, values, strict=True) if len(v)
+    ]
+    if points:
+        axes.errorbar(*zip(*points, strict=True), label=label, **POINTS | style)
 
 
 def _papers(axes: Any, x: Any, values: Any, color: str) -> None:
@@ -166,9 +139,9 @@ def _papers(axes: Any, x: Any, values: Any, color: str) -> None:
 
 
 def _intervals(results: store.Results, section: Section, claims: list[Row]) -> tuple[list[float], list[float]]:
-    """Differences of accuracy in points, and half their intervals."""
+    """Differences, and half their intervals."""
     ours = [evidence.contrast(results, section, claim) for claim in claims]
-    return [100 * c.mean for c in ours], [100 * (c.high - c.low) / 2 if c.n > 1 else 0.0 for c in ours]
+    return [c.mean for c in ours], [c.half if c.n > 1 else 0.0 for c in ours]
 
 
 def panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, Any]]]:
@@ -182,20 +155,6 @@ def panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, An
     for axes in grid[: len(groups)]:
         axes.grid(alpha=0.3)
     return list(zip(grid, groups.items(), strict=False))
-
-
-def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """The items by key, in order."""
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
-def draw(section: Section, results: store.Results, figure: Any) -> None:
-    """The picture of a section."""
-    name, *arguments = section.draw
-    globals()[name](results, section, figure, *arguments)
 
 
 def save(path: pathlib.Path, draw: Callable[..., None], *arguments: Any) -> pathlib.Path:

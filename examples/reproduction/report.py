@@ -3,29 +3,16 @@
 It depends only on the results on file and on the sections: the same results give the same bytes.
 """
 
-import itertools
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from examples.reproduction import (
-    answer,
-    configs,
-    evidence,
-    inside,
-    overhead,
-    pictures,
-    store,
-    studies,
-    tables,
-    toy,
-)
+from examples.reproduction import answer, configs, evidence, inside, overhead, pictures, store, studies, tables, toy
 from examples.reproduction.sections import Section
 
 IMAGES = pathlib.PurePosixPath("images/reproduction")  # in the folder of the page
 MARKERS = "<!-- reproduction -->", "<!-- /reproduction -->"
 ANSWER = "<!-- answer -->", "<!-- /answer -->"
-BLANK = [""] * len(evidence.VERDICTS)
 
 INTRODUCTION = pathlib.Path(__file__).with_name("introduction.md").read_text(encoding="utf-8").strip()
 STUDIES = """\
@@ -44,13 +31,11 @@ def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Pat
         (docs_folder / name).write_text(text, encoding="utf-8")
     if (docs_folder / "does-it-help.md").is_file():
         update(docs_folder / "does-it-help.md", ANSWER, answer.markdown(results))
-    drawn = [s for s in studies.SECTIONS.values() if s.is_drawn and evidence.found(results, s)]
+    has_runs = lambda section: bool(evidence.found(results, section))
+    drawn = [s for s in studies.SECTIONS.values() if s.is_drawn and has_runs(s)]
     tasks: list[tuple[Any, ...]] = [(s.name, pictures.draw, s, results) for s in drawn]
-    tasks += (
-        [("answer", answer.draw, results)]
-        if any(evidence.found(results, studies.SECTIONS[name]) for name, *_ in answer.ANSWER.values())
-        else []
-    )
+    if any(has_runs(studies.SECTIONS[name]) for name, *_ in answer.ANSWER.values()):
+        tasks.append(("answer", answer.draw, results))
     tasks += [("inside", inside.draw, outcome)] if (outcome := inside.load(results.folder)) else []
     tasks += [("fig1", toy.draw, outcome)] if (outcome := toy.load(results.folder)) else []
     drawings = [pictures.save(docs_folder / _image(name), *task) for name, *task in tasks]
@@ -64,8 +49,7 @@ def markdown(results: store.Results) -> str:
     total = ("all", "", "", *totals(results))
     parts = [_summary([*(summary_line(results, s) for s in papers), total]), "[Our own studies](studies.md) follow."]
     if found:
-        states = {_describe(results[run].about.get("data", "not recorded")) for run in found}
-        data = "\n".join(f"* {state}" for state in sorted(states))
+        data = "\n".join(f"* {state}" for state in sorted({results[run].about["data"] for run in found}))
         parts = ["## The data", "What the results say of the data that they come from:", data, *parts]
         parts.append(f"The paper's runs: {len(found)}, {_total_time(found, results)}.")
     return "\n\n".join([INTRODUCTION, *parts, *(section(results, s) for s in papers)]) + "\n"
@@ -94,57 +78,49 @@ def _judged() -> list[Section]:
 
 def summary_line(results: store.Results, s: Section) -> tuple:
     """A line of the summary: a link, the title, the runs, and the verdicts."""
-    head = f"[{s.label if s.where_in_paper else s.name}](#{_anchor(s.heading)})", s.title
+    found, counts = len(evidence.found(results, s)), [""] * len(evidence.VERDICTS)
     if s.same_as:
-        return (*head, f"see {studies.SECTIONS[s.same_as].label}", *BLANK)
-    if not s.trains:
-        return (*head, state_elsewhere(results, s) or "not run", *BLANK)
-    found = len(evidence.found(results, s))
-    return (*head, f"{found} of {len(s.runs())}" if found else "not run", *evidence.count(results, s))
-
-
-def state_elsewhere(results: store.Results, s: Section) -> str:
-    """How far a section without runs is; empty if it was not made."""
-    if s.kind == "toy":
-        return "done" if toy.load(results.folder) else ""
-    made = {entry["row"] for entry in overhead.load(results.folder)}
-    return f"{len(made)} of {len(s.rows)} rows" if made else ""
-
-
-def _elsewhere(results: store.Results, s: Section) -> str:
-    """The section of what has no runs."""
-    if not state_elsewhere(results, s):
-        return "\n\n".join(filter(None, [f"{s.where_in_paper}. Not run: {s.command}", s.note]))
-    if s.kind == "toy":
-        body = f"{_picture(s.name, s.heading)}\n\n{toy.markdown(toy.load(results.folder) or {}).strip()}"
+        runs = f"see {studies.SECTIONS[s.same_as].label}"
+    elif s.trains:
+        runs, counts = f"{found} of {len(s.runs())}" if found else "", evidence.count(results, s)
     else:
-        body = overhead.table(overhead.load(results.folder))
-    return "\n\n".join(filter(None, [f"{s.where_in_paper}. Made by {s.command}", s.note, body, s.remark.strip()]))
+        runs, _ = made_elsewhere(results, s)
+    return f"[{s.label if s.where_in_paper else s.name}](#{_anchor(s.heading)})", s.title, runs or "not run", *counts
+
+
+def made_elsewhere(results: store.Results, s: Section) -> tuple[str, str]:
+    """How far a section without runs is, and what it shows; empty if it was not made."""
+    if s.kind == "toy":
+        outcome = toy.load(results.folder)
+        return ("done", f"{_picture(s.name, s.heading)}\n\n{toy.markdown(outcome).strip()}") if outcome else ("", "")
+    entries = overhead.load(results.folder)
+    made = {entry["row"] for entry in entries}
+    return (f"{len(made)} of {len(s.rows)} rows", overhead.table(entries)) if made else ("", "")
 
 
 def section(results: store.Results, s: Section) -> str:
     """A section of the page: what it is about, its picture, tables and claims, how it was made, and a remark."""
-    title, found = f"## {s.heading}", evidence.found(results, s)
-    where = s.where_in_paper or "Not in the paper"
-    remark = [s.remark.strip()] if s.remark else []
+    where, found, note = s.where_in_paper or "Not in the paper", evidence.found(results, s), s.note
+    drawn = [_picture(s.name, s.heading)] if s.is_drawn and found else []
     if s.same_as:
         other = studies.SECTIONS[s.same_as]
-        parts = [f"{where}. A picture of [{other.label}](#{_anchor(other.heading)}).{'' if found else ' Not run.'}"]
-        parts += [_picture(s.name, s.heading)] if found and s.is_drawn else []
+        text = f"{where}. A picture of [{other.label}](#{_anchor(other.heading)}).{'' if found else ' Not run.'}"
+        parts = [text, *drawn]
     elif not s.trains:
-        parts = [_elsewhere(results, s)]
+        _, body = made_elsewhere(results, s)
+        parts = [f"{where}. {'Made by' if body else 'Not run:'} {s.command}", note, body, s.remark if body else ""]
     elif not found:
         parts = [f"{where}. Not run: {_how(s)}" if s.where_in_paper else f"Not run: {s.command}"]
+    elif s.where_in_paper:
+        claims = tables.claims_beside_the_paper(results, s) if s.claims else ""
+        parts = [f"{where}. Here: {_settings(s)}.", note, *drawn, (s.table or tables.beside_the_paper)(results, s)]
+        parts += [claims, _provenance(results, s, found), s.remark]
     else:
-        settings = _settings(s) if s.where_in_paper else _settings(s) + s.note
-        parts = [f"{where}. Here: {settings}.", *([s.note] if s.note and s.where_in_paper else [])]
-        parts += [_picture(s.name, s.heading)] if s.is_drawn else []
-        parts.append((s.table or tables.beside_the_paper)(results, s))
-        parts += [_picture("inside", "Inside the networks")] if s.inside and inside.load(results.folder) else []
-        claims = tables.claims_beside_the_paper if s.where_in_paper else tables.claims_corrected
-        parts += [claims(results, s)] if s.claims else []
-        parts += [_provenance(results, s, found), *remark]
-    return "\n\n".join([title, *parts])
+        looked = _picture("inside", "Inside the networks") if s.inside and inside.load(results.folder) else ""
+        claims = tables.claims_corrected(results, s) if s.claims else ""
+        parts = [f"{where}. Here: {_settings(s)}{note}.", *drawn, (s.table or tables.by_rate)(results, s)]
+        parts += [looked, claims, _provenance(results, s, found), s.remark]
+    return "\n\n".join([f"## {s.heading}", *(part.strip() for part in parts if part)])
 
 
 def _how(s: Section) -> str:
@@ -152,29 +128,23 @@ def _how(s: Section) -> str:
     runs = [run for run in s.runs() if isinstance(run, configs.ViTRun | configs.GPTRun)]
     if not runs:
         return s.command
-    hours = tables.about(sum(run.hours for run in runs))
+    hours = tables.about(sum(map(configs.hours, runs)))
     return f"{s.command}, {tables.plural(len(runs), 'run')}, by estimate {hours} hours of an H100."
 
 
 def _provenance(results: store.Results, s: Section, found: list[configs.Run]) -> str:
     """How many runs, how long, on what, when, and how to make them."""
     about = [results[run].about for run in found]
-    devices = sorted({a.get("device", "a device not recorded") for a in about})
-    dates = sorted({a["date"][:10] for a in about if "date" in a})
-    when = f", {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}" if dates else ""
+    devices, dates = "; ".join(sorted({a["device"] for a in about})), sorted({a["date"][:10] for a in about})
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     runs = f"{len(found)} of {tables.plural(len(s.runs()), 'run')}"
-    return f"{runs}, {_total_time(found, results)}, on {'; '.join(devices)}{when}. Made by {s.command}."
+    return f"{runs}, {_total_time(found, results)}, on {devices}, {when}. Made by {s.command}."
 
 
 def _total_time(found: Iterable[configs.Run], results: store.Results) -> str:
     seconds = sum(results[run].seconds for run in found)
     amount, unit = (seconds / 3600, "hours") if seconds >= 7200 else (seconds / 60, "minutes")
     return f"{amount:.1f} device {unit}"
-
-
-def _describe(state: Any) -> str:
-    """What a result says about its data, as text."""
-    return ", ".join(f"{k}: {v}" for k, v in sorted(state.items())) if isinstance(state, dict) else str(state)
 
 
 def _anchor(title: str) -> str:
@@ -193,40 +163,34 @@ def _picture(name: str, title: str) -> str:
 
 
 def _image(name: str) -> pathlib.PurePosixPath:
-    """The picture of a section; the README shows Table 1's."""
+    """The picture of a section; `docs/results.md` shows Table 1's."""
     return IMAGES / ("summary.svg" if name == "table1" else f"{name}.svg")
 
 
-# The README.
+# The table of docs/results.md.
 
 
 def summary_markdown(results: store.Results) -> str:
-    """The README's part: Table 1's differences at full length where it was run, and all verdicts in a sentence."""
+    """Table 1's differences, those at full length first where it was run, and all verdicts in a sentence."""
     chosen = [s for name in ("table1_long", "table1") if evidence.found(results, s := studies.SECTIONS[name])]
     if not chosen:
         return f"Not run: {studies.SECTIONS['table1'].command}"
+    cells: dict[str, list[str]] = {}
+    for s in chosen:
+        labels = {frozenset(row["where"].items()): row["label"] for row in s.rows}
+        for claim in evidence.printed_deltas(s):
+            label = f"{labels[frozenset(claim['contrast'][0][1].items())]}, {s.settings['epochs']} epochs"
+            ours = tables.our_delta(claim, evidence.contrast(results, s, claim))
+            cells.setdefault(label, []).extend([tables.papers_delta(s, claim), ours])
     head = ("Δ accuracy, points", "`zero_sum`, paper", "ours", "`positive_sum`, paper", "ours")
-    rows = itertools.chain.from_iterable(_differences(results, s) for s in chosen)
     verdicts = [f"{number} {name}" for number, name in zip(totals(results), evidence.VERDICTS, strict=True)]
     missing = [s.label for s in _judged() if not evidence.found(results, s)]
     return (
-        f"{tables.table(head, rows, text=1, numbers=4)}\n\n"
+        f"{tables.table(head, [(label, *row) for label, row in cells.items()], text=1, numbers=4)}\n\n"
         f"Ours: {'; and '.join(map(_settings, chosen))}; in brackets, the 95 % interval.\n"
         f"Of {sum(totals(results))} claims of the paper, {', '.join(verdicts[:-1])} and {verdicts[-1]}"
         + (f": {', '.join(missing)} were not run." if missing else ".")
     )
-
-
-def _differences(results: store.Results, s: Section) -> list[tuple]:
-    """A row for each optimizer: the paper's Δ and ours, for the two strategies."""
-    cells: dict[str, dict[str, tuple[str, str]]] = {}
-    labels = {frozenset(row["where"].items()): (row["label"], row["column"]) for row in s.rows}
-    for claim in evidence.printed_deltas(s):
-        label, strategy = labels[frozenset(claim["contrast"][0][1].items())]
-        ours = tables.our_delta(claim, evidence.contrast(results, s, claim))
-        cells.setdefault(label, {})[strategy] = tables.papers_delta(s, claim), ours
-    length = f"{s.settings['epochs']} epochs"
-    return [(f"{label}, {length}", *(by["zero_sum"]), *(by["positive_sum"])) for label, by in cells.items()]
 
 
 def update(path: pathlib.Path, markers: tuple[str, str], part: str) -> None:

@@ -1,11 +1,9 @@
 """The search for what the paper leaves open, by baseline runs, and a smoke test of Table 2."""
 
-import itertools
-
 import numpy as np
 
-from examples.reproduction import configs, evidence, sections, store, tables
-from examples.reproduction.sections import Row, Section, grid, product, rows
+from examples.reproduction import evidence, sections, store, tables
+from examples.reproduction.sections import Row, Section, grid, ours, product
 
 SGD = {"optimizer": "sgd", "learning_rate": 0.01}
 ADAM = {"optimizer": "adam", "learning_rate": 1e-4}
@@ -13,11 +11,9 @@ ADAM = {"optimizer": "adam", "learning_rate": 1e-4}
 
 def targets() -> list[Row]:
     """The rows of the paper that the open choices are compared with: baseline SGD and Adam, of Tables 1, 4 and 6."""
-    table4, table6 = (
-        [row for row in sections.paper()[t].rows if row["column"] == "baseline"] for t in ("table4", "table6")
-    )
-    sparse = [row for row in table4 if row["where"]["sparsity"] in (0.9, 0.1)]
-    return sparse + [row for row in table6 if row["where"]["schedule"] == "constant"]
+    baselines = [row for t in ("table4", "table6") for row in sections.paper()[t].rows if row["column"] == "baseline"]
+    chosen = lambda where: where.get("sparsity") in (0.9, 0.1) or where.get("schedule") == "constant"
+    return [row for row in baselines if chosen(row["where"])]
 
 
 def epochs_to(result: store.Result, accuracy: float) -> float:
@@ -34,42 +30,40 @@ def epochs_to(result: store.Result, accuracy: float) -> float:
 def extrapolations(results: store.Results, section: Section) -> str:
     """The open choices, by when baseline SGD and Adam would reach what the paper prints for a constant rate."""
     printed = {row["where"]["optimizer"]: row["value"] for row in targets() if "schedule" in row["where"]}
-    settings: dict[str, dict[str, tuple[float, float]]] = {}
-    for run in evidence.found(results, section):
-        assert isinstance(run, configs.MLPRun)
-        name = f"{run.augmentation}, {run.normalization}, {run.initialization}"
-        after = epochs_to(results[run], printed[run.optimizer] / 100)
-        settings.setdefault(name, {})[run.optimizer] = 100 * results[run].measures["accuracy"], after
-    apart = lambda two: max(a / b for a, b in itertools.permutations([after for _, after in two.values()], 2))
     lines = []
-    for name, two in sorted(((n, two) for n, two in settings.items() if len(two) == 2), key=lambda x: apart(x[1])):
-        cells = (cell for o in ("sgd", "adam") for cell in (f"{two[o][0]:.1f}", tables.about(two[o][1])))
-        lines.append((name, *cells, tables.about(apart(two))))
+    for choice in CHOICES:
+        runs = {o["optimizer"]: section.make_run({**choice, **o}, seed=0) for o in (SGD, ADAM)}
+        if all(run in results for run in runs.values()):
+            found = {name: results[run] for name, run in runs.items()}
+            reached = {name: f"{100 * result.measures['accuracy']:.1f}" for name, result in found.items()}
+            epochs = {name: epochs_to(result, printed[name] / 100) for name, result in found.items()}
+            cells = [cell for name in runs for cell in (reached[name], tables.about(epochs[name]))]
+            ratio = max(epochs.values()) / min(epochs.values())
+            lines.append((ratio, (", ".join(choice.values()), *cells, tables.about(ratio))))
     after = f"after {section.settings['epochs']} epochs"
     head = [h for o in ("SGD", "Adam") for h in (f"{o}: {after}", f"{o}: epochs to {printed[o.lower()]:.2f}")]
     head = ("augmentation, normalization, initialization", *head, "ratio")
-    return tables.table(head, lines, text=1, numbers=5)
+    return tables.table(head, [line for _, line in sorted(lines)], text=1, numbers=5)
 
 
 def residuals(results: store.Results, section: Section) -> str:
     """The open choices, by what baseline SGD and Adam reach with them where the paper prints a number."""
-    reached: dict[str, list[float]] = {}  # by choice, for each target
+    reached: dict[str, list[np.ndarray]] = {}  # by choice, for each target
     for target in targets():
         where = target["where"].items()
-        for row in (row["where"] for row in section.rows if where <= row["where"].items()):
-            choice = ", ".join(f"{k} {v}" for k, v in row.items() if (k, v) not in where) or "none"
-            run = section.make_run(row, seed=0)
-            accuracy = 100 * results[run].measures["accuracy"] if run in results else np.nan
-            reached.setdefault(choice, []).append(accuracy)
-    printed = np.array([target["value"] for target in targets()])
-    lines = [("the paper", *(f"{value:.2f}" for value in printed), "")]
+        for row in (row for row in section.rows if where <= row["where"].items()):
+            choice = ", ".join(f"{k} {v}" for k, v in row["where"].items() if (k, v) not in where) or "none"
+            reached.setdefault(choice, []).append(evidence.by_seed(results, section, row))
+    lines = [("the paper", *(f"{target['value']:.2f}" for target in targets()), "")]
     for choice, accuracies in reached.items():
-        if not np.isnan(accuracies).all():
-            apart = np.array(accuracies) - printed
-            cells = ("" if np.isnan(a) else f"{a:.2f} ({r:+.2f})" for a, r in zip(accuracies, apart, strict=True))
-            lines.append((choice, *cells, f"{np.sqrt(np.nanmean(apart**2)):.2f}"))
+        apart = [value - target["value"] for value, target in zip(accuracies, targets(), strict=True)]
+        if any(map(len, apart)):
+            cells = [
+                f"{value[0]:.2f} ({r[0]:+.2f})" if len(r) else "" for value, r in zip(accuracies, apart, strict=True)
+            ]
+            lines.append((choice, *cells, f"{np.sqrt(np.mean(np.concatenate(apart) ** 2)):.2f}"))
     head = ("what is changed", *(target["label"] for target in targets()), "root mean square of residuals")
-    return tables.table(head, lines, text=1, numbers=len(printed) + 1)
+    return tables.table(head, lines, text=1, numbers=len(targets()) + 1)
 
 
 # One choice at a time, against the setting that the first look favours; and candidates at their length.
@@ -85,22 +79,11 @@ CHOICES = grid(
     normalization=("standard", "unit"),
     initialization=("lecun_normal", "torch", "he_normal"),
 )
+TARGETS = [row["where"] for row in targets()]
 
 SEARCH = (
-    sections.ours(
-        "table2_brief",
-        rows=rows(grid(num_experts=(4,), d_ff=(256,), strategy=("vanilla", "positive_sum")), "perplexity"),
-        table=tables.one_by_one,
-    ),
-    sections.ours("search", rows=rows(product(CHOICES, (SGD, ADAM))), table=extrapolations),
-    sections.ours(
-        "search_variants",
-        rows=rows({**row["where"], **variant} for variant in VARIANTS for row in targets()),
-        table=residuals,
-    ),
-    sections.ours(
-        "search_long",
-        rows=rows({**row["where"], **choice} for choice in CANDIDATES for row in targets()),
-        table=residuals,
-    ),
+    ours("table2_brief", grid(num_experts=(4,), d_ff=(256,), strategy=("vanilla", "positive_sum"))),
+    ours("search", product(CHOICES, (SGD, ADAM)), table=extrapolations),
+    ours("search_variants", [{**where, **variant} for variant in VARIANTS for where in TARGETS], table=residuals),
+    ours("search_long", [{**where, **choice} for choice in CANDIDATES for where in TARGETS], table=residuals),
 )

@@ -1,8 +1,8 @@
 """The sections of the report: one value for each table or figure of the paper, and for each study of ours.
 
 A section holds what is specific to it: its runs, claims, remark, table and drawing. Those of the paper come from
-`paper.json`, what the paper prints, and `paper.toml`, what we chose for it. Ours are in `studies`, `search` and
-`ours.toml`.
+`paper.json`, what the paper prints, and `paper.toml`, what we chose for it. Ours come from `ours.toml`, and their rows
+and claims from `search` and `studies`.
 """
 
 import dataclasses
@@ -11,12 +11,11 @@ import itertools
 import json
 import pathlib
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from examples.reproduction import configs
 
-PAPER = pathlib.Path(__file__).with_name("paper.json")
 Row = dict[str, Any]
 
 
@@ -39,9 +38,8 @@ class Section:
     rows: tuple[Row, ...] = ()
     claims: tuple[Row, ...] = ()
     remark: str = ""
-    draw: tuple[Any, ...] = ()  # the name of a function of `pictures`, and its arguments
+    draw: Sequence[Any] = ()  # the name of a function of `pictures`, and its arguments
     table: Callable[..., str] | None = None  # of results and this section; by default that of `tables`
-    in_study: bool = False  # whether it is one of the studies, which are in the summary
     inside: bool = False  # whether it shows the picture of `inside`
     where_in_paper: str = ""
     note: str = ""
@@ -52,6 +50,11 @@ class Section:
     def trains(self) -> bool:
         """Whether it has runs."""
         return self.kind in configs.KINDS
+
+    @property
+    def in_study(self) -> bool:
+        """Whether it is one of our studies, which are in the summary."""
+        return bool(self.claims) and not self.where_in_paper
 
     @property
     def is_drawn(self) -> bool:
@@ -86,14 +89,20 @@ class Section:
         return list(dict.fromkeys(self.make_run(where, seed) for where in named for seed in range(self.seeds)))
 
 
+# Fields that make lines of a picture, not panels; columns of a table, not rows.
+VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "router_bias")
+
+
 def row(where: Row, measure: str = "accuracy") -> Row:
     """A row about the runs of one setting."""
-    return {"where": where, "measure": measure, "contrast": [[1.0, where]]}
-
-
-def rows(wheres: Iterable[Row], measure: str = "accuracy") -> tuple[Row, ...]:
-    """A row for each setting."""
-    return tuple(row(where, measure) for where in wheres)
+    column = words({key: where[key] for key in VARIANT if key in where})
+    return {
+        "where": where,
+        "measure": measure,
+        "contrast": [[1.0, where]],
+        "label": words(where, *VARIANT),
+        "column": column,
+    }
 
 
 def grid(**choices: Iterable[Any]) -> tuple[Row, ...]:
@@ -103,7 +112,7 @@ def grid(**choices: Iterable[Any]) -> tuple[Row, ...]:
 
 def product(*choices: Iterable[Row]) -> tuple[Row, ...]:
     """A setting for each combination of parts of settings; the last part varies fastest."""
-    return tuple(functools.reduce(lambda a, b: {**a, **b}, parts) for parts in itertools.product(*choices))
+    return tuple({k: v for part in parts for k, v in part.items()} for parts in itertools.product(*choices))
 
 
 def words(where: Row, *but: str) -> str:
@@ -118,40 +127,32 @@ def words(where: Row, *but: str) -> str:
 
 
 @functools.cache
-def paper() -> dict[str, Section]:
-    """The paper's tables and figures in its order, each followed by its versions in other settings."""
-    views, chosen = (
-        json.loads(PAPER.read_bytes())["views"],
-        tomllib.loads(PAPER.with_suffix(".toml").read_text("utf-8")),
-    )
-    return {name: _from_paper(name, views, chosen) for name in chosen}
+def read(name: str) -> dict[str, dict[str, Any]]:
+    """What `paper.toml` or `ours.toml` says about each section."""
+    return tomllib.loads(pathlib.Path(__file__).with_name(name).read_text("utf-8"))
+
+
+def ours(name: str, wheres: Iterable[Row], claims: Iterable[Row] = (), table: Any = None) -> Section:
+    """A section of our own: what `ours.toml` says about it, a row for each setting, and its claims."""
+    fields = read("ours.toml")[name]
+    rows = tuple(row(where, fields.get("measure", "accuracy")) for where in wheres)
+    return Section(name, rows=rows, claims=tuple(claims), table=table, **fields)
 
 
 @functools.cache
-def _ours() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(PAPER.with_name("ours.toml").read_text("utf-8"))
+def paper() -> dict[str, Section]:
+    """The paper's tables and figures in its order, each followed by its versions in other settings."""
+    views = json.loads(pathlib.Path(__file__).with_name("paper.json").read_bytes())["views"]
+    return {name: _from_paper(name, views) for name in read("paper.toml")}
 
 
-def ours(name: str, **fields: Any) -> Section:
-    """A section of our own, of what `ours.toml` says about it and these fields."""
-    return Section(name, **_ours()[name] | fields)
-
-
-def _from_paper(name: str, views: dict[str, Any], chosen: dict[str, Any]) -> Section:
+def _from_paper(name: str, views: dict[str, Any]) -> Section:
+    chosen = read("paper.toml")
     ours = dict(chosen[name])
     view, only = views[ours.get("of", name)], ours.pop("only", {})
     if "same_as" in view:
         view = {**views[view["same_as"]], **chosen[view["same_as"]], **view, "remark": ""}
+    rows = [{"measure": view["measure"], "contrast": [[1.0, row["where"]]], **row} for row in view["rows"]]
     fits = lambda spec: all(only.items() <= where.items() for _, where in spec["contrast"])
-    rows = [_spec(view["measure"], row) for row in view["rows"]]
-    fields: Any = view | ours | {"rows": tuple(filter(fits, rows)), "claims": tuple(filter(fits, view["claims"]))}
-    return Section(name, **fields | {"draw": tuple(fields.get("draw", ()))})
-
-
-def _spec(measure: str, row: Row) -> Row:
-    """A row of the paper with its contrast. Table 2 prints differences of perplexity."""
-    if measure != "perplexity_reduction":
-        return row | {"measure": measure, "contrast": [[1.0, row["where"]]]}
-    signs = {"vanilla": 1.0, "positive_sum": -1.0}
-    contrast = [[sign, row["where"] | {"strategy": strategy}] for strategy, sign in signs.items()]
-    return row | {"measure": "perplexity", "contrast": contrast}
+    specs = {"rows": tuple(filter(fits, rows)), "claims": tuple(filter(fits, view["claims"]))}
+    return Section(name, **view | ours | specs)

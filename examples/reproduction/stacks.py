@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,97 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.reproduction import configs, groups, store
-from examples.reproduction.groups import Group, Member
+import excitation_optax
+from examples.reproduction import configs, inputs, store
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that train stacked: `runs[s][m]`, the same members for every seed."""
+
+    runs: tuple[tuple[Any, ...], ...]
+
+    def __iter__(self):
+        return itertools.chain.from_iterable(self.runs)
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of all its runs together."""
+        return sum(run.epochs for run in self)
+
+
+class Member(NamedTuple):
+    """What may differ between the runs of a seed; in a group every array has a leading axis of members."""
+
+    strategy: Any  # its number in the program's strategies
+    gamma: Any
+    learning_rate: Any
+    component: Any = None  # its number in the program's components
+    expert_rate: Any = None  # this and the next: only where runs have it
+    load_balancing: Any = None
+
+
+def shared_of(run: Any) -> Any:
+    """What runs must have in common to be stacked: everything but what a `Member` and a seed are made of."""
+    default = type(run)()
+    fields = {name: getattr(default, name) for name in ("seed", *Member._fields) if hasattr(default, name)}
+    return dataclasses.replace(run, **fields)
+
+
+def members_of(group: Group) -> tuple[tuple[str, ...], tuple[configs.Component, ...], Member]:
+    """The strategies and components of a group, and its members."""
+    runs = group.runs[0]
+    values = {name: [getattr(run, name) for run in runs] for name in Member._fields if hasattr(runs[0], name)}
+    strategies, components = (tuple(sorted(set(values[name]))) for name in ("strategy", "component"))
+    arrays = {name: jnp.array(column, jnp.float32) for name, column in values.items() if not isinstance(column[0], str)}
+    arrays["strategy"] = jnp.array([strategies.index(name) for name in values["strategy"]])
+    arrays["component"] = jnp.array([components.index(name) for name in values["component"]])
+    return strategies, components, Member(**arrays)
+
+
+def missing(group: Group, results: store.Results) -> Group:
+    """The group without the seeds and the members of which all runs are on file."""
+    rows = [row for row in group.runs if any(run not in results for run in row)]
+    columns = [column for column in zip(*rows, strict=True) if any(run not in results for run in column)]
+    return Group(tuple(zip(*columns, strict=True)))
+
+
+def excite(strategies: Sequence[str], components: Sequence[Any], member: Member, expert_axis: Any, seed: Any) -> Any:
+    """Excitation by the member's strategy and component, whose numbers may be traced."""
+
+    def chosen(utilization, gamma, *, key):
+        functions = {name: getattr(excitation_optax, name) for name in strategies if name != "vanilla"}
+        functions["vanilla"] = lambda utilization, gamma: jnp.ones_like(utilization)
+        functions["random_boost"] = functools.partial(excitation_optax.random_boost, key=key)
+        return jnp.stack([functions[name](utilization, gamma) for name in strategies])[member.strategy]
+
+    # A strategy with an unbound key is random, and has a state.
+    strategy = chosen if "random_boost" in strategies else functools.partial(chosen, key=None)
+    transforms = [
+        excitation_optax.scale_by_excitation(
+            strategy, member.gamma, component=component, expert_axis=expert_axis, seed=seed
+        )
+        for component in components
+    ]
+    if len(transforms) == 1:
+        return transforms[0]
+
+    def update(updates, state, params=None, **extra_args):
+        outcomes = [transform.update(updates, state, params, **extra_args) for transform in transforms]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves)[member.component], *outcomes)
+
+    return optax.GradientTransformationExtraArgs(transforms[0].init, update)
 
 
 class Program:
     """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
 
     Members choose their strategy and component by number from `strategies` and `components`. States and measures have
-    leading axes `[S, M]`. A subclass has what stands below without a body.
+    leading axes `[S, M]`. A subclass has what stands below without a value.
     """
 
     together: ClassVar[bool]  # whether the members of a seed make a step side by side, or train one after the other
-
-    along: ClassVar[tuple[str, ...]]  # measures that are kept along training; the others are kept at the end
+    along: ClassVar[tuple[str, ...]] = ()  # measures that are kept along training too; none: all
     limits: Any  # of what runs share: the most runs of a group, and the most seeds
     sizes_of: Any  # of what runs share and data: what the model takes from them
     put: Any  # of data and what runs share: the data on JAX's default device
@@ -101,38 +178,28 @@ class Program:
         return params
 
     @classmethod
-    def about(cls, data: Any, shared: Any) -> dict[str, Any]:
-        """What a result says about its data."""
-        return about_images(data, shared.dataset)
-
-    @classmethod
-    def prepare(cls, group: Group, data: Any) -> tuple[Any, Member, jax.Array, Any, dict[str, Any]]:
-        """The program, members, seeds and data of a group, and what a result says about the data.
+    def prepare(cls, group: Group, data: Any) -> tuple[Any, Member, jax.Array, Any]:
+        """The program, members, seeds and data of a group.
 
         Raises ValueError if the data is too small.
         """
-        shared = groups.shared_of(group.runs[0][0])
-        strategies, components, members = groups.members_of(group)
+        shared = shared_of(group.runs[0][0])
+        strategies, components, members = members_of(group)
         program = program_of(cls, shared, strategies, *cls.sizes_of(shared, data), components=components)
         seeds = jnp.array([row[0].seed for row in group.runs])
-        return program, members, seeds, cls.put(data, shared), cls.about(data, shared)
+        return program, members, seeds, cls.put(data, shared)
 
     @classmethod
     def plan(cls, runs: Iterable[Any], **limits: int) -> list[Group]:
         """Groups for the runs, in their order: together they hold every run once. Limits are those of `limits`."""
-        stackable: dict[Any, dict[int, list[Any]]] = {}
-        for run in dict.fromkeys(runs):
-            stackable.setdefault(groups.shared_of(run), {}).setdefault(run.seed, []).append(run)
         planned = []
-        for shared, by_seed in stackable.items():
+        for shared, alike in configs.grouped(dict.fromkeys(runs), shared_of).items():
             limit, max_seeds = cls.limits(shared, **limits)
-            alike: dict[tuple, list[tuple[Any, ...]]] = {}
-            rows = [tuple(row[i : i + limit]) for row in by_seed.values() for i in range(0, len(row), limit)]
-            for row in rows:
-                alike.setdefault(tuple(dataclasses.replace(run, seed=0) for run in row), []).append(row)
-            for members, rows in alike.items():
-                seeds = max(1, min(max_seeds, limit // len(members)))
-                planned += [Group(tuple(rows[i : i + seeds])) for i in range(0, len(rows), seeds)]
+            by_seed = configs.grouped(alike, lambda run: run.seed).values()
+            rows = [row for of_a_seed in by_seed for row in _cut(of_a_seed, limit)]
+            without_seed = lambda row: tuple(dataclasses.replace(run, seed=0) for run in row)
+            for members, same in configs.grouped(rows, without_seed).items():
+                planned += map(Group, _cut(same, max(1, min(max_seeds, limit // len(members)))))
         return planned
 
     @classmethod
@@ -144,36 +211,33 @@ class Program:
         `advance` is called after every epoch with the number of runs that have done it.
         """
         start, runs = time.perf_counter(), list(group)
-        program, members, seeds, on_device, about = cls.prepare(group, data)
+        program, members, seeds, on_device = cls.prepare(group, data)
         states, curve, epochs = program.init(members, seeds), [], runs[0].epochs
         for epoch in range(1, epochs + 1):
             if stopped():
                 return None
             states, losses = program.train_epoch(states, members, seeds, epoch, on_device)
             if epoch in evaluated_epochs(epochs):
-                curve.append((epoch, *jax.device_get((losses, program.evaluate(states[0], on_device)))))
+                found = {"train_loss": losses} | program.evaluate(states[0], on_device)
+                curve.append((epoch, jax.device_get(found)))
             jax.block_until_ready(losses)
             advance(len(runs))
         seconds = round((time.perf_counter() - start) / len(runs), 2)
-        about = store.environment() | {"date": store.now()} | about | {"stacked": [len(seeds), len(group.runs[0])]}
+        about = store.environment() | {"date": store.now()} | inputs.about(runs[0], data)
+        about["stacked"] = [len(seeds), len(group.runs[0])]
         short = lambda value: float(f"{float(np.mean(value)):.4g}")  # four digits along the way, all of them at the end
-        results = []
-        for (s, row), m in itertools.product(enumerate(group.runs), range(len(group.runs[0]))):
-            measures = {name: np.asarray(value[s, m], np.float64).tolist() for name, value in curve[-1][2].items()}
-            kept = {"epoch": [epoch for epoch, *_ in curve], "train_loss": [short(loss[s, m]) for _, loss, _ in curve]}
-            kept |= {name: [short(found[name][s, m]) for *_, found in curve] for name in cls.along}
-            results.append(store.Result(row[m], measures, kept, seconds, about))
+        (_, last), results = curve[-1], []
+        names = [name for name in last if name != "train_loss"]
+        for at, run in zip(np.ndindex(len(seeds), len(group.runs[0])), runs, strict=True):
+            measures = {name: np.asarray(last[name][at], np.float64).tolist() for name in names}
+            kept: dict[str, list[Any]] = {"epoch": [epoch for epoch, _ in curve]}
+            for name in ("train_loss", *(cls.along or names)):
+                kept[name] = [short(found[name][at]) for _, found in curve]
+            results.append(store.Result(run, measures, kept, seconds, about))
         return results
 
     @classmethod
-    def train(
-        cls,
-        runs: Iterable[Any],
-        load: Callable[[configs.Run], Any],
-        results: store.Results,
-        progress: Any,
-        **limits: int,
-    ) -> None:
+    def train(cls, runs: Iterable[Any], load: Any, results: store.Results, progress: Any, **limits: int) -> None:
         """Trains what is missing among the runs, on all devices, and appends what is finished.
 
         `load` reads the data set of a run; `progress` is a `tqdm` bar, counting epochs of runs. Groups are planned from
@@ -181,7 +245,7 @@ class Program:
         """
         unfinished, needed = [], {}
         for group in cls.plan(runs, **limits):
-            left = groups.missing(group, results)
+            left = missing(group, results)
             progress.update(group.epochs - left.epochs)
             if left.runs:
                 unfinished.append(left)
@@ -195,10 +259,8 @@ class Program:
 
         def work(device: jax.Device):
             with jax.default_device(device):
-                while not stop.is_set():
-                    with lock:
-                        group = next(pending, None)
-                    if group is None:
+                for group in pending:  # an iterator that the devices share
+                    if stop.is_set():
                         return
                     finished = cls.train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
                     with lock:
@@ -215,18 +277,16 @@ class Program:
             task.result()
 
 
+def _cut(items: Sequence[Any], length: int) -> list[tuple[Any, ...]]:
+    return [tuple(items[i : i + length]) for i in range(0, len(items), length)]
+
+
 # Groups that differ in members and seeds alone share one. A compiled program takes thousands of the 65,530 memory maps
 # that Linux allows a process, so only the latest are kept.
 @functools.lru_cache(maxsize=8)
 def program_of(kind: Callable[..., Program], *arguments: Any, **options: Any) -> Program:
     """The program of a group."""
     return kind(*arguments, **options)
-
-
-def about_images(data: Any, dataset: str) -> dict[str, Any]:
-    """What a result says about images."""
-    state = f"{dataset} ({data.state or 'as TensorFlow Datasets has it'})"
-    return {"data": state, "fingerprint": data.fingerprint}
 
 
 def accuracy(logits: jax.Array, labels: Any) -> jax.Array:

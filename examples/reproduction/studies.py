@@ -4,39 +4,95 @@
 * deep, depth, ways_out, rescue: deep networks that the baseline does not train, and other ways to train them.
 * mini: transformers in miniature, at tuned learning rates, with and without a balancing loss.
 
-See results/PLAN.md.
+Here are their rows and claims; titles, seeds, settings and remarks are in `ours.toml`. A learning rate "best" in a
+claim is the rate of the row's best mean on held-out data; "baseline's best" is the best rate of the same row without
+Excitation. See results/PLAN.md.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from examples.reproduction import mini_studies, search, sections, tables
-from examples.reproduction.claims import (
-    BASELINE,
-    DEEP,
-    DIGITS,
-    TORCH,
-    TWO,
-    VARIANTS,
-    ZERO_SUM,
-    at_best,
-    at_each,
-    beats,
-    rates,
-    study,
-    tuned,
-)
-from examples.reproduction.sections import Row, Section, grid, product, words
+from examples.reproduction import search, sections, tables
+from examples.reproduction.sections import Row, Section, grid, ours, product
+
+BASELINE: Row = {"strategy": "vanilla"}
+ZERO_SUM, POSITIVE_SUM = TWO = tuple({"strategy": name} for name in ("zero_sum", "positive_sum"))
+COMPONENTS = ("both", "direction", "norm")
+VARIANTS: tuple[Row, ...] = (BASELINE, *product(TWO, grid(component=COMPONENTS)))
+TORCH: Row = {"initialization": "torch"}
+UNBALANCED: Row = {"load_balancing": 0.0}
+LESS_IS_BETTER = ("loss", "entropy", "max_load")
+
+# Claims.
 
 
-def _mechanism(name: str, title: str, optimizers: dict[str, tuple[float, ...]], tune: bool, **fields: Any) -> Section:
+def rates(*values: float) -> tuple[Row, ...]:
+    """Parts of settings: learning rates."""
+    return grid(learning_rate=values)
+
+
+def beats(text: str, better: Row, worse: Row, measure: str = "accuracy", **common: Any) -> Row:
+    """The claim that one setting is better than another, by the sign of the measure."""
+    contrast = [[1.0, {**common, **better}], [-1.0, {**common, **worse}]]
+    return {"text": text, "measure": measure, "contrast": contrast, "sign": -1 if measure in LESS_IS_BETTER else 1}
+
+
+def at_best(text: str, better: Row, worse: Row, measure: str = "accuracy", **common: Any) -> Row:
+    """The claim that one setting is better than another, each at its own best learning rate."""
+    text = f"{text}, each at its best rate"
+    return beats(text, better, worse, measure, learning_rate="best", **common)
+
+
+def both_beat(claim: Callable[..., Row], text: str, measure: str = "accuracy", **common: Any) -> list[Row]:
+    """Claims, by `beats` or `at_best`, that zero_sum and positive_sum beat the baseline; the text has {} for them."""
+    return [claim(text.format(two["strategy"]), two, BASELINE, measure, **common) for two in TWO]
+
+
+def tuned(prefix: str = "", measure: str = "accuracy", strategies: Iterable[Row] = TWO, **common: Any) -> list[Row]:
+    """Claims about strategies and their components, each at its own best learning rate."""
+    pairs = [(component, "baseline") for component in COMPONENTS] + [("both", "direction"), ("both", "norm")]
+    return [at_best(*_pair(prefix, two, *pair), measure, **common) for two in strategies for pair in pairs]
+
+
+def at_each(prefix: str, values: Iterable[float], **common: Any) -> list[Row]:
+    """Claims about components at the same learning rate."""
+    pairs = (("both", "baseline"), ("both", "norm"), ("direction", "baseline"))
+    return [
+        beats(*_pair(f"{prefix} {rate:g}, ", two, *pair), learning_rate=rate, **common)
+        for rate in values
+        for two in TWO
+        for pair in pairs
+    ]
+
+
+def _pair(prefix: str, two: Row, better: str, worse: str) -> tuple[str, Row, Row]:
+    """A text, and a component of a strategy beside another one or the baseline."""
+    text = f"{prefix}{two['strategy']}: {better} beats {'the ' if worse == 'baseline' else ''}{worse}"
+    first, second = (BASELINE if name == "baseline" else {**two, "component": name} for name in (better, worse))
+    return text, first, second
+
+
+# Top-K MLPs.
+
+
+def _mechanism(name: str, optimizers: dict[str, tuple[float, ...]], tune: bool) -> Section:
     wheres, claims = [], []
     for optimizer, values in optimizers.items():
         wheres += product(({"optimizer": optimizer},), rates(*values), VARIANTS)
         claims += tuned(f"{optimizer}, ", optimizer=optimizer) if tune else []
         claims += at_each(optimizer, values, optimizer=optimizer)
-    return study(name, title, wheres, claims, **fields)
+    return ours(name, wheres, claims)
+
+
+def _picture_of_deep_digits(name: str, measure: str, *texts: tuple[str, Row]) -> Section:
+    """Figure 4 or 5 at the rate of `deep_digits` at which Excitation trains what the baseline does not."""
+    claims = [
+        beats(text.format(two["strategy"]), two, BASELINE, measure, learning_rate=1e-3) | more
+        for two in TWO
+        for text, more in texts
+    ]
+    return ours(name, product(rates(1e-3), (BASELINE, *TWO)), claims)
 
 
 WAYS: dict[str, Row] = {
@@ -53,66 +109,31 @@ def _ways_out() -> Section:
     claims = []
     for name, way in list(WAYS.items())[1:]:
         text = f"{name}: the baseline beats zero_sum in the plain network"
-        claims.append(at_best(text, {**way, **BASELINE}, {**WAYS["plain"], **ZERO_SUM}))
-        text = f"{name}: {{}} beats the baseline there"
-        claims += [at_best(text.format(two["strategy"]), two, BASELINE, **way) for two in TWO]
-    wheres = product(WAYS.values(), rates(3e-4, 1e-3, 3e-3), (BASELINE, *TWO))
-    title, settings = "Other ways to train 14 hidden layers on digits", {**DIGITS, "depth": 14, "optimizer": "adam"}
-    return study("deep_ways_out", title, wheres, claims, settings=settings)
+        claims.append(at_best(text, {**way, **BASELINE}, {**TORCH, **ZERO_SUM}))
+        claims += both_beat(at_best, f"{name}: {{}} beats the baseline there", **way)
+    return ours("deep_ways_out", product(WAYS.values(), rates(3e-4, 1e-3, 3e-3), (BASELINE, *TWO)), claims)
 
 
 def _depth() -> Section:
     depths = (4, 6, 8, 10, 12, 16, 20, 30)
-    text = "{} hidden layers: {} beats the baseline"
-    claims = [at_best(text.format(d, two["strategy"]), two, BASELINE, depth=d) for d in depths for two in TWO]
-    return study(
-        "depth_digits",
-        "From 4 to 30 hidden layers on digits, PyTorch's initialization",
-        product(grid(depth=depths), rates(3e-4, 1e-3, 3e-3, 1e-2), (BASELINE, *TWO)),
-        claims,
-        settings={**DIGITS, **TORCH, "optimizer": "adam"},
-        draw=("over_depth",),
-    )
+    text = "{} hidden layers: {{}} beats the baseline"
+    claims = [claim for d in depths for claim in both_beat(at_best, text.format(d), depth=d)]
+    return ours("depth_digits", product(grid(depth=depths), rates(3e-4, 1e-3, 3e-3, 1e-2), (BASELINE, *TWO)), claims)
 
 
 def _rescue() -> Section:
-    """One of the paper's 20 layers is the output layer, as in Figure 3."""
     claims = at_each("adam", (1e-3, 1e-4))
     for strategy, rate in (("zero_sum", 1e-3), ("positive_sum", 1e-3), ("zero_sum", 1e-4)):
+        better = {"strategy": strategy, "learning_rate": rate}
         for other in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2):
             if other != rate:
-                better = {"strategy": strategy, "learning_rate": rate}
                 text = f"{strategy} at {rate:g} beats the baseline at {other:g}"
-                claims.append(beats(text, better, BASELINE | {"learning_rate": other}))
+                claims.append(beats(text, better, {**BASELINE, "learning_rate": other}))
     wheres = product(rates(1e-3, 1e-4), VARIANTS) + product(rates(3e-4, 3e-3, 1e-2, 3e-2), (BASELINE,))
-    return study(
-        "rescue",
-        "19 hidden layers on CIFAR-10, PyTorch's initialization",
-        wheres,
-        claims,
-        settings={"depth": 19, **TORCH, "optimizer": "adam", "schedule": "constant", "epochs": 60},
-    )
+    return ours("rescue", wheres, claims)
 
 
-def _inside_the_rescue(name: str, title: str, measure: str, draw: str, claims: Iterable[tuple[str, Row]]) -> Section:
-    """Figure 4 or 5 at the rate of `deep_digits` at which Excitation trains what the baseline does not."""
-    wheres = product(rates(1e-3), (BASELINE, *TWO))
-    beaten = [
-        beats(text.format(two["strategy"]), two, BASELINE, measure, learning_rate=1e-3) | more
-        for two in TWO
-        for text, more in claims
-    ]
-    section = study(name, title, wheres, beaten, settings=DEEP, seeds=10, measure=measure, draw=(draw,))
-    return dataclasses.replace(section, rows=tuple(map(_in_picture, section.rows)))
-
-
-def _in_picture(row: Row, **more: Any) -> Row:
-    """A row with the panel and the line of a picture, or of a table beside the paper."""
-    label, column = words(row["where"], "strategy"), words({"strategy": row["where"]["strategy"]})
-    return {**row, "label": label, "column": column, **more}
-
-
-def _torch_baseline() -> Section:
+def _torch_long() -> Section:
     """Three hidden layers and 100 epochs first: they decide the question with a third of the work."""
     optimizers, three = (search.SGD, search.ADAM), (BASELINE, *TWO)
     short = lambda depth: product(grid(depth=(depth,), epochs=(100,)), optimizers, three)
@@ -121,82 +142,139 @@ def _torch_baseline() -> Section:
     claims = []
     for common in product(grid(depth=(3, 4), epochs=(100,)), optimizers):
         text = f"{common['depth']} hidden layers, {common['optimizer']}: {{}} beats the baseline"
-        claims += [beats(text.format(two["strategy"]), two, BASELINE, **common) for two in TWO]
-    fields = {"seeds": 3, "settings": TORCH, "draw": (), "note": ". The paper's values are those of Table 1"}
-    section = study("torch_long", "PyTorch's initialization at full length", wheres, claims, **fields)
-    remark = """
-With three layers and 100 epochs, baselines with PyTorch's initialization are further from the paper's than those with
-LeCun-normal: 6.4 points below with SGD and 2.1 with Adam, against 2.9 and 0.2. So the other tables keep
-LeCun-normal."""
-    key = lambda where: (where["optimizer"], where["strategy"])
-    paper = {key(row["where"]): row["value"] for row in sections.paper()["table1"].rows}
-    rows = (_in_picture(row, value=paper[key(row["where"])]) for row in section.rows)
-    return dataclasses.replace(section, rows=tuple(rows), table=tables.beside_the_paper, remark=remark)
+        claims += both_beat(beats, text, **common)
+    section = ours("torch_long", wheres, claims, table=tables.beside_the_paper)
+    key = lambda row: (row["where"]["optimizer"], row["where"]["strategy"])
+    printed = {key(row): row["value"] for row in sections.paper()["table1"].rows}
+    return dataclasses.replace(section, rows=tuple(row | {"value": printed[key(row)]} for row in section.rows))
 
 
+# Transformers in miniature.
+
+BALANCED: Row = {"load_balancing": 0.01}
+BIASED: Row = {**UNBALANCED, "router_bias": 1e-3}  # DeepSeek-V3's rate
+OTHERS: dict[str, Row] = {
+    "zero_sum with gamma 0.5": {**ZERO_SUM, "gamma": 0.5},
+    "half the experts' rate": {**BASELINE, "expert_rate": 0.5},
+    "twice the experts' rate": {**BASELINE, "expert_rate": 2.0},
+    "no balancing loss": {**BASELINE, **UNBALANCED},
+}
+
+
+def _tuned(measure: str, strategies: tuple[Row, ...], others: dict[str, Row], *more: Row) -> list[Row]:
+    """Claims at tuned rates."""
+    claims = tuned("", measure, strategies)
+    claims += [at_best(f"{name} beats the baseline", other, BASELINE, measure) for name, other in others.items()]
+    text = "{} beats the baseline at the baseline's best rate"
+    return [*claims, *more, *both_beat(beats, text, measure, learning_rate="baseline's best")]
+
+
+def _mini_tuned() -> Section:
+    others = {**OTHERS, "zero_sum without a balancing loss": {**ZERO_SUM, **UNBALANCED}}
+    text = "without a balancing loss, zero_sum beats the baseline"
+    claims = _tuned("loss", TWO, others, at_best(text, ZERO_SUM, BASELINE, "loss", **UNBALANCED))
+    return ours("mini_tuned", product(rates(1e-3, 3e-3, 1e-2, 2e-2, 3e-2), (*VARIANTS, *others.values())), claims)
+
+
+def _mini_bias() -> Section:
+    bias, loss, none = BIASED, {}, UNBALANCED
+    base, zero = ([{**strategy, **way} for way in (bias, loss, none)] for strategy in (BASELINE, ZERO_SUM))
+    pairs = (
+        ("the baseline with a router bias {} the baseline with a balancing loss", base[0], base[1]),
+        ("the baseline with a router bias {} the baseline with neither", base[0], base[2]),
+        ("with a router bias, zero_sum {} the baseline", zero[0], base[0]),
+        ("zero_sum with a balancing loss {} the baseline with a router bias", zero[1], base[0]),
+        ("zero_sum with neither {} the baseline with a router bias", zero[2], base[0]),
+    )
+    claims = [at_best(text.format("beats"), better, worse, "loss") for text, better, worse in pairs]
+    more_even = "has a more even load than"
+    claims += [at_best(text.format(more_even), better, worse, "max_load") for text, better, worse in pairs[:3]]
+    return ours("mini_bias", product(rates(1e-3, 3e-3, 1e-2, 2e-2, 3e-2), (*base, *zero)), claims)
+
+
+def _mini_vit() -> Section:
+    others = {"positive_sum": POSITIVE_SUM, **OTHERS}
+    variants = (BASELINE, *product((ZERO_SUM,), grid(component=COMPONENTS)), *others.values())
+    claims = _tuned("accuracy", (ZERO_SUM,), others)
+    return ours("mini_vit", product(rates(1e-3, 3e-4, 2e-3, 4e-3, 1e-2), variants), claims)
+
+
+def _mini_unbalanced() -> Section:
+    sizes, claims = grid(num_experts=(64, 16), experts_per_token=(2, 1)), []
+    for size in sizes:
+        label = f"E={size['num_experts']}, K={size['experts_per_token']}"
+        for balancing, kind in ((UNBALANCED, "without a balancing loss"), (BALANCED, "with a balancing loss")):
+            claims += both_beat(at_best, f"{label}, {kind}: {{}} beats the baseline", "loss", **size, **balancing)
+        text = f"{label}: zero_sum without a balancing loss beats the baseline with it"
+        claims.append(at_best(text, {**ZERO_SUM, **UNBALANCED}, {**BASELINE, **BALANCED}, "loss", **size))
+    variants = (BASELINE, POSITIVE_SUM, *product((ZERO_SUM,), grid(component=COMPONENTS)))
+    return ours("mini_unbalanced", product(sizes, (UNBALANCED, BALANCED), rates(1e-3, 3e-3, 1e-2), variants), claims)
+
+
+def _mini_table2() -> Section:
+    pairs = [(4, 2), (8, 2), (8, 4), *((n, k) for n in (16, 32, 64) for k in (2, 4, 8))]
+    sizes = tuple({"num_experts": n, "experts_per_token": k} for n, k in pairs)
+    two = (BASELINE, POSITIVE_SUM)
+    cells = product(sizes, grid(d_ff=(32, 48, 64, 96, 128)), rates(3e-3))
+    wheres = product(cells, two) + product(sizes, grid(d_ff=(32, 128)), rates(1e-3, 1e-2), two)
+
+    def gain(text: str, larger: Sequence[Row], smaller: Sequence[Row] = ()) -> Row:
+        """The claim that positive_sum saves loss, on average over models, or more of it than on average over others."""
+        terms = [(1 / len(larger), where) for where in larger] + [(-1 / len(smaller), where) for where in smaller]
+        contrast = [[s * f, {**where, **e}] for f, where in terms for s, e in zip((1, -1), two, strict=True)]
+        return {"text": text, "measure": "loss", "contrast": contrast, "sign": 1}
+
+    of = lambda k, *ns: [c for c in cells if c["num_experts"] in ns and c["experts_per_token"] == k]
+    saved = "loss that positive_sum saves at 0.003"
+    larger = "the gain is larger with k=2 than with k=8, mean of N=16, 32, 64"
+    claims = [
+        *(
+            gain("N={num_experts}, k={experts_per_token}, d_ff={d_ff}: ".format(**cell) + saved, [cell])
+            for cell in cells
+        ),
+        gain(f"{saved}, mean of all 60 models", list(cells)),
+        gain(larger, of(2, 16, 32, 64), of(8, 16, 32, 64)),
+    ]
+    for more, fewer in ((8, 4), (8, 32), (64, 32)):
+        claims.append(gain(f"k=2: the gain is larger at N={more} than at N={fewer}", of(2, more), of(2, fewer)))
+    return ours("mini_table2", wheres, claims)
+
+
+SGD_RATES, ADAM_RATES = (0.02, 0.05, 0.1, 0.3, 1.0, 3.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 STUDIES = (
-    _mechanism(
-        "mechanism",
-        "Direction or step length? CIFAR-10",
-        {"sgd": (0.01, 0.1, 0.3), "adam": (1e-4, 1e-3, 3e-3)},
-        tune=False,
-        settings={"epochs": 30},
-    ),
-    _mechanism(
-        "mechanism_digits",
-        "Direction or step length? Digits, up to divergence",
-        {"sgd": (0.02, 0.05, 0.1, 0.3, 1.0, 3.0), "adam": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
-        tune=True,
-        seeds=10,
-        settings=DIGITS,
-        remark="""
-`both` needs a smaller rate than the baseline and diverges at a smaller rate. `direction` diverges where the baseline
-does. With Adam and small rates, `direction` alone is worse than the baseline.""",
-    ),
-    study(
+    _mechanism("mechanism", {"sgd": (0.01, 0.1, 0.3), "adam": (1e-4, 1e-3, 3e-3)}, tune=False),
+    _mechanism("mechanism_digits", {"sgd": SGD_RATES, "adam": ADAM_RATES}, tune=True),
+    ours(
         "deep_digits",
-        "14 hidden layers on digits, PyTorch's initialization",
         product(rates(1e-3, 1e-4, 3e-4, 3e-3, 1e-2, 3e-2), VARIANTS),
-        tuned("") + at_each("adam", (1e-3,)),
-        seeds=10,
-        settings=DEEP,
-        inside=True,
-        remark="""
-An accuracy of 10 % is that of a network that never started to learn, or lost what it had learned; its numbers stay
-finite, so that it does not count as diverged. That is why the intervals are wide at the larger rates.""",
+        tuned() + at_each("adam", (1e-3,)),
     ),
-    _inside_the_rescue(
+    _picture_of_deep_digits(
         "fig4_torch",
-        "Figure 4 where Excitation trains what the baseline does not: 14 hidden layers on digits",
         "specialization",
-        "by_layer",
-        (
-            ("{} specializes more than the baseline, mean of all layers", {}),
-            ("{}: the same, mean of the middle half of the layers", {"layers": "middle"}),
-        ),
+        ("{} specializes more than the baseline, mean of all layers", {}),
+        ("{}: the same, mean of the middle half of the layers", {"layers": "middle"}),
     ),
-    _inside_the_rescue(
+    _picture_of_deep_digits(
         "fig5_torch",
-        "Figure 5 where Excitation trains what the baseline does not: 14 hidden layers on digits",
         "entropy",
-        "curves",
-        (
-            ("{} ends at lower entropy than the baseline", {}),
-            ("{} is lower after a fifth of the training already", {"at": 0.2}),
-        ),
+        ("{} ends at lower entropy than the baseline", {}),
+        ("{} is lower after a fifth of the training already", {"at": 0.2}),
     ),
     _ways_out(),
     _depth(),
     _rescue(),
-    study(
+    ours(
         "rescue_sgd",
-        "9 hidden layers on CIFAR-10 with SGD, PyTorch's initialization",
         product(rates(0.1, 0.01), VARIANTS) + product(rates(0.03, 0.3), (BASELINE,)),
         at_each("sgd", (0.1, 0.01)),
-        settings={"depth": 9, **TORCH, "optimizer": "sgd", "schedule": "constant", "epochs": 60},
     ),
-    _torch_baseline(),
-    *mini_studies.STUDIES,
+    _torch_long(),
+    _mini_tuned(),
+    _mini_bias(),
+    _mini_vit(),
+    _mini_unbalanced(),
+    _mini_table2(),
 )
 
 # All sections, in the order of the report.

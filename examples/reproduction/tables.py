@@ -8,8 +8,6 @@ import numpy as np
 from examples.reproduction import evidence, store
 from examples.reproduction.sections import Row, Section, words
 
-# Factor and digits that a measure is shown with; accuracies are fractions in the results and percent in the paper.
-SHOWN = {"accuracy": (100, 2), "perplexity": (1, 2), "perplexity_reduction": (1, 2)}
 UNIT = {
     "accuracy": "test accuracy (%)",
     "loss": "test loss (nats per byte)",
@@ -27,6 +25,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, text: int = 2, 
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def digits(measure: str) -> int:
+    """The digits after the point that a measure is shown with."""
+    return 2 if measure in ("accuracy", "perplexity", "perplexity_reduction") else 3
+
+
 def plural(number: int, noun: str) -> str:
     """A number with its noun."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
@@ -37,105 +40,88 @@ def about(value: float) -> str:
     return f"{float(f'{value:.2g}'):,g}" if value < 1e4 else "> 10,000"
 
 
-def mean(values: np.ndarray, digits: int) -> str:
-    """Mean and standard deviation over seeds, if there are any."""
-    if not len(values):
-        return "-"
-    return f"{values.mean():z.{digits}f}" + (f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
 def reached(results: store.Results, section: Section, row: Row) -> tuple[str, np.ndarray]:
     """What the runs of a row reached, as text, and as values of the seeds that did not diverge."""
-    factor, digits = SHOWN.get(section.measure, (1, 3))
-    values = factor * evidence.by_seed(results, section, row)
+    values, precision = evidence.by_seed(results, section, row), digits(section.measure)
     finite = values[np.isfinite(values)]
+    mean = f"{finite.mean():z.{precision}f}" if len(finite) else "-"
+    mean += f" ± {finite.std(ddof=1):.{precision}f}" if len(finite) > 1 else ""
     diverged = f", {len(values) - len(finite)} diverged" if len(finite) < len(values) else ""
-    return f"{mean(finite, digits)} ({plural(len(finite), 'seed')}{diverged})" if len(values) else "", finite
+    return f"{mean} ({plural(len(finite), 'seed')}{diverged})" if len(values) else "", finite
 
 
 def beside_the_paper(results: store.Results, section: Section) -> str:
     """The rows of a table or figure: the paper's value, ours, and the residual."""
-    digits, lines = SHOWN.get(section.measure, (1, 3))[1], []
+    precision, lines = digits(section.measure), []
     for row in section.rows:
-        paper, residual = row["value"], ""
-        ours, finite = reached(results, section, row)
-        if paper is not None and len(finite):
-            residual = f"{finite.mean() - paper:+z.{digits}f}"
-        shown = "-" if paper is None else f"{paper:z.{digits}f}"
-        shown += f" ± {row['spread']:.{digits}f}" if row.get("spread") is not None else ""
+        paper, (ours, finite) = row["value"], reached(results, section, row)
+        residual = f"{finite.mean() - paper:+z.{precision}f}" if paper is not None and len(finite) else ""
+        shown = "-" if paper is None else f"{paper:z.{precision}f}"
+        shown += f" ± {row['spread']:.{precision}f}" if row.get("spread") is not None else ""
         shown = f"about {paper:g}" if row.get("approximate") else shown
         lines.append((row["label"], row["column"], shown, ours, residual))
     return table(("", "", "paper", "ours", "residual"), lines, numbers=3)
 
 
 def by_rate(results: store.Results, section: Section) -> str:
-    """The rows of a study, with a column for every learning rate: a table for each optimizer."""
-    grouped: dict[str, dict[str, dict[float, str]]] = {}
+    """The rows of a study, with a column for every learning rate, if they name one: a table for each optimizer."""
+    optimizers: dict[str, dict[str, dict[float, str]]] = {}
     for row in section.rows:
-        where = row["where"]
-        lines = grouped.setdefault(where.get("optimizer", ""), {})
-        lines.setdefault(words(where, "optimizer"), {})[where["learning_rate"]] = reached(results, section, row)[0]
+        lines = optimizers.setdefault(row["where"].get("optimizer", ""), {})
+        line = lines.setdefault(words(row["where"], "optimizer"), {})
+        line[row["where"].get("learning_rate", 0.0)] = reached(results, section, row)[0]
     tables = []
-    for optimizer, lines in grouped.items():
-        rates = sorted({rate for cells in lines.values() for rate in cells})
-        head = (UNIT[section.measure] + (f", {optimizer}" if optimizer else ""), *(f"{rate:g}" for rate in rates))
-        found = {label: cells for label, cells in lines.items() if any(cells.values())}
-        rows = [(label, *(cells.get(rate, "") for rate in rates)) for label, cells in found.items()]
+    for optimizer, lines in optimizers.items():
+        rates = sorted({rate for line in lines.values() for rate in line})
+        measure = UNIT.get(section.measure, section.measure)
+        head = (f"{measure}, {optimizer}" if optimizer else measure, *(f"{rate:g}" if rate else "" for rate in rates))
+        rows = [(name, *map(line.get, rates, [""] * len(rates))) for name, line in lines.items() if any(line.values())]
         tables.append(table(head, rows, text=1, numbers=len(rates)))
     return "\n\n".join(tables)
 
 
-def one_by_one(results: store.Results, section: Section) -> str:
-    """What each row reached."""
-    label = lambda where: ", ".join(f"{key} {value}" for key, value in where.items())
-    rows = [(label(row["where"]), reached(results, section, row)[0]) for row in section.rows]
-    return table(("", UNIT.get(section.measure, section.measure)), rows, text=1, numbers=1)
-
-
 def our_delta(claim: Row, ours: evidence.Contrast) -> str:
     """Our Δ and its interval. Its ends keep their sign where they are rounded to zero: [-0.00, +0.82] holds zero."""
-    factor, digits = SHOWN.get(claim["measure"], (1, 3))
-    low, high = (f"{factor * x:+.{digits}f}" for x in (ours.low, ours.high))
-    text = f"{factor * ours.mean:+z.{digits}f}" if ours.n else ""
-    text += f" [{low}, {high}]" if ours.n > 1 else ""
+    precision = digits(claim["measure"])
+    text = f"{ours.mean:+z.{precision}f}" if ours.n else ""
+    text += f" [{ours.low:+.{precision}f}, {ours.high:+.{precision}f}]" if ours.n > 1 else ""
     return text + (f" ({ours.diverged} diverged)" if ours.diverged else "")
 
 
 def papers_delta(section: Section, claim: Row) -> str:
     """The Δ that the paper prints; in parentheses if it is a difference of printed values."""
-    digits, (value, is_printed) = SHOWN.get(claim["measure"], (1, 3))[1], evidence.printed(section, claim)
+    value, is_printed = evidence.printed(section, claim)
     if value is None:
         return "> 0" if claim["sign"] > 0 else "< 0"
-    return f"{value:+z.{digits}f}" if is_printed else f"({value:+z.{digits}f})"
+    text = f"{value:+z.{digits(claim['measure'])}f}"
+    return text if is_printed else f"({text})"
 
 
 def claims_beside_the_paper(results: store.Results, section: Section) -> str:
     """The claims of a table or figure, with the paper's Δ and ours."""
     rows = []
     for claim, ours, verdict in evidence.judge(results, section):
-        (value, _), factor, size = evidence.printed(section, claim), SHOWN.get(claim["measure"], (1, 3))[0], ""
-        tested = value is not None and ours.n >= evidence.MIN_SEEDS
-        if tested and not factor * ours.low <= value <= factor * ours.high:
-            size = ", larger" if claim["sign"] * (factor * ours.mean - value) > 0 else ", smaller"
+        value, _ = evidence.printed(section, claim)
+        if value is not None and ours.n >= evidence.MIN_SEEDS and not ours.low <= value <= ours.high:
+            verdict += ", larger" if claim["sign"] * (ours.mean - value) > 0 else ", smaller"
         deltas = papers_delta(section, claim), our_delta(claim, ours)
-        rows.append((claim["text"], claim["source"], *deltas, verdict + size))
+        rows.append((claim["text"], claim["source"], *deltas, verdict))
     return table(("claim", "where", "paper's Δ", "our Δ", "verdict"), rows, numbers=2)
 
 
 def claims_corrected(results: store.Results, section: Section) -> str:
     """The claims of a study, with p-values corrected for their number, and a sentence that counts them."""
     judged = evidence.judge(results, section)
-    p_values = evidence.holm([ours.p_value if ours.n >= evidence.MIN_SEEDS else np.nan for _, ours, _ in judged])
+    p_values = evidence.holm([ours.p_value for _, ours, _ in judged])
     rows = [
         (with_rates(results, section, claim), our_delta(claim, ours), verdict, "" if np.isnan(p) else f"{p:.2g}")
         for (claim, ours, verdict), p in zip(judged, p_values, strict=True)
     ]
-    names = [verdict for *_, verdict in judged]
-    holds = lambda name: sum(v == name and p < 0.05 for v, p in zip(names, p_values, strict=True))
-    tested = int(np.isfinite(p_values).sum())
+    verdicts, tested = [verdict for *_, verdict in judged], int(np.isfinite(p_values).sum())
+    holds = lambda name: sum(v == name and p < 0.05 for v, p in zip(verdicts, p_values, strict=True))
     return table(("claim", "our Δ", "verdict", "corrected p"), rows, text=1) + (
-        f"\n\nOf {plural(len(judged), 'claim')}, {tested} were tested: {names.count('confirmed')} confirmed and "
-        f"{names.count('contradicted')} contradicted; after the correction for {tested} claims, "
+        f"\n\nOf {plural(len(judged), 'claim')}, {tested} were tested: {verdicts.count('confirmed')} confirmed and "
+        f"{verdicts.count('contradicted')} contradicted; after the correction for {tested} claims, "
         f"{holds('confirmed')} and {holds('contradicted')}."
     )
 

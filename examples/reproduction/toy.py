@@ -71,8 +71,8 @@ def run() -> dict[str, Any]:
             weights, losses = descend(method, curvature, jnp.float32(rate))
             rates = jnp.asarray(rate * RATES, jnp.float32)
             _, swept = jax.vmap(functools.partial(descend, method, curvature))(rates)
-            by_rate = [(steps_to_tolerance(row), float(r)) for row, r in zip(np.asarray(swept), RATES, strict=True)]
-            best, best_rate = min((steps, r) for steps, r in by_rate if steps is not None)
+            steps = zip(map(steps_to_tolerance, np.asarray(swept)), RATES.tolist(), strict=True)
+            best, best_rate = min(pair for pair in steps if pair[0] is not None)
             methods[method] = {
                 "steps": steps_to_tolerance(np.asarray(losses)),
                 "best_steps": best,
@@ -80,14 +80,9 @@ def run() -> dict[str, Any]:
                 "trajectory": np.round(np.asarray(weights[: SHOWN + 1], np.float64), 5).tolist(),
             }
         bowls[name] = {"curvature": [h0, h1], "learning_rate": rate, "methods": methods}
-    return {
-        "utilization": UTILIZATION.tolist(),
-        "excitation": excitation_optax.zero_sum(jnp.asarray(UTILIZATION), 1.0).tolist(),
-        "start": list(START),
-        "tolerance": TOLERANCE,
-        "most_steps": STEPS,
-        "bowls": bowls,
-    }
+    excitation = excitation_optax.zero_sum(jnp.asarray(UTILIZATION), 1.0).tolist()
+    settings = {"utilization": UTILIZATION.tolist(), "excitation": excitation, "start": list(START)}
+    return settings | {"tolerance": TOLERANCE, "most_steps": STEPS, "bowls": bowls}
 
 
 def load(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -97,22 +92,15 @@ def load(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def markdown(outcome: dict[str, Any]) -> str:
     """A table of steps, and what was chosen."""
-    phi, rows = outcome["excitation"], []
+    rows = []
     for name, bowl in outcome["bowls"].items():
         curvature = ", ".join(f"{h:g}" for h in bowl["curvature"])
         for method, found in bowl["methods"].items():
             steps = "never" if found["steps"] is None else found["steps"]
-            rows.append(
-                f"| {name} | {curvature} | {method} | {steps} | {found['best_steps']} | {found['best_rate']:.3g} |"
-            )
-    return TEXT.read_text("utf-8").format(
-        utilization=outcome["utilization"],
-        phi=phi,
-        tolerance=outcome["tolerance"],
-        most_steps=outcome["most_steps"],
-        rows="\n".join(rows),
-        ratio=phi[0] / phi[1],
-    )
+            cells = name, curvature, method, steps, found["best_steps"], f"{found['best_rate']:.3g}"
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    ratio = outcome["excitation"][0] / outcome["excitation"][1]
+    return TEXT.read_text("utf-8").format(**outcome, rows="\n".join(rows), ratio=ratio)
 
 
 def draw(outcome: dict[str, Any], figure: Any) -> None:

@@ -24,24 +24,15 @@ import optax
 from flax import nnx
 
 from examples import datasets, logs, texts, train_gpt_moe, train_moe_vit, training
-from examples.reproduction import configs, stacks, store
+from examples.reproduction import configs, inputs, store
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import gpt_moe, moe, moe_vit
-
-# Called along the way with the epochs so far, such as 0.5, and a line about the run.
-Progress = Callable[[float, str], None]
 
 CHUNK = 20  # steps of a call of the compiled program
 EVALUATE_EVERY = 1000  # steps, and at the end of every epoch
 CHECKPOINT_SECONDS = 600
 EVALUATION_BATCH = 500  # images
-
-# The files of a text in its folder: the training text, and the one that is measured.
-TEXTS = {
-    "wikitext-103": ("wiki.train.tokens", "wiki.test.tokens"),
-    "wikitext-valid": ("wikitext-valid.txt", "wikitext-test.txt"),  # WikiText's two small splits
-}
 
 
 class Task(NamedTuple):
@@ -51,11 +42,9 @@ class Task(NamedTuple):
     examples: int
     unit: str  # what the examples are
     batch: Callable[..., Any]  # (number of the step, data, indices of examples [B]) -> a batch of `loss_fn`
-    graphdef: Any
     params: Any  # at the start; `train` donates them
-    loss_fn: Callable[..., Any]  # (graphdef, params, batch, weights of the routers' losses)
+    loss_fn: Callable[..., Any]  # (params, batch, weights of the routers' losses)
     measure: Callable[[Any], dict[str, Any]]  # of params, on held-out data
-    about: dict[str, Any]  # the data
 
 
 def vit(run: configs.ViTRun, data: datasets.ImageData) -> Task:
@@ -68,6 +57,7 @@ def vit(run: configs.ViTRun, data: datasets.ImageData) -> Task:
     config = train_moe_vit.model_config(run, **sizes, patch_size=run.patch_size)
     rgb = lambda images: jnp.broadcast_to(images, (*images.shape[:-1], 3))
     train_images, test_images = rgb(data.train_images[: run.subset]), rgb(data.test_images)
+    test_labels = jnp.asarray(data.test_labels)
     graphdef, params = nnx.split(moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)))
 
     def batch(number, train, indices):
@@ -88,31 +78,26 @@ def vit(run: configs.ViTRun, data: datasets.ImageData) -> Task:
             "routing": utilization["layers"]["stack"]["moe"]["experts"],
         }
 
-    test_labels = jnp.asarray(data.test_labels)
-
     def measure(params):
         batches = [slice(i, i + EVALUATION_BATCH) for i in range(0, len(test_labels), EVALUATION_BATCH)]
         parts = [jax.device_get(evaluate(params, test_images[batch], test_labels[batch])) for batch in batches]
         total: Any = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *parts)
-        per_layer = {
-            "entropy": total["entropy"] / len(test_labels),
-            "max_load": metrics.max_over_mean_load(total["routing"]),
-            "dead": metrics.dead_experts(total["routing"]),
+        return {
+            "accuracy": math.nan if total["broken"] else int(total["correct"]) / len(test_labels),
+            "entropy": np.asarray(total["entropy"] / len(test_labels)).tolist(),
+            "max_load": np.asarray(metrics.max_over_mean_load(total["routing"])).tolist(),
+            "dead": np.asarray(metrics.dead_experts(total["routing"])).tolist(),
         }
-        accuracy = math.nan if total["broken"] else int(total["correct"]) / len(test_labels)
-        return {"accuracy": accuracy} | {name: np.asarray(value).tolist() for name, value in per_layer.items()}
 
     # The key is data, so that all seeds are the same program. It is apart from the keys of random strategies.
     on_device = train_images, jnp.asarray(data.train_labels), jax.random.fold_in(jax.random.key(run.seed), 1)
-    loss_fn = functools.partial(train_moe_vit.loss_fn, flip=bool(run.flip))
-    about = stacks.about_images(data, run.dataset)
-    return Task(on_device, len(train_images), "training images", batch, graphdef, params, loss_fn, measure, about)
+    loss_fn = functools.partial(train_moe_vit.loss_fn, graphdef, flip=bool(run.flip))
+    return Task(on_device, len(train_images), "training images", batch, params, loss_fn, measure)
 
 
 def gpt(run: configs.GPTRun, text: texts.Text) -> Task:
     """A GPT-MoE, measured on the held-out text by the `perplexity` per token and the `bits_per_byte`."""
-    examples = (len(text.train) - 1) // run.context
-    examples = examples if run.subset is None else min(examples, run.subset)
+    sequences = (len(text.train) - 1) // run.context
     config = train_gpt_moe.model_config(run, text.vocab_size, dtype=run.dtype)
     graphdef, params = nnx.split(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)))
 
@@ -124,25 +109,9 @@ def gpt(run: configs.GPTRun, text: texts.Text) -> Task:
         found = train_gpt_moe.measure(graphdef, params, text, run.context, run.batch_size)
         return {name: found[name] for name in ("perplexity", "bits_per_byte")}
 
-    about, unit = {"data": run.dataset, "fingerprint": text.fingerprint}, f"sequences of {run.context} tokens"
-    loss_fn = train_gpt_moe.loss_fn
-    return Task(jnp.asarray(text.train), examples, unit, batch, graphdef, params, loss_fn, measure, about)
-
-
-def load_text(dataset: str, folder: pathlib.Path) -> texts.Text:
-    """Reads a text of `TEXTS` as GPT-2's tokens. It takes minutes for WikiText-103, so load it once for many runs.
-
-    Raises ValueError if there is no text of this name, and FileNotFoundError if the folder lacks a file of it.
-    """
-    if dataset not in TEXTS:
-        raise ValueError(f"The texts are {', '.join(TEXTS)}; got {dataset!r}.")
-    names = TEXTS[dataset]
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        read, lacks = " and ".join(names), " and ".join(missing)
-        raise FileNotFoundError(f"{dataset} is read from {read}; {folder} lacks {lacks}.")
-    parts = [(folder / name).read_bytes() for name in names]
-    train_tokens, evaluation_tokens = (texts.encode(part, "gpt2") for part in parts)
-    return texts.Text(train_tokens, evaluation_tokens, parts[1], texts.VOCAB_SIZE["gpt2"], dataset)
+    examples, unit = min(sequences, run.subset or sequences), f"sequences of {run.context} tokens"
+    loss_fn = functools.partial(train_gpt_moe.loss_fn, graphdef)
+    return Task(jnp.asarray(text.train), examples, unit, batch, params, loss_fn, measure)
 
 
 def make_optimizer(run: Any, steps: int) -> optax.GradientTransformationExtraArgs:
@@ -153,7 +122,7 @@ def make_optimizer(run: Any, steps: int) -> optax.GradientTransformationExtraArg
     return training.make_optimizer(optimizer, strategy=strategy, gamma=run.gamma, seed=run.seed)
 
 
-def train(run: Any, data: Any, progress: Progress | None = None, folder: pathlib.Path | None = None) -> store.Result:
+def train(run: Any, data: Any, progress: Any = None, folder: pathlib.Path | None = None) -> store.Result:
     """Trains a run in epochs over shuffled examples, measures along the way, and writes checkpoints.
 
     The result has the last measures, and curves of the training loss and all measures, means over the layers. Call
@@ -161,8 +130,8 @@ def train(run: Any, data: Any, progress: Progress | None = None, folder: pathlib
 
     Args:
       run: a `ViTRun` or a `GPTRun`.
-      data: the data set `run.dataset`, from `datasets.load_images` or `load_text`.
-      progress: is called after every chunk of steps.
+      data: the data set `run.dataset`, from `inputs.load`.
+      progress: is called after every chunk of steps with the epochs so far, such as 0.5, and a line about the run.
       folder: for the checkpoint of a long run. None writes none.
 
     Raises:
@@ -175,7 +144,7 @@ def train(run: Any, data: Any, progress: Progress | None = None, folder: pathlib
         raise ValueError(f"batch_size must be at most the {task.examples} {task.unit}; got {run.batch_size}.")
     tx = make_optimizer(run, run.epochs * steps_per_epoch)
     losses = {"load_balancing": run.load_balancing, "router_z": 0.0}
-    gradient = jax.grad(functools.partial(task.loss_fn, task.graphdef, **losses), has_aux=True)
+    gradient = jax.grad(functools.partial(task.loss_fn, **losses), has_aux=True)
     parameters = training.size_of(task.params)
     state = training.TrainState.create(task.params, tx)
     checkpoint = None if folder is None else folder / f"{run.key}.npz"
@@ -217,7 +186,7 @@ def train(run: Any, data: Any, progress: Progress | None = None, folder: pathlib
         if checkpoint is not None and reached < stops[-1] and time.monotonic() - saved >= CHECKPOINT_SECONDS:
             _save(checkpoint, state, (reached, curve, seconds + time.monotonic() - start))
             saved = time.monotonic()
-    about = store.environment() | {"date": store.now(), **task.about, "parameters": parameters}
+    about = store.environment() | {"date": store.now()} | inputs.about(run, data) | {"parameters": parameters}
     return store.Result(run, measures, curve, round(seconds + time.monotonic() - start, 2), about)
 
 

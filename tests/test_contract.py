@@ -44,10 +44,10 @@ def mean_losses(models, x, y):
 
 
 def train(*runs, dtype=jnp.float64, per_example=False, epochs=1):
-    """For each of several (tx, update): parameters after 20 steps an epoch, the mean loss before and after, and history.
+    """For each (tx, update): the parameters after 20 steps an epoch, the mean loss before and after, and the history.
 
-    `update` maps (updates of tx, utilization) to the updates that are applied. The history has both, with a leading axis
-    of steps. All runs are compiled as one program, which takes less time, as they have most of their code in common.
+    `update` maps (updates of tx, utilization) to the updates that are applied. The history has both, with a leading
+    axis of steps. All runs are one compiled program, since most of their code is the same.
     """
     params = small_moe.init(0, dtype)
     batches = tuple(jnp.tile(a, (epochs, 1, 1)) for a in small_moe.batches(dtype))

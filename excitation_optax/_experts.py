@@ -160,6 +160,7 @@ def _place(
     array = np.shape(tree.leaves[leaf])
     axes = tuple((axis,) for axis in range(len(sizes))) if spec is None else spec
     flat = [axis for group in axes for axis in group]
+    remedy = _REMEDY if pattern else f"Name the experts: utilization={{'path/of/experts': counts}}. {_REMEDY}"
     if len(axes) != len(sizes):
         layers_only = "" if expert is None else " With {expert} in the path, it names the layers' axes only."
         problem = (
@@ -167,16 +168,16 @@ def _place(
             f"{len(axes)}.{layers_only}"
         )
     elif any(not -len(array) <= axis < len(array) for axis in flat):
-        problem = f"an axis is out of range. {_REMEDY}"
+        problem = f"an axis is out of range. {remedy}"
     elif len({axis % len(array) for axis in flat}) != len(flat):
         problem = "expert_axis names one axis twice."
     elif (found := [math.prod(array[axis] for axis in group) for group in axes]) != sizes:
-        problem = f"these have {found} entries, not {sizes}. {_REMEDY}"
+        problem = f"these have {found} entries, not {sizes}. {remedy}"
     else:
         return _scaling.Placement(tuple(tuple(axis % len(array) for axis in group) for group in axes), expert)
     raise ValueError(
         f"The parameter {tree.nodes[leaf]} {list(array)} cannot be scaled by the utilization at "
-        f"{pattern or _paths.ROOT}, whose axes {sizes} run along its axes {show_axes(axes)}: {problem}"
+        f"{pattern or _paths.ROOT}, whose axes {sizes} run along the parameter's axes {show_axes(axes)}: {problem}"
     )
 
 

@@ -131,13 +131,17 @@ ROWS = {
     "router is covered by a prefix": Row(
         {"separate": U}, ["separate/expert_0/w [4]", "at separate,", "[4] entries", ENDS]
     ),
-    "whole model": Row(U, ["at (root)", "expert_axis", ENDS], updates={"a": jnp.ones((E, D)), "b": jnp.ones((D, E))}),
+    "whole model": Row(
+        U,
+        ["at (root)", "Name the experts", "expert_axis", ENDS],
+        updates={"a": jnp.ones((E, D)), "b": jnp.ones((D, E))},
+    ),
     "layer axis is second": Row(
         {"w": UV}, ["w [3, 2, 4]", "axes [2, 3]", "[3, 2] entries", "(1, 0)"], updates={"w": jnp.ones((E, L, D))}
     ),
     "counts of wrong E": Row({"moe": RoutingCounts(jnp.ones(4), jnp.ones(()))}, ["moe/bias [3, 5]", "axes [4]", ENDS]),
     "axis beyond the last": Row(
-        {"moe": U}, ["moe/bias [3, 5]", "along its axes [2]", "out of range"], {"expert_axis": 2}
+        {"moe": U}, ["moe/bias [3, 5]", "along the parameter's axes [2]", "out of range"], {"expert_axis": 2}
     ),
     "axis before the first": Row({"moe": U}, ["moe/bias [3, 5]", "[-3]", "out of range", ENDS], {"expert_axis": -3}),
     "scalar parameter": Row({"temperature": U}, ["temperature []", "at temperature,", "out of range", ENDS]),
@@ -194,7 +198,9 @@ ROWS = {
         {"expert_axis": {"moe": {"bias": {"w": 0}}}},
     ),
     "one axis over several that do not fit": Row(
-        {"moe/kernel": U}, ["run along its axes [(0, 1)]", "[12] entries, not [3]"], {"expert_axis": ((0, 1),)}
+        {"moe/kernel": U},
+        ["run along the parameter's axes [(0, 1)]", "[12] entries, not [3]"],
+        {"expert_axis": ((0, 1),)},
     ),
     "callable that returns a string": Row({"moe": U}, [TYPES, "'last'"], {"expert_axis": lambda tree: {"moe": "last"}}),
     # Leaves of utilization.

@@ -29,8 +29,9 @@ class GPTMoEConfig:
     num_heads: int = 8
     context: int = 128  # the longest sequence
     vocab_size: int = 50257  # V; the size of GPT-2's vocabulary
-    scan_layers: bool = True  # see `models.transformer.Layers`, also for remat
+    scan_layers: bool = True  # see `models.transformer.Layers`, also for remat and residual
     remat: bool = False
+    residual: bool = True
 
     def __post_init__(self):
         checks.check_sizes(self, "num_layers", "num_heads", "context", "vocab_size")
@@ -74,6 +75,7 @@ class GPTMoE(nnx.Module):
             num_layers=config.num_layers,
             num_heads=config.num_heads,
             causal=True,
+            residual=config.residual,
             scan_layers=config.scan_layers,
             remat=config.remat,
             rngs=rngs,

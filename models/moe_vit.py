@@ -32,8 +32,9 @@ class MoEViTConfig:
     image_size: int = 32  # pixels of height and of width
     patch_size: int = 4  # pixels
     num_classes: int = 10  # C
-    scan_layers: bool = True  # see `models.transformer.Layers`, also for remat
+    scan_layers: bool = True  # see `models.transformer.Layers`, also for remat and residual
     remat: bool = False
+    residual: bool = True
 
     def __post_init__(self):
         checks.check_sizes(self, "num_layers", "num_heads", "image_size", "patch_size", "num_classes")
@@ -85,6 +86,7 @@ class MoEViT(nnx.Module):
             num_layers=config.num_layers,
             num_heads=config.num_heads,
             causal=False,
+            residual=config.residual,
             scan_layers=config.scan_layers,
             remat=config.remat,
             rngs=rngs,

@@ -109,6 +109,8 @@ class Layer(nnx.Module):
     .. math::
       h = x + \mathrm{attention}(\mathrm{norm}(x)), \qquad y = h + \mathrm{MoE}(\mathrm{norm}(h))
 
+    With `residual=False`, for experiments, x and h are not added.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
@@ -120,7 +122,8 @@ class Layer(nnx.Module):
       (2, 5, 16)
     """
 
-    def __init__(self, config: moe.MoEConfig, *, num_heads: int, causal: bool, rngs: nnx.Rngs):
+    def __init__(self, config: moe.MoEConfig, *, num_heads: int, causal: bool, residual: bool = True, rngs: nnx.Rngs):
+        self.residual = residual
         self.norm_attention = LayerNorm(config.d_model, rngs=rngs)
         self.attention = Attention(config.d_model, num_heads=num_heads, causal=causal, dtype=config.dtype, rngs=rngs)
         self.norm_moe = LayerNorm(config.d_model, rngs=rngs)
@@ -136,8 +139,9 @@ class Layer(nnx.Module):
         """Applies the layer to x `[B, S, D]`, as `Attention` is applied. `key` is for the router's jitter."""
         x = checks.check_array(x, "Layer: x", "floats", ("B", "S", self.moe.config.d_model))
         y, cache = self.attention(self.norm_attention(x), where, cache)
-        x += y
-        return x + self.moe(self.norm_moe(x), where, key=key), cache
+        h = x + y if self.residual else y
+        y = self.moe(self.norm_moe(h), where, key=key)
+        return h + y if self.residual else y, cache
 
 
 class Layers(nnx.Module):
@@ -152,6 +156,7 @@ class Layers(nnx.Module):
       num_layers: L.
       num_heads: H.
       causal: whether a position attends only to itself and to earlier ones.
+      residual: see `Layer`.
       scan_layers: stack and scan the layers; otherwise they are a list.
       remat: compute each layer again in the backward pass, which saves memory and takes time.
       rngs: the generator of the initial parameters.
@@ -174,13 +179,14 @@ class Layers(nnx.Module):
         num_layers: int,
         num_heads: int,
         causal: bool,
+        residual: bool = True,
         scan_layers: bool = True,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
         self.num_layers, self.remat = num_layers, remat
         self.deterministic = False  # model.eval() sets it
-        make = lambda rngs: Layer(config, num_heads=num_heads, causal=causal, rngs=rngs)
+        make = lambda rngs: Layer(config, num_heads=num_heads, causal=causal, residual=residual, rngs=rngs)
         stack = nnx.split_rngs(splits=num_layers)(nnx.vmap(make, in_axes=0, out_axes=0))
         self.stack = stack(rngs) if scan_layers else None
         self.list = None if scan_layers else nnx.List([make(rngs) for _ in range(num_layers)])

@@ -14,7 +14,7 @@ from flax import nnx
 
 import excitation_optax
 from excitation_optax import flax as excitation_flax
-from models import gpt_moe, moe, router
+from models import gpt_moe, moe, router, transformer
 
 TOKENS = jax.random.randint(jax.random.key(0), (3, 10), 0, 11)
 
@@ -374,3 +374,17 @@ def test_bad_masks(where):
 def test_bad_arguments_of_generate(kwargs, message):
     with pytest.raises(ValueError, match=message):
         gpt_moe.generate(make(), **{"prompt": TOKENS[:, :4], "num_tokens": 3} | kwargs)
+
+
+def test_without_residual_connections_a_layer_is_its_parts_one_after_the_other():
+    config = moe.MoEConfig(d_model=8, d_ff=4, num_experts=4, experts_per_token=2)
+    layer = transformer.Layer(config, num_heads=2, causal=True, residual=False, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 8))
+    attended, _ = layer.attention(layer.norm_attention(x))
+    np.testing.assert_array_equal(layer(x)[0], layer.moe(layer.norm_moe(attended)))
+    model = gpt_moe.GPTMoE(
+        gpt_moe.GPTMoEConfig(moe=config, num_layers=2, num_heads=2, context=4, vocab_size=5, residual=False),
+        rngs=nnx.Rngs(0),
+    )
+    assert model.layers.stack is not None
+    assert not model.layers.stack.residual

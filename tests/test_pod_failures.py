@@ -28,7 +28,7 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def start(folder, compiled, *flags, devices=2, **kwargs):
+def start(folder, compiled, *flags, devices=2):
     """A training process, whose log and checkpoints are in the folder."""
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -39,7 +39,7 @@ def start(folder, compiled, *flags, devices=2, **kwargs):
     command = [sys.executable, "-m", "examples.pod.train", *FLAGS.split(), *flags]
     command += ["--log", str(folder / "log.jsonl"), "--checkpoints", str(folder / "checkpoints")]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **kwargs
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
@@ -160,8 +160,9 @@ def test_a_full_disk(compiled, left_alone, tmp_path):
     job.send_signal(signal.SIGTERM)
     finish(job)
     before = result(tmp_path)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
-    codes, output = finish(start(tmp_path, compiled, "--log-every", "1000", preexec_fn=limit))
+    job = start(tmp_path, compiled, "--log-every", "1000")
+    resource.prlimit(job.pid, resource.RLIMIT_FSIZE, (1024, 1024))  # long before the first file is written
+    codes, output = finish(job)
     assert went_on_from(output) == before[0]
     assert codes == [1], output
     assert "File too large" in output.splitlines()[-1], output  # after a traceback of Orbax's thread

@@ -168,7 +168,7 @@ class MiniRun(TransformerRun):
     An epoch is 100 batches of random examples. Warm-up over the first 5 % of the steps, then cosine decay to zero.
     """
 
-    added: ClassVar[tuple[str, ...]] = ("router_bias",)
+    added: ClassVar[tuple[str, ...]] = ("router_bias", "residual")
 
     num_experts: int = 16
     d_ff: int = 128
@@ -181,6 +181,7 @@ class MiniRun(TransformerRun):
     expert_rate: float = 1.0  # a static factor on the updates of the experts
     component: Component = "both"
     router_bias: float = 0.0  # the rate of `models.router.update_router_bias`; 0: routers have no selection bias
+    residual: bool = True  # attention and MoE are added to their input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

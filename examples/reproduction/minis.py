@@ -44,7 +44,7 @@ class Program(stacks.Program):
     measure: ClassVar[str]  # what is evaluated on the test data, and on held-out training data as `validation`
     evaluation_batch: ClassVar[int]
     model: ClassVar[Callable[..., nnx.Module]]
-    config: Any  # of the model, as it is without a selection bias
+    config: Any  # of the model, as it is with residual connections and without a selection bias
     draws: Any  # of data: how many numbers name examples
 
     @classmethod
@@ -54,10 +54,11 @@ class Program(stacks.Program):
         return max_runs or (16 if jax.default_backend() == "cpu" else 64), 1
 
     def make_model(self, seed: Any) -> nnx.Module:
-        """The model, with a selection bias if the runs have one."""
+        """The model, with a selection bias and without residual connections if the runs say so."""
         config = self.config()
         layer = dataclasses.replace(config.moe, selection_bias=self.shared.router_bias > 0)
-        return self.model(dataclasses.replace(config, moe=layer), rngs=nnx.Rngs(jax.random.key(seed)))
+        config = dataclasses.replace(config, moe=layer, residual=self.shared.residual)
+        return self.model(config, rngs=nnx.Rngs(jax.random.key(seed)))
 
     def make_optimizer(self, member: Member, seed: Any) -> optax.GradientTransformationExtraArgs:
         """AdamW with its schedule, then Excitation, then the static factor on the experts' updates."""

@@ -211,6 +211,17 @@ def _mini_unbalanced() -> Section:
     return ours("mini_unbalanced", product(sizes, (UNBALANCED, BALANCED), rates(1e-3, 3e-3, 1e-2), variants), claims)
 
 
+def _mini_plain() -> Section:
+    depths = (4, 8)
+    claims = [
+        claim
+        for d in depths
+        for claim in both_beat(at_best, f"{d} layers: {{}} beats the baseline", "loss", num_layers=d)
+    ]
+    wheres = product(grid(num_layers=depths), rates(1e-3, 3e-3, 1e-2), (BASELINE, *TWO))
+    return ours("mini_plain", wheres, claims)
+
+
 def _mini_table2() -> Section:
     pairs = [(4, 2), (8, 2), (8, 4), *((n, k) for n in (16, 32, 64) for k in (2, 4, 8))]
     sizes = tuple({"num_experts": n, "experts_per_token": k} for n, k in pairs)
@@ -274,6 +285,7 @@ STUDIES = (
     _mini_bias(),
     _mini_vit(),
     _mini_unbalanced(),
+    _mini_plain(),
     _mini_table2(),
 )
 

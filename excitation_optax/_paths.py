@@ -158,8 +158,8 @@ def join(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, A
         path = "/".join(filter(None, names))
         if path in leaves:
             raise ValueError(
-                f"Two leaves have the same path {path or ROOT}. Use different paths for all: names must differ by more "
-                "than their type, or where slashes stand."
+                f"Two leaves have the same path {path or ROOT}: `/` and nested dicts mean the same, and so do the keys "
+                '1 and "1". Rename one of them.'
             )
         leaves[path] = leaf
     return leaves
@@ -177,9 +177,12 @@ def _split(pattern: str) -> list[str]:
 
 
 def _similar(name: str, names: Iterable[str]) -> list[str]:
-    """Names of similar spelling, the closest first, whatever their case."""
-    folded = {other.lower(): other for other in names}
-    return [folded[other] for other in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.4)]
+    """Names of similar spelling, whatever their case, the closest first."""
+    folded: dict[str, list[str]] = {}
+    for other in sorted(names, key=lambda other: other != name):
+        folded.setdefault(other.lower(), []).append(other)
+    close = difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.4)
+    return [other for lower in close for other in folded[lower]]
 
 
 @functools.cache
@@ -192,7 +195,7 @@ def _compile(name: str) -> re.Pattern[str]:
         )
     stem = name.removesuffix("_" + EXPERT)
     if stem != name and not set(stem) & set("*?"):  # `linear_{expert}` also matches `linear`
-        return re.compile(f"{_expression(stem)}(?:_{_expression(EXPERT)})?", re.DOTALL)
+        return re.compile(f"{_expression(name)}|{_expression(stem)}", re.DOTALL)
     return re.compile(_expression(name), re.DOTALL)
 
 

@@ -77,6 +77,9 @@ ROWS = {
     "wrong case": Row({"MoE": U}, ["path MoE matches no parameter", "At the top level are: blocks, moe, router"]),
     "nothing alike": Row({"##": U}, ["path ## matches no parameter", "blocks, moe, router, separate"]),
     "path with a root of its own": Row({"params": {"moe": U}}, ["params/moe", " moe,", "root of the tree"]),
+    "names that differ by their case": Row(
+        {"x/Expert": U}, ["Nearest: moe/Expert, moe/expert"], updates={"moe": {"Expert": U, "expert": U}}
+    ),
     "below a leaf": Row({"moe": {"kernel": {"w": U}}}, ["path moe/kernel/w matches", "Nearest: moe/kernel"]),
     "at None": Row({"none": U}, ["utilization path none matches no parameter", "At the top level"]),
     "below None": Row({"none": {"w": U}}, ["utilization path none/w matches no parameter", "At the top level"]),
@@ -87,7 +90,7 @@ ROWS = {
         {"a": U}, ["the same path a/0"], updates={"a": collections.OrderedDict([(0, jnp.ones(E)), ("0", jnp.ones(E))])}
     ),
     "names that differ by slashes": Row(
-        {"a": U}, ["the same path a/b/c", "where slashes stand"], updates={"a": {"b/c": U}, "a/b": {"c": U}}
+        {"a": U}, ["the same path a/b/c", "Rename one"], updates={"a": {"b/c": U}, "a/b": {"c": U}}
     ),
     "utilization below utilization": Row(
         {"moe": U, "moe/kernel": U}, ["paths moe and moe/kernel both cover moe/kernel", "covered once"]

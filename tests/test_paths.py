@@ -69,6 +69,9 @@ def test_find(pattern, nodes):
         ("e{expert}", "e13x", None),
         ("e1{expert}", "e13", None),  # a whole run of digits
         ("{up,down}_{expert}", "down_3", "3"),
+        ("{x_1,x}_{expert}", "x_1", "1"),  # in braces too, a number in the name is the expert's
+        ("{x_10,x}_{expert}", "x_10", "10"),
+        ("{x_1,x}_{expert}", "x_1_2", "2"),
         ("linear_{expert}", "linear", "0"),  # the first of Haiku's modules has no number
         ("*_{expert}", "linear", None),
         ("linear{expert}", "linear", None),

@@ -145,7 +145,7 @@ def test_every_dtype_of_numpy_and_jax(dtype):
     [
         ({}, r"The utilization must have at least one layer, .* got \{\}"),
         ({"a": None}, "at least one layer"),
-        ({"a/b": EVEN, "a": {"b": EVEN}}, "different paths for all"),
+        ({"a/b": EVEN, "a": {"b": EVEN}}, "the same path"),
         ({"a": 0.5}, r"The utilization at a must be an array \[\.\.\., E\], or RoutingCounts .*; got 0.5"),
         ({"a": {"b": [0.5, 0.5]}}, "The utilization at a/b/0 must be an array"),
         (jnp.zeros((3, 0)), r"The utilization at \(root\) must be .* with at least one expert"),

@@ -30,7 +30,7 @@ copyright = author
 version = release = excitation_optax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-extensions += ["sphinx_copybutton", "sphinx_design", "sphinxext.opengraph"]
+extensions += ["sphinx.ext.intersphinx", "sphinx_copybutton", "sphinx_design", "sphinxext.opengraph"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # Names of other projects and private names have no page here.
@@ -40,7 +40,6 @@ nitpick_ignore_regex = [
 ]
 
 # Links to other projects' pages need their inventories, so only a build with a network has them: ONLINE=1 make site.
-extensions += ["sphinx.ext.intersphinx"]
 if os.environ.get("ONLINE"):
     intersphinx_mapping = {
         "python": ("https://docs.python.org/3", None),

@@ -54,6 +54,7 @@ class Tree:
         is_end = lambda x: x is None or isinstance(x, optax.MaskedNode)
         leaf_of = join(tree, is_leaf=is_end)
         self.leaves = list(leaf_of.values())
+        self._is_parameter = [is_parameter(leaf) for leaf in self.leaves]
         self.treedef = jax.tree.structure(tree, is_leaf=is_end)
         self.nodes: list[Node] = []
         self.root = Node((), leaves=list(range(len(leaf_of))))
@@ -73,7 +74,7 @@ class Tree:
 
     def parameters_of(self, node: Node) -> list[int]:
         """The positions of the leaves at or below a node that can be scaled."""
-        return [leaf for leaf in node.leaves if is_parameter(self.leaves[leaf])]
+        return [leaf for leaf in node.leaves if self._is_parameter[leaf]]
 
     def find(self, pattern: str) -> list[Match]:
         """The highest nodes that a pattern matches, in the order of the tree, and the ends above possible matches."""

@@ -63,13 +63,13 @@ def as_array(what: str, x: Any, kind: str = "numbers", axes: str = "[...]", hint
     raise ValueError(f"{what} must be an array of {kind} {axes}; got {show_value(x)}.{hint}")
 
 
-def static_int(what: str, x: Any, at_least: int = 1) -> int:
+def static_int(what: str, x: Any) -> int:
     """Checks a number that sets a shape, so that it must be known while JAX traces."""
     number = None
     with contextlib.suppress(TypeError):  # a traced value raises this too
         number = None if isinstance(x, (bool, np.bool_)) else operator.index(x)
-    if number is None or number < at_least:
-        raise ValueError(f"{what} must be an integer, not traced, and at least {at_least}; got {show_value(x)}.")
+    if number is None or number < 1:
+        raise ValueError(f"{what} must be an integer, not traced, and at least 1; got {show_value(x)}.")
     return number
 
 

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
-from excitation_optax import _arrays, _paths, _routing, _scaling
+from excitation_optax import _arrays, _paths, _routing
 
-Shape = tuple[int, ...]
-Axes = tuple[tuple[int, ...], ...]  # for each axis of the utilization, the axes of the array that it is spread over
+# For each axis of the utilization, the experts' last: the axes of the array that it is spread over, the first of them
+# counting most.
+Axes = tuple[tuple[int, ...], ...]
 
 _REMEDY = (
     "Count as many experts as there are; let the path end where there are experts only; or set expert_axis (-1 for the "
@@ -26,10 +27,17 @@ _REMEDY = (
 )
 
 
+class Placement(NamedTuple):
+    """Where the axes of the utilization lie in one array."""
+
+    axes: Axes  # of the layers only if one expert owns the whole array
+    expert: int | None = None  # that owns it
+
+
 class Layer(NamedTuple):
     """The arrays that one utilization entry covers."""
 
-    placements: dict[int, _scaling.Placement]  # by their positions in the tree's leaves
+    placements: dict[int, Placement]  # by their positions in the tree's leaves
     nodes: tuple[str, ...]  # that its pattern matches
 
 
@@ -73,20 +81,17 @@ def specs(expert_axis: Any) -> dict[str, Axes | None]:
     """The specs of an `expert_axis` by their patterns, each with a tuple for each axis of the utilization."""
     given = dict(expert_axis) if isinstance(expert_axis, Mapping) else {"": expert_axis}
     joined = _paths.join(given, is_leaf=lambda x: not isinstance(x, Mapping))
-    return {path: _normalized(f"expert_axis at {path}" if path else "expert_axis", joined[path]) for path in joined}
+    return {path: None if spec is None else _normalized(path, spec) for path, spec in joined.items()}
 
 
-def _normalized(what: str, spec: Any) -> Axes | None:
-    if spec is None:
-        return None
-    elements = spec if isinstance(spec, tuple) else (spec,)
-    groups = [element if isinstance(element, tuple) else (element,) for element in elements]
-    is_int = lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool)
-    if not all(group and all(map(is_int, group)) for group in groups):
+def _normalized(path: str, spec: Any) -> Axes:
+    groups = [g if isinstance(g, tuple) else (g,) for g in (spec if isinstance(spec, tuple) else (spec,))]
+    axes = [axis for group in groups for axis in group]
+    if not all(groups) or not all(isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in axes):
         raise ValueError(
-            f"{what} must be an int, a tuple with an element for each axis of the utilization, experts last, or a "
-            f"mapping from path patterns to these; got {_arrays.show_value(spec)}. (Under optax.inject_hyperparams, "
-            "name expert_axis in static_args.)"
+            f"expert_axis{' at ' if path else ''}{path} must be an int, a tuple with an element for each axis of the "
+            f"utilization, experts last, or a mapping from path patterns to these; got {_arrays.show_value(spec)}. "
+            "(Under optax.inject_hyperparams, name expert_axis in static_args.)"
         )
     return tuple(tuple(map(int, group)) for group in groups)
 
@@ -134,7 +139,7 @@ def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
                     )
 
 
-def _number_experts(pattern: str, matches: list[_paths.Match], shape: Shape) -> dict[str | None, int]:
+def _number_experts(pattern: str, matches: list[_paths.Match], shape: tuple[int, ...]) -> dict[str | None, int]:
     """From the digits in the names of experts to their positions on the axis of experts."""
     written = sorted({match.digits for match in matches if match.digits is not None}, key=int)
     for first, second in itertools.pairwise(written):
@@ -152,9 +157,7 @@ def _number_experts(pattern: str, matches: list[_paths.Match], shape: Shape) -> 
     return {text: position for position, text in enumerate(written)}
 
 
-def _place(
-    tree: _paths.Tree, leaf: int, pattern: str, shape: Shape, spec: Axes | None, expert: int | None
-) -> _scaling.Placement:
+def _place(tree: _paths.Tree, leaf: int, pattern: str, shape: Any, spec: Any, expert: int | None) -> Placement:
     """Where the axes of a utilization of this shape lie in one array."""
     sizes = list(shape if expert is None else shape[:-1])
     array = np.shape(tree.leaves[leaf])
@@ -174,7 +177,7 @@ def _place(
     elif (found := [math.prod(array[axis] for axis in group) for group in axes]) != sizes:
         problem = f"these have {found} entries, not {sizes}. {remedy}"
     else:
-        return _scaling.Placement(tuple(tuple(axis % len(array) for axis in group) for group in axes), expert)
+        return Placement(tuple(tuple(axis % len(array) for axis in group) for group in axes), expert)
     raise ValueError(
         f"The parameter {tree.nodes[leaf]} {list(array)} cannot be scaled by the utilization at "
         f"{pattern or _paths.ROOT}, whose axes {sizes} run along the parameter's axes {show_axes(axes)}: {problem}"

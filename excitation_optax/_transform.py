@@ -1,14 +1,24 @@
-"""The gradient transformation: each expert's update times its excitation."""
+"""The gradient transformation, each expert's update times its excitation, and the arithmetic of one layer.
 
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+A layer is what one utilization entry covers: one array for all experts, several, or a set of arrays per expert. A stack
+of layers has leading axes; each of its layers is scaled by itself.
+
+Axis letters: E experts, L layers.
+"""
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from excitation_optax import _arrays, _experts, _paths, _routing, _scaling, _strategies
+from excitation_optax import _arrays, _experts, _paths, _routing, _strategies
+
+Component = Literal["both", "direction", "norm"]
+Placements = tuple[_experts.Placement, ...]
 
 
 @_arrays.exportable
@@ -23,7 +33,7 @@ def scale_by_excitation(
     gamma: optax.ScalarOrSchedule = 1.0,
     *,
     expert_axis: Any = None,
-    component: _scaling.Component = "both",
+    component: Component = "both",
     axis_name: Hashable | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -79,8 +89,8 @@ def scale_by_excitation(
     counts_steps = is_random or callable(gamma)
     if not callable(gamma):
         _check_gamma(gamma)
-    if component not in _scaling.COMPONENTS:
-        raise ValueError(f"component must be one of {', '.join(_scaling.COMPONENTS)}; got {component!r}.")
+    if component not in get_args(Component):
+        raise ValueError(f"component must be one of {', '.join(get_args(Component))}; got {component!r}.")
     if not callable(expert_axis):
         _experts.specs(expert_axis)  # raises if it is malformed
     if not _arrays.is_scalar(seed, jnp.integer) or (isinstance(seed, int) and not -(2**63) <= seed < 2**63):
@@ -105,7 +115,7 @@ def scale_by_excitation(
             phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
             arrays = [jnp.asarray(tree.leaves[leaf]) for leaf in layer.placements]
             placements = tuple(layer.placements.values())
-            scaled = _scaling.scale_layer(phi, arrays, placements, component) if arrays else []
+            scaled = scale_layer(phi, arrays, placements, component) if arrays else []
             for leaf, update in zip(layer.placements, scaled, strict=True):
                 tree.leaves[leaf] = update
         if counts_steps:
@@ -145,14 +155,14 @@ def excitation(
 
 def _excite(path: str, leaf: Any, strategy: _strategies.Strategy, gamma: Any, key: Any) -> jax.Array:
     """Phi of one layer, or stack of layers, in float32 or wider."""
-    u = _scaling.replicated(_routing.fractions(leaf))
+    u = replicated(_routing.fractions(leaf))
     phi = strategy(u, gamma) if key is None else strategy(u, gamma, key=key)
     if np.shape(phi) != u.shape:
         raise ValueError(
             f"The strategy {_strategies.name(strategy)} turned the utilization at {path or _paths.ROOT} from "
             f"{list(u.shape)} into {_arrays.show_value(phi)}. It must return the excitation of every expert."
         )
-    return _scaling.replicated(_arrays.float32_or_wider(phi))
+    return replicated(_arrays.float32_or_wider(phi))
 
 
 def _check_gamma(gamma: Any) -> None:
@@ -170,3 +180,84 @@ def _check_state(state: Any, counts_steps: bool) -> None:
             "add Excitation to a saved run, restore the old state with the old optimizer, then pass "
             "(old_state, excitation.init(params)) to optax.chain(old_optimizer, excitation)."
         )
+
+
+# jit gives one trace per kind of layer: 48 equal layers of 384 arrays are traced once.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def scale_layer(
+    phi: jax.Array, updates: Sequence[jax.Array], placements: Placements, component: Component
+) -> list[jax.Array]:
+    """Scales the updates of a layer by phi `[..., E]`, by phi / r, or by r, the ratio of norms; dtypes are kept."""
+    if component == "both":
+        factor = phi
+    else:
+        ratio = _norm_ratio(phi, updates, placements)
+        direction = _arrays.divide(phi.astype(ratio.dtype), ratio)
+        factor = direction if component == "direction" else jnp.broadcast_to(ratio, phi.shape)
+
+    def scale(update: jax.Array, place: _experts.Placement) -> jax.Array:
+        wide = np.promote_types(factor.dtype, update.dtype)
+        return (_expand(factor, update, place).astype(wide) * update.astype(wide)).astype(update.dtype)
+
+    return [scale(update, place) for update, place in zip(updates, placements, strict=True)]
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Replicates x on a mesh; otherwise XLA shards it like the experts, and sums over them need an all-reduce."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return x
+    replicate = jax.sharding.reshard if mesh.explicit_axes else jax.lax.with_sharding_constraint
+    return replicate(x, jax.sharding.PartitionSpec())
+
+
+def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: Placements) -> jax.Array:
+    """The ratio r of the norm of phi times the update to the norm of the update, `[..., 1]`; 1 where that is 0.
+
+    With each expert's sum of squares s, r ** 2 = sum(phi ** 2 * s) / sum(s). The largest entries are divided out first,
+    since float32 squares overflow above 1e19 and vanish below 1e-23.
+    """
+    wide = functools.reduce(np.promote_types, [jnp.abs(update).dtype for update in updates], phi.dtype)
+    absolute = [jnp.abs(update).astype(wide) for update in updates]
+    largest = _per_expert(jnp.maximum, absolute, placements, phi.shape)
+    divisor = jnp.where(largest == 0, 1, largest)
+    squares = [(a / _expand(divisor, a, p)) ** 2 for a, p in zip(absolute, placements, strict=True)]
+    sums = _per_expert(jnp.add, squares, placements, phi.shape)
+    # Both cross the devices at once, and only here.
+    largest, sums = replicated(jnp.stack([largest, sums]))
+
+    phi = phi.astype(sums.dtype)
+    largest_phi = jnp.max(jnp.abs(phi), axis=-1, keepdims=True)
+    relative_phi = _arrays.divide(phi, largest_phi)
+    relative = sums * _arrays.divide(largest, jnp.max(largest, axis=-1, keepdims=True)) ** 2
+    before = jnp.sum(relative, axis=-1, keepdims=True)
+    after = jnp.sum(relative_phi**2 * relative, axis=-1, keepdims=True)
+    return jnp.where(before == 0, 1, largest_phi * jnp.sqrt(_arrays.divide(after, before)))
+
+
+def _per_expert(op: Any, arrays: Sequence[jax.Array], placements: Placements, shape: tuple[int, ...]) -> jax.Array:
+    """Reduces arrays by `op`, add or maximum, to one number per expert, `[..., E]`; 0 for one without arrays."""
+
+    def reduced(array: jax.Array, place: _experts.Placement) -> jax.Array:
+        axes = [axis for group in place.axes for axis in group]
+        kept = op.reduce(array, axis=tuple(axis for axis in range(array.ndim) if axis not in axes))
+        kept = jnp.transpose(kept, np.argsort(np.argsort(axes)).tolist())
+        if len(axes) == len(place.axes):
+            return kept
+        return replicated(kept).reshape(shape if place.expert is None else shape[:-1])
+
+    def total(expert: int | None) -> jax.Array:
+        parts = [reduced(array, p) for array, p in zip(arrays, placements, strict=True) if p.expert == expert]
+        return functools.reduce(op, parts) if parts else jnp.zeros(shape[:-1], arrays[0].dtype)
+
+    apart = placements[0].expert is not None  # a set of arrays for each expert
+    return jnp.stack([total(expert) for expert in range(shape[-1])], axis=-1) if apart else total(None)
+
+
+def _expand(x: jax.Array, array: jax.Array, place: _experts.Placement) -> jax.Array:
+    """Reshapes x `[..., E]`, one number per expert, so that it broadcasts against the array."""
+    if place.expert is not None:
+        x = x[..., place.expert]
+    axes = [axis for group in place.axes for axis in group]
+    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), np.argsort(axes).tolist())
+    return jnp.expand_dims(x, [axis for axis in range(array.ndim) if axis not in axes])

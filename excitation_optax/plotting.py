@@ -1,4 +1,4 @@
-"""Draws routing and strategies at the width of a paper's column, in colors that color-blind readers can tell apart.
+"""Draws routing at the width of a paper's column, in colors that color-blind readers can tell apart.
 
 A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. A
 `ValueError` says which form an argument must have. Use the style when you draw and when you save, so that the text of
@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from excitation_optax import _arrays, _routing, _strategies, telemetry
+from excitation_optax import _arrays, _routing, telemetry
 
-__all__ = ["COLORS", "STYLE", "load_heat_map", "load_over_time", "strategy_curves"]
+__all__ = ["COLORS", "STYLE", "load_heat_map", "load_over_time"]
 
 # The width of a paper's column, in inches. Text in PDF and SVG can be searched and edited.
 STYLE = {"figure.figsize": (3.3, 2.2), "figure.dpi": 200, "pdf.fonttype": 42, "svg.fonttype": "none"}
@@ -96,39 +96,6 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
     ax.set_yticks([(ends[n] + ends[n + 1] - 1) / 2 for n in shown], list(map(str, shown)))
     ax.locator_params(axis="x", integer=True, nbins=5, min_n_ticks=1)
     ax.set(xlabel="step", ylabel="layer (rows: experts" + (", by load)" if max(sizes) > limit else ")"))
-    return ax
-
-
-def strategy_curves(strategies: Any, gamma: float = 1.0, *, num_experts: int = 8, ax: Any = None) -> Any:
-    """Draws Phi of one of E experts over its utilization, if the others share the rest, and returns the Axes.
-
-    The dotted lines cross at the utilization 1/E, where every strategy is 1.
-
-    Args:
-      strategies: one or several callables `(utilization [..., E], gamma) -> excitation [..., E]`, not random.
-      gamma: the intensity.
-      num_experts: E, at least 2.
-      ax: the Axes to draw into, or None.
-
-    Example:
-      >>> ax = plotting.strategy_curves([excitation_optax.zero_sum, excitation_optax.positive_sum], num_experts=4)
-      >>> float(ax.lines[0].get_ydata()[-1])  # all tokens to one of four experts
-      4.0
-    """
-    others = _arrays.static_int("strategy_curves: num_experts", num_experts, at_least=2) - 1
-    share = np.linspace(0, 1, 201, dtype=np.float32)[:, None]
-    u = np.concatenate([share, np.repeat((1 - share) / others, others, axis=1)], axis=1)
-    ax = ax or _new_axes()
-    for number, strategy in enumerate([strategies] if callable(strategies) else strategies):
-        name = _strategies.name(strategy)
-        if _strategies.is_random(strategy):
-            raise ValueError(f"strategy_curves: {name} is random, so it is no function of an expert's utilization.")
-        (line,) = ax.plot(share, np.asarray(strategy(u, gamma))[:, 0], label=name, color=COLORS.get(name, "black"))
-        line.set_linestyle(["-", "--", "-.", ":"][number % 4])  # curves can lie on each other
-    for line in (ax.axhline(1), ax.axvline(1 / num_experts)):
-        line.set(color="0.6", linewidth=0.6, linestyle=":", zorder=0)
-    ax.set(xlabel="utilization $u$ of one expert", ylabel=r"excitation $\Phi(u, \gamma)$", xlim=(0, 1))
-    ax.legend()
     return ax
 
 

@@ -220,37 +220,7 @@ def test_histories_that_do_not_fit_are_an_error(steps, load):
         plotting.load_over_time(steps, load)
 
 
-# Strategies.
-
-
-def test_the_curves_of_the_strategies():
-    strategies = [excitation_optax.zero_sum, excitation_optax.positive_sum, excitation_optax.exp_diff]
-    ax = plotting.strategy_curves(strategies, gamma=2.0, num_experts=5)
-    u = ax.lines[0].get_xdata().ravel()
-    others = (1 - u) / 4
-    square = (u**2 + 4 * others**2) / 5
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), u**2 / square, rtol=1e-4)
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), np.maximum(1, u**2 / square), rtol=1e-4)
-    exponential = (np.exp(2 * u) + 4 * np.exp(2 * others)) / 5
-    np.testing.assert_allclose(ax.lines[2].get_ydata(), np.exp(2 * u) / exponential, rtol=1e-4)
-    for line in ax.lines[:3]:  # 1 where all have 1/5
-        assert np.interp(0.2, u, line.get_ydata()) == pytest.approx(1, rel=1e-3)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["zero_sum", "positive_sum", "exp_diff"]
-    assert [line.get_color() for line in ax.lines[:3]] == [plotting.COLORS[s.__name__] for s in strategies]
-    assert len({line.get_linestyle() for line in ax.lines[:3]}) == 3
-    assert len(plotting.strategy_curves(excitation_optax.zero_sum).get_legend().get_texts()) == 1
-
-
-def test_strategies_without_a_curve():
-    with pytest.raises(ValueError, match="random_boost is random"):
-        plotting.strategy_curves([excitation_optax.random_boost])
-    with pytest.raises(ValueError, match="strategy must be a callable"):
-        plotting.strategy_curves(["zero_sum"])
-    for number in (1, 2.5, "4"):
-        with pytest.raises(
-            ValueError, match=f"num_experts must be an integer, not traced, and at least 2; got {number!r}"
-        ):
-            plotting.strategy_curves([excitation_optax.zero_sum], num_experts=number)
+# Colors.
 
 
 def test_every_strategy_has_a_color_of_its_own():
@@ -271,7 +241,6 @@ LOAD = random_load(6, 3, 8)
 CALLS = {
     "load_heat_map": (LOAD[0],),
     "load_over_time": (np.arange(6) * 1000, LOAD),
-    "strategy_curves": ([excitation_optax.zero_sum, excitation_optax.inverted],),
 }
 each_figure = pytest.mark.parametrize("name", CALLS)
 

@@ -1,12 +1,15 @@
 """Strict JAX for every test, eight CPU devices, and programs that compile fast, as tests run each but once or twice."""
 
+import gc
 import os
 import pathlib
 import sys
 import tempfile
 
-# What stands last counts, so XLA_FLAGS can ask for another level: make test-slow does, as it computes much.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# XLA compiles a training step four times as fast like this. The last value of a flag counts: make test-slow, whose
+# programs compute more, asks for XLA's defaults.
+FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{FAST} {os.environ.get('XLA_FLAGS', '')}"
 
 # Programs that the other worker, or an earlier run, compiled are read back: most of the time is compiling.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/compiled"))
@@ -18,6 +21,12 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_collection_finish():
+    """Collects garbage rarely: each time, Python would look at all that the tests have imported."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture

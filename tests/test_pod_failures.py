@@ -34,7 +34,6 @@ def start(folder, compiled, *flags, devices=2):
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }
     command = [sys.executable, "-m", "examples.pod.train", *FLAGS.split(), *flags]
     command += ["--log", str(folder / "log.jsonl"), "--checkpoints", str(folder / "checkpoints")]

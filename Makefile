@@ -28,7 +28,7 @@ test-latest: $(UV)  ## the tests, with the newest Python at hand and the newest 
 	set -x; UV_PROJECT_ENVIRONMENT=.venv-latest $(RUN) --python "$(LATEST)" pytest -n 2; fi
 
 test-slow: $(UV)  ## the tests that take longer
-	XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true" $(RUN) pytest -n 2 -m slow --ignore-glob='tests/test_pod*'
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) pytest -n 2 -m slow --ignore-glob='tests/test_pod*'
 
 study-check: $(UV)  ## tiny versions of our studies
 	$(RUN) pytest -n 2 -m "slow or not slow" tests/test_study.py tests/test_minis.py

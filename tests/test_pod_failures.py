@@ -42,7 +42,7 @@ def start(folder, compiled, *flags, devices=2):
     )
 
 
-def finish(*jobs, timeout=240):
+def finish(*jobs, timeout=600):
     """Return codes, and what was written."""
     outputs = ["".join(job.communicate(timeout=timeout)) for job in jobs]
     return [job.returncode for job in jobs], "\n".join(outputs)

@@ -44,7 +44,7 @@ def shape_of(x: Any) -> tuple[int, ...] | None:
 
 
 def is_array(x: Any) -> bool:
-    """Arrays, traced ones among them, and numbers; neither lists nor the shapes of arrays."""
+    """Whether it is an array, perhaps traced, or a number, but not a list or the shape of an array."""
     return shape_of(x) is not None and not isinstance(x, jax.ShapeDtypeStruct)
 
 
@@ -65,12 +65,10 @@ def as_array(what: str, x: Any, kind: str = "numbers", axes: str = "[...]", hint
 
 def static_int(what: str, x: Any) -> int:
     """Checks a number that sets a shape, so that it must be known while JAX traces."""
-    number = None
     with contextlib.suppress(TypeError):  # a traced value raises this too
-        number = None if isinstance(x, (bool, np.bool_)) else operator.index(x)
-    if number is None or number < 1:
-        raise ValueError(f"{what} must be an integer, not traced, and at least 1; got {show_value(x)}.")
-    return number
+        if not isinstance(x, (bool, np.bool_)) and operator.index(x) >= 1:
+            return operator.index(x)
+    raise ValueError(f"{what} must be an integer, not traced, and at least 1; got {show_value(x)}.")
 
 
 def is_scalar(x: Any, *kinds: Any) -> bool:

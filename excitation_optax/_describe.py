@@ -1,7 +1,4 @@
-"""What Excitation will do to a parameter tree, before it does it.
-
-Axis letters: E experts.
-"""
+"""What Excitation will do to a parameter tree, before it does it. E is the number of experts."""
 
 import dataclasses
 import math

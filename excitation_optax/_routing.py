@@ -3,7 +3,6 @@
 Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any number), E experts, K experts per token.
 """
 
-import operator
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
@@ -55,7 +54,7 @@ class RoutingCounts(NamedTuple):
                     f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {_arrays.show_value(a)} "
                     f"and {_arrays.show_value(b)}."
                 )
-        return RoutingCounts(*(operator.add(*_arrays.widened(a, b)) for a, b in zip(self, other, strict=True)))
+        return RoutingCounts(*(a + b for a, b in map(_arrays.widened, self, other)))
 
     def __radd__(self, other: Any) -> "RoutingCounts":
         return self if isinstance(other, int) and other == 0 else self + other  # sum() starts at 0
@@ -98,9 +97,8 @@ def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     return _arrays.float32_or_wider(u)
 
 
-def check_utilization(path: str, leaf: Any) -> None:
-    """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
-    what = f"Utilization at {path}" if path else "Utilization"
+def shape_of(what: str, leaf: Any) -> tuple[int, ...]:
+    """The shape `[..., E]` of fractions or counts, or of the shapes of such; a ValueError if they have none."""
     counts, name, hint = (leaf.counts, f"{what}: the counts", "") if is_counts(leaf) else (leaf, what, _HINT)
     shape = _arrays.shape_of(counts)
     if not shape or shape[-1] == 0:
@@ -111,6 +109,13 @@ def check_utilization(path: str, leaf: Any) -> None:
             f"{what} has counts of shape {list(shape)} and tokens {_arrays.show_value(leaf.tokens)}; tokens must have "
             f"the shape {list(shape[:-1])}, one number for each layer."
         )
+    return shape
+
+
+def check_utilization(path: str, leaf: Any) -> None:
+    """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
+    what = f"Utilization at {path}" if path else "Utilization"
+    shape_of(what, leaf)
     if not is_counts(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
             f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "

@@ -20,8 +20,6 @@ from excitation_optax import _arrays, _routing
 # is a strategy. A strategy with an unbound keyword `key` is random and receives a PRNG key.
 Strategy = Callable[..., jax.Array]
 
-_KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
 
 def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     r"""Amplifies busy experts at the expense of idle ones; the mean excitation of a layer is 1.
@@ -41,8 +39,7 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
-    power = _power(_arrays.divide(u, largest, if_zero=1), gamma)
-    return power / jnp.mean(power, axis=-1, keepdims=True)
+    return _power_over_mean(_arrays.divide(u, largest, if_zero=1), gamma)
 
 
 def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
@@ -65,7 +62,7 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     .. math:: \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]} \qquad \text{(equation 8)}
 
     It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. It depends on the scale of
-    utilization, which sums to K over the experts, as in the paper.
+    utilization, which sums to K over the experts.
 
     Example:
       >>> excitation_optax.exp_diff(jnp.array([0.0, jnp.log(3.0)]), 1.0).round(4)  # exp: 1, 3
@@ -126,8 +123,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
-    power = _power(_arrays.divide(smallest, u, if_zero=1), gamma)
-    return power / jnp.mean(power, axis=-1, keepdims=True)
+    return _power_over_mean(_arrays.divide(smallest, u, if_zero=1), gamma)
 
 
 def clipped(strategy: Strategy, maximum: float) -> Strategy:
@@ -171,8 +167,8 @@ def is_random(strategy: Strategy) -> bool:
     except ValueError:  # some callables in C have no signature
         return False
     key = signature.parameters.get("key")
-    # functools.partial(strategy, key=k) has a `key` with the default k.
-    random = key is not None and key.kind in _KEYWORD and (key.default is key.empty or key.default is None)
+    is_keyword = key is not None and key.kind in (key.KEYWORD_ONLY, key.POSITIONAL_OR_KEYWORD)
+    random = is_keyword and (key.default is key.empty or key.default is None)  # partial(strategy, key=k) has a default
     try:
         signature.bind(None, None, **({"key": None} if random else {}))
     except TypeError as error:
@@ -187,6 +183,7 @@ def name(strategy: Strategy) -> str:
     return getattr(strategy, "__name__", repr(strategy))
 
 
-def _power(ratio: jax.Array, gamma: ArrayLike) -> jax.Array:
-    """`ratio ** gamma`, but NaN ** 0 stays NaN, where IEEE 754 says 1."""
-    return jnp.where(jnp.isnan(ratio), ratio, ratio ** jnp.asarray(gamma, ratio.dtype))
+def _power_over_mean(ratio: jax.Array, gamma: ArrayLike) -> jax.Array:
+    """`ratio ** gamma` over its mean in the layer. NaN ** 0 stays NaN, where IEEE 754 says 1."""
+    power = jnp.where(jnp.isnan(ratio), ratio, ratio ** jnp.asarray(gamma, ratio.dtype))
+    return power / jnp.mean(power, axis=-1, keepdims=True)

@@ -195,11 +195,11 @@ def scale_layer(
         direction = _arrays.divide(phi.astype(ratio.dtype), ratio)
         factor = direction if component == "direction" else jnp.broadcast_to(ratio, phi.shape)
 
-    def scale(update: jax.Array, place: _experts.Placement) -> jax.Array:
+    scaled = []
+    for update, place in zip(updates, placements, strict=True):
         wide = np.promote_types(factor.dtype, update.dtype)
-        return (_expand(factor, update, place).astype(wide) * update.astype(wide)).astype(update.dtype)
-
-    return [scale(update, place) for update, place in zip(updates, placements, strict=True)]
+        scaled.append((_expand(factor, update, place).astype(wide) * update.astype(wide)).astype(update.dtype))
+    return scaled
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -240,8 +240,8 @@ def _per_expert(op: Any, arrays: Sequence[jax.Array], placements: Placements, sh
 
     def reduced(array: jax.Array, place: _experts.Placement) -> jax.Array:
         axes = [axis for group in place.axes for axis in group]
-        kept = op.reduce(array, axis=tuple(axis for axis in range(array.ndim) if axis not in axes))
-        kept = jnp.transpose(kept, np.argsort(np.argsort(axes)).tolist())
+        kept = jnp.moveaxis(array, axes, range(len(axes)))
+        kept = op.reduce(kept, axis=tuple(range(len(axes), array.ndim)))
         if len(axes) == len(place.axes):
             return kept
         return replicated(kept).reshape(shape if place.expert is None else shape[:-1])
@@ -259,5 +259,5 @@ def _expand(x: jax.Array, array: jax.Array, place: _experts.Placement) -> jax.Ar
     if place.expert is not None:
         x = x[..., place.expert]
     axes = [axis for group in place.axes for axis in group]
-    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), np.argsort(axes).tolist())
-    return jnp.expand_dims(x, [axis for axis in range(array.ndim) if axis not in axes])
+    x = x.reshape([array.shape[axis] for axis in axes] + [1] * (array.ndim - len(axes)))
+    return jnp.moveaxis(x, range(len(axes)), axes)

@@ -224,18 +224,13 @@ class JSONLines:
 def flatten(tree: Any, what: str = "utilization") -> tuple[list[Any], dict[str, int], np.ndarray]:
     """The leaves in natural order of their paths, each layer's E by name, and `[L, E]`, whether an expert exists."""
     leaves, sizes = _paths.join(tree, _routing.is_counts), {}
-    if not leaves:
-        raise ValueError(f"The {what} must have at least one layer, an array or RoutingCounts; got {tree!r}.")
     natural = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
     leaves = {path or _paths.ROOT: leaves[path] for path in sorted(leaves, key=natural)}
     for path, leaf in leaves.items():
-        shape = np.shape(leaf.counts if _routing.is_counts(leaf) else leaf)
-        if not shape or 0 in shape or (_routing.is_counts(leaf) and np.shape(leaf.tokens) != shape[:-1]):
-            raise ValueError(
-                f"The {what} at {path} must be an array [..., E], or RoutingCounts of counts [..., E] and "
-                f"tokens [...], with at least one expert; got {leaf!r}."
-            )
-        sizes |= {path + (str(list(place)) if place else ""): shape[-1] for place in np.ndindex(shape[:-1])}
+        *layers, experts = _routing.shape_of(f"The {what} at {path}", leaf)
+        sizes |= {path + (str(list(place)) if place else ""): experts for place in np.ndindex(*layers)}
+    if not sizes:
+        raise ValueError(f"The {what} must have at least one layer, an array or RoutingCounts; got {tree!r}.")
     return list(leaves.values()), sizes, np.arange(max(sizes.values())) < np.array(list(sizes.values()))[:, None]
 
 

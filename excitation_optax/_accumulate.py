@@ -11,7 +11,6 @@ import optax
 from excitation_optax import _arrays, _experts, _paths, _routing
 
 
-@_arrays.exportable
 class AccumulateUtilizationState(NamedTuple):
     """State of `accumulate_utilization`."""
 
@@ -19,7 +18,6 @@ class AccumulateUtilizationState(NamedTuple):
     accumulated: Any  # tree of RoutingCounts, of the micro-batches since the last update
 
 
-@_arrays.exportable
 class HoldUtilizationState(NamedTuple):
     """State of `hold_utilization`."""
 
@@ -34,15 +32,14 @@ def accumulate_utilization(
 
     .. math:: u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
 
-    with the counts c and the tokens t of the n micro-batches of an update, without those that the
-    `should_skip_update_fn` rejects. Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to
-    its inner optimizer.
+    with the counts c and the tokens t of the n micro-batches, without those that `should_skip_update_fn` rejects.
+    Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to its inner optimizer.
 
     Args:
       multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included. Its `has_updated` takes the
         `multi_steps` of the state.
-      like: the tree of `RoutingCounts` that every update will be given, or their shapes. In Flax NNX,
-        `excitation_optax.flax.routing_like(model, *inputs)` returns it.
+      like: the tree of `RoutingCounts` that every update will be given, or their shapes, such as
+        `excitation_optax.flax.routing_like(model, *inputs)`.
       axis_name: as for `scale_by_excitation`. The state holds the sums, so it is the same on all devices.
 
     Raises:

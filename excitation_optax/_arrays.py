@@ -5,15 +5,12 @@ import math
 import numbers
 import operator
 import reprlib
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-
-NamedTupleType = TypeVar("NamedTupleType", bound=type)
 
 _KINDS = {"booleans": [jnp.bool_], "integers": [jnp.integer], "floating-point numbers": [jnp.floating]}
 _KINDS["numbers"] = [jnp.bool_, jnp.integer, jnp.floating]
@@ -104,10 +101,3 @@ def check_not_negative(what: str, x: ArrayLike) -> None:
 def show_value(x: Any) -> str:
     """Shows dtype and shape, such as `float32[2, 3]`; a short repr of anything that is no array."""
     return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else reprlib.repr(x)
-
-
-def exportable(cls: NamedTupleType) -> NamedTupleType:
-    """Lets `jax.export` serialize functions whose inputs or outputs hold this NamedTuple; a class decorator."""
-    with contextlib.suppress(ValueError):  # if the module is loaded twice, JAX keeps the first registration
-        jax.export.register_namedtuple_serialization(cls, serialized_name=f"excitation_optax.{cls.__name__}")
-    return cls

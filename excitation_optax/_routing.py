@@ -18,7 +18,6 @@ _HINT = (
 )
 
 
-@_arrays.exportable
 class RoutingCounts(NamedTuple):
     r"""The number of tokens that each expert received, and the number of all tokens.
 

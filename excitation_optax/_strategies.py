@@ -1,9 +1,8 @@
 """The strategies: one function for each equation of Phi(u, gamma). Numbers are those of arXiv 2602.21798.
 
 E experts of one layer are on the last axis, and expectations run over them; leading axes are layers. The largest entry
-is divided out first (in `exp_diff` subtracted), so that every strategy is finite for utilization in [0, 1] and gamma up
-to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN, and negative utilization is an error where
-its values can be read.
+is divided out first (in `exp_diff` subtracted), so that every strategy is finite for gamma up to 10. A layer that is
+zero everywhere is excited by 1. A NaN stays a NaN. Negative utilization is an error if its values can be read.
 """
 
 import functools
@@ -19,6 +18,8 @@ from excitation_optax import _arrays, _routing
 # What `scale_by_excitation` calls: `(utilization [..., E], gamma) -> excitation [..., E]`. Any function of this form
 # is a strategy. A strategy with an unbound keyword `key` is random and receives a PRNG key.
 Strategy = Callable[..., jax.Array]
+
+_KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
@@ -112,8 +113,8 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]} \qquad \text{(equation 10)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. Idle experts (u = 0) share
-    all of it, and the others get 0, the limit of the equation.
+    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. If experts are idle, they
+    share all of it, and the others get 0, the limit of the equation.
 
     Example:
       >>> excitation_optax.inverted(jnp.array([0.1, 0.3]), 1.0).round(4)  # 1/u: 10, 10/3
@@ -157,24 +158,22 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
 
 def is_random(strategy: Strategy) -> bool:
     """Whether a strategy has a keyword `key` that is unbound or None; a ValueError if it is no strategy."""
+    what = "strategy must be a callable (utilization, gamma) -> excitation"
     if not callable(strategy):
-        raise ValueError(
-            f"strategy must be a callable (utilization, gamma) -> excitation; got {strategy!r}. "
-            "Pass a function such as excitation_optax.zero_sum, not its name."
-        )
+        raise ValueError(f"{what}; got {strategy!r}. Pass a function such as excitation_optax.zero_sum, not its name.")
     try:
         signature = inspect.signature(strategy)
     except ValueError:  # some callables in C have no signature
         return False
     key = signature.parameters.get("key")
-    is_keyword = key is not None and key.kind in (key.KEYWORD_ONLY, key.POSITIONAL_OR_KEYWORD)
-    random = is_keyword and (key.default is key.empty or key.default is None)  # partial(strategy, key=k) has a default
+    # functools.partial(strategy, key=k) has a `key` with the default k.
+    random = key is not None and key.kind in _KEYWORD and (key.default is key.empty or key.default is None)
     try:
         signature.bind(None, None, **({"key": None} if random else {}))
     except TypeError as error:
         raise ValueError(
-            f"strategy must be a callable (utilization, gamma) -> excitation; {name(strategy)}{signature} cannot be "
-            f"called like this: {error}. Bind its other arguments with functools.partial."
+            f"{what}; {name(strategy)}{signature} cannot be called like this: {error}. "
+            "Bind its other arguments with functools.partial."
         ) from error
     return random
 

@@ -1,9 +1,7 @@
 """The gradient transformation, each expert's update times its excitation, and the arithmetic of one layer.
 
 A layer is what one utilization entry covers: one array for all experts, several, or a set of arrays per expert. A stack
-of layers has leading axes; each of its layers is scaled by itself.
-
-Axis letters: E experts, L layers.
+of layers has leading axes; each of its layers is scaled by itself. Axis letters: E experts, L layers.
 """
 
 import functools
@@ -21,7 +19,6 @@ Component = Literal["both", "direction", "norm"]
 Placements = tuple[_experts.Placement, ...]
 
 
-@_arrays.exportable
 class ScaleByExcitationState(NamedTuple):
     """The state if gamma is a schedule or the strategy is random; otherwise it is `optax.EmptyState`."""
 
@@ -97,11 +94,9 @@ def scale_by_excitation(
         raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")
 
     def init_fn(params):
-        del params
         return ScaleByExcitationState(jnp.zeros([], jnp.int32)) if counts_steps else optax.EmptyState()
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
-        del params
         _check_state(state, counts_steps)
         step_gamma = gamma(state.count) if callable(gamma) else gamma
         _check_gamma(step_gamma)
@@ -138,7 +133,7 @@ def excitation(
       utilization: a tree whose leaves are fractions `[..., E]` or `RoutingCounts`.
       strategy: as for `scale_by_excitation`.
       gamma: as for `scale_by_excitation`, but instead of a schedule its value at one step.
-      key: required for random strategies; the transform's own at step `t` is `fold_in(key(seed), t)`.
+      key: required for random strategies; that of the transform at step `t` is `fold_in(key(seed), t)`.
 
     Example:
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)

@@ -1,8 +1,7 @@
 """Logs the routing of a model: a bounded number of scalars, the extreme experts by name, and an alarm.
 
-This module imports no logger: you pass the writers in. A malformed argument is a `ValueError`.
-
-Axis letters: E experts, L layers, T entries of the history.
+This module imports no logger: you pass the writers in. A malformed argument is a `ValueError`. Axis letters: E experts,
+L layers, N experts of all layers, T entries of the history.
 """
 
 import json
@@ -28,8 +27,8 @@ class RoutingLog:
 
     A call of `write` makes one device-to-host transfer, and writes these scalars, whatever the size of the model:
 
-    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`, `load_entropy/mean`, `/worst` and `dead_experts/mean`,
-      `/worst`: the functions in `metrics`, over the layers.
+    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`, `load_entropy/mean`, `/worst`, `dead_experts/mean`, `/worst`:
+      the functions in `metrics`, over the layers.
     * `layers_without_load`, which load and entropy leave out, and `layers_not_finite`, which make them NaN.
     * `excitation/min`, `/mean`, `/max`: Phi over all experts. The mean is the mean of the layers' means.
 
@@ -37,9 +36,9 @@ class RoutingLog:
     processes, call it on one, and let the step return whole arrays on every device.
 
     Attributes:
-      names: the L layers in natural order (`layer_2` before `layer_10`). A layer of a stack is `path[number]`.
+      names: the layers in natural order (`layer_2` before `layer_10`). A layer of a stack is `path[number]`.
       busiest, idlest: the 5 extremes of the last call, as `(layer, expert, load over the layer's mean)`.
-      steps: T integers, the step of the last call in each entry of the history.
+      steps: the step of the last call in each entry of the history.
       load: `[T, L, E]` float32, the mean utilization of the calls in each entry, masked where a layer has fewer
         experts. When T reaches 128, neighboring entries are averaged, so the history covers the whole run.
 

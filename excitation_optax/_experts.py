@@ -16,8 +16,7 @@ import optax
 
 from excitation_optax import _arrays, _paths, _routing
 
-# For each axis of the utilization, the experts' last: the axes of the array that it is spread over, the first of them
-# counting most.
+# For each axis of the utilization, the experts' last: the axes of the array that it is spread over.
 Axes = tuple[tuple[int, ...], ...]
 
 _REMEDY = (
@@ -141,12 +140,11 @@ def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
 
 def _number_experts(pattern: str, matches: list[_paths.Match], shape: tuple[int, ...]) -> dict[str | None, int]:
     """From the digits in the names of experts to their positions on the axis of experts."""
-    written = sorted({match.digits for match in matches if match.digits is not None}, key=int)
+    written = sorted(sorted({match.digits for match in matches if match.digits is not None}), key=int)
     for first, second in itertools.pairwise(written):
         if int(first) == int(second):
             raise ValueError(
-                f"The utilization path {pattern} matches the same number written as {min(first, second)} and "
-                f"{max(first, second)}: which expert is meant?"
+                f"The utilization path {pattern} has the same number written as {first} and {second}: which expert?"
             )
     if written and len(written) != shape[-1]:
         raise ValueError(
@@ -165,11 +163,9 @@ def _place(tree: _paths.Tree, leaf: int, pattern: str, shape: Any, spec: Any, ex
     flat = [axis for group in axes for axis in group]
     remedy = _REMEDY if pattern else f"Name the experts: utilization={{'path/of/experts': counts}}. {_REMEDY}"
     if len(axes) != len(sizes):
-        layers_only = "" if expert is None else " With {expert} in the path, it names the layers' axes only."
-        problem = (
-            f"expert_axis must have one element for each axis of the utilization, {len(sizes)}, experts last; it has "
-            f"{len(axes)}.{layers_only}"
-        )
+        problem = f"expert_axis needs one element for each axis of the utilization, {len(sizes)}; it has {len(axes)}."
+        if expert is not None:
+            problem += " With {expert} in the path, it names the layers' axes only."
     elif any(not -len(array) <= axis < len(array) for axis in flat):
         problem = f"an axis is out of range. {remedy}"
     elif len({axis % len(array) for axis in flat}) != len(flat):

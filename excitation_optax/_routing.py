@@ -1,6 +1,6 @@
 """Routing counts: how many tokens each expert received. Counts are sums, so they add up before they are divided.
 
-Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any number), E experts, K experts per token.
+Axis letters: T tokens (all axes of a batch that hold tokens or samples), E experts, K experts per token.
 """
 
 from collections.abc import Hashable, Mapping
@@ -24,8 +24,8 @@ class RoutingCounts(NamedTuple):
     .. math:: u_k = \frac{1}{|B|} \sum_{x \in B} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
 
     Add the counts of micro-batches: sums stay right where padding differs, averages of fractions do not. Addition is in
-    float32 or wider, and raises a `ValueError` unless the shapes are equal. Under `jax.jit` with sharded inputs, counts
-    are global. Under `jax.pmap` and `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
+    float32 or wider, and raises a `ValueError` unless the shapes are equal. Under `jax.jit`, counts are global; under
+    `jax.pmap` and `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
 
     Attributes:
       counts: `[..., E]` float32, tokens routed to each expert. Leading axes are layers.
@@ -61,6 +61,7 @@ class RoutingCounts(NamedTuple):
     @property
     def utilization(self) -> jax.Array:
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert received; 0 where there were no tokens."""
+        shape_of("RoutingCounts", self)  # raises if the two do not fit
         counts, tokens = _arrays.widened(*self)
         return _arrays.divide(counts, jnp.expand_dims(tokens, -1))
 
@@ -89,8 +90,7 @@ def sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Routi
 def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     """Converts fractions or `RoutingCounts` to an array `[..., E]` in float32 or wider."""
     if is_counts(utilization):
-        check_utilization("", utilization)
-        return utilization.utilization
+        utilization = utilization.utilization
     u = _arrays.as_array("Utilization", utilization, axes="[..., E]")
     _arrays.check_not_negative("Utilization", u)
     return _arrays.float32_or_wider(u)
@@ -113,7 +113,7 @@ def shape_of(what: str, leaf: Any) -> tuple[int, ...]:
 
 def check_utilization(path: str, leaf: Any) -> None:
     """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
-    what = f"Utilization at {path}" if path else "Utilization"
+    what = f"Utilization at {path}"
     shape_of(what, leaf)
     if not is_counts(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
@@ -203,10 +203,8 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
     experts_per_token = _arrays.static_int("count_logits: experts_per_token", experts_per_token)
     num_experts = logits.shape[-1]
     if experts_per_token > num_experts:
-        raise ValueError(
-            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of "
-            f"{_arrays.show_value(logits)}; got {experts_per_token}."
-        )
+        got = f"got {experts_per_token} for {_arrays.show_value(logits)}"
+        raise ValueError(f"count_logits: experts_per_token must be at most E = {num_experts}; {got}.")
     return count_routing(jax.lax.top_k(logits, experts_per_token)[1], num_experts, where)
 
 

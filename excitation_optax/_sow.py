@@ -104,8 +104,7 @@ class Capture:
         if sows < self.sows.get(path, 0):
             jax.clear_caches()  # otherwise JAX reuses the trace of a scan, and nobody notes its sows the next time
             raise ValueError(
-                f"The routing of {path} was lost, because it was called through a copy, as nnx.clone, nnx.merge, and "
-                f"nnx.scan with in_axes=None make them. {_ADVICE}"
+                f"The routing of {path} was lost in a copy (nnx.clone, nnx.merge, nnx.scan(in_axes=None)). {_ADVICE}"
             )
 
     def _explain(self, error: Exception) -> None:

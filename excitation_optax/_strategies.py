@@ -48,7 +48,7 @@ def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma)) \qquad \text{(equation 7)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 1 and E.
+    Shapes are those of `zero_sum`. The excitation lies between 1 and E.
 
     Example:
       >>> excitation_optax.positive_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
@@ -62,8 +62,7 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]} \qquad \text{(equation 8)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. It depends on the scale of
-    utilization, which sums to K over the experts.
+    Shapes are those of `zero_sum`. The excitation lies between 0 and E, and depends on the scale of utilization.
 
     Example:
       >>> excitation_optax.exp_diff(jnp.array([0.0, jnp.log(3.0)]), 1.0).round(4)  # exp: 1, 3
@@ -79,7 +78,7 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))] \qquad \text{(equation 9)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 1 and exp(gamma).
+    Shapes are those of `zero_sum`. The excitation lies between 1 and exp(gamma).
 
     Example:
       >>> excitation_optax.global_exp(jnp.array([0.0, 2 * jnp.log(3.0)]), 1.0).round(4)  # above the mean: 0, log 3
@@ -113,8 +112,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]} \qquad \text{(equation 10)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. If experts are idle, they
-    share all of it, and the others get 0, the limit of the equation.
+    Shapes are those of `zero_sum`. The excitation lies between 0 and E. Idle experts share all, and the others get 0.
 
     Example:
       >>> excitation_optax.inverted(jnp.array([0.1, 0.3]), 1.0).round(4)  # 1/u: 10, 10/3

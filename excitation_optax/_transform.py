@@ -170,10 +170,10 @@ def _check_state(state: Any, counts_steps: bool) -> None:
     if not isinstance(state, expected):
         raise ValueError(
             f"scale_by_excitation expects the state {expected.__name__} with this strategy and gamma; got "
-            f"{type(state).__name__}. Its state is at most a count of steps, so take it from tx.init(params). If the "
-            "state was restored from a checkpoint without a target, give it one: the state of tx.init(params). If you "
-            "add Excitation to a saved run, restore the old state with the old optimizer, then pass "
-            "(old_state, excitation.init(params)) to optax.chain(old_optimizer, excitation)."
+            f"{type(state).__name__}. Take it from tx.init(params). If it was restored from a checkpoint without a "
+            "target, pass tx.init(params) as the target. If you add Excitation to a saved run, restore the old state "
+            "with the old optimizer, and pass (old_state, excitation.init(params)) to optax.chain(old_optimizer, "
+            "excitation)."
         )
 
 

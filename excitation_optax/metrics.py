@@ -2,7 +2,7 @@
 
 The first argument is an array, nested lists of numbers, or a tree of these, and the result is the same tree of metrics.
 Utilization can be `RoutingCounts` too. A `ValueError` names the path of a malformed leaf. Axis letters: T tokens (all
-axes that hold tokens or samples), E experts, C classes. Each layer on the leading axes of `[..., E]` has its own result.
+axes that hold tokens or samples), E experts, C classes. Leading axes of `[..., E]` are layers, each measured alone.
 """
 
 import functools

@@ -1,13 +1,10 @@
 """Draws routing at the width of a paper's column, in colors that color-blind readers can tell apart.
 
-A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. A
-`ValueError` says which form an argument must have. Use the style when you draw and when you save, so that the text of
-vector graphics stays text:
+A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. A malformed
+argument is a `ValueError`. Axis letters: E experts, L layers, T steps. Draw and save in the style:
 
     with matplotlib.rc_context(plotting.STYLE):
         plotting.load_heat_map(utilization).figure.savefig("load.svg")
-
-Axis letters: E experts, L layers, T points in time.
 """
 
 import contextlib
@@ -21,7 +18,7 @@ from excitation_optax import _arrays, _routing, telemetry
 
 __all__ = ["COLORS", "STYLE", "load_heat_map", "load_over_time"]
 
-# The width of a paper's column, in inches. Text in PDF and SVG can be searched and edited.
+# The width of a paper's column, in inches. Text in PDF and SVG stays text, which can be searched and edited.
 STYLE = {"figure.figsize": (3.3, 2.2), "figure.dpi": 200, "pdf.fonttype": 42, "svg.fonttype": "none"}
 STYLE |= {"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False}
 STYLE |= {"axes.linewidth": 0.6, "axes.spines.right": False, "axes.spines.top": False, "lines.linewidth": 1.2}
@@ -38,8 +35,8 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
     more than 512 experts, a layer shows evenly spaced ranks, from its busiest expert to its idlest.
 
     Args:
-      load: `[L, E]` or `[E]`, an array or nested lists; or a tree of arrays `[..., E]` or `RoutingCounts`. A layer can
-        have fewer experts: in a masked array, or in a leaf of another E.
+      load: `[L, E]` or `[E]`, an array or nested lists; or a tree of arrays `[..., E]` or `RoutingCounts`. If layers
+        have fewer experts, pass a masked array or a tree.
       ax: the Axes to draw into, or None.
 
     Example:

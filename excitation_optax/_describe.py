@@ -67,8 +67,8 @@ class Description:
 def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Description:
     """Returns a table of which parameters will be scaled, by which utilization and along which axes.
 
-    It lists the nodes of each entry, which make up one layer, and asks about arrays whose shape would also fit another
-    way, such as `[E, E]`, or a vector `[E]`, which may be a router's bias. It raises what an update would raise.
+    It asks about arrays whose shapes would also fit another way, such as `[E, E]`, or `[E]`, which may be the bias of a
+    router. It raises what an update would raise.
 
     Args:
       params: the parameter tree that the optimizer is initialized with, or its shapes (`jax.eval_shape`).

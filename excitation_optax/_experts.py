@@ -1,7 +1,6 @@
 """Which parameters are experts, and along which axes: utilization entries matched to the arrays of a tree.
 
 Nothing is guessed from shapes or names: a pattern says which nodes hold experts, and `expert_axis` along which axes.
-
 Axis letters: E experts, L layers.
 """
 

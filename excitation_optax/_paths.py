@@ -34,8 +34,7 @@ class Node:
         return "/".join(self.path) or ROOT
 
     def is_below(self, other: "Node") -> bool:
-        depth = len(other.path)
-        return len(self.path) > depth and self.path[:depth] == other.path
+        return self.path[: len(other.path)] == other.path != self.path
 
 
 class Match(NamedTuple):

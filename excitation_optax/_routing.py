@@ -49,10 +49,8 @@ class RoutingCounts(NamedTuple):
             raise ValueError(f"Only RoutingCounts can be added to RoutingCounts; got {_arrays.show_value(other)}.")
         for name, a, b in zip(self._fields, self, other, strict=True):
             if not (_arrays.is_array(a) and _arrays.is_array(b) and jnp.shape(a) == jnp.shape(b)):
-                raise ValueError(
-                    f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {_arrays.show_value(a)} "
-                    f"and {_arrays.show_value(b)}."
-                )
+                shown = f"{_arrays.show_value(a)} and {_arrays.show_value(b)}"
+                raise ValueError(f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {shown}.")
         return RoutingCounts(*(a + b for a, b in map(_arrays.widened, self, other)))
 
     def __radd__(self, other: Any) -> "RoutingCounts":
@@ -127,8 +125,8 @@ def check_utilization(path: str, leaf: Any) -> None:
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
     """Counts tokens per expert from the experts that each token chose (equation 1 of the paper).
 
-    An expert that a token names twice counts once, and an index outside `[0, E)` counts for no expert. Do not pass the
-    token numbers `[E, C]` of expert-choice routing: there, all experts have the same load, so Excitation has no effect.
+    An expert that a token names twice counts once, and an index outside `[0, E)` counts for no expert. Under expert
+    choice, all experts have the same load, so Excitation has no effect: do not pass its token numbers `[E, C]`.
 
     Args:
       expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity.
@@ -187,7 +185,7 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
 def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:
     """Counts tokens per expert from router logits: each token goes to its K highest, as `jax.lax.top_k` ranks them.
 
-    For a model that adds a bias before the ranking, or chooses among groups of experts, use `count_routing`.
+    If your router adds a bias before the ranking, or chooses among groups of experts, use `count_routing`.
 
     Args:
       router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).

@@ -39,17 +39,15 @@ def scale_by_excitation(
     .. math:: \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)} \qquad \text{(equations 2 to 4)}
 
     Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
-    weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which keep
-    parameters of their own.
+    weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`.
 
     Every update requires the keyword `utilization`, the routing of the batch that its gradients came from: a mapping
     (or any tree) from path patterns to fractions `[..., E]` or `RoutingCounts`. One entry is one layer, or one stack of
     layers. Every parameter at or below a node that a pattern matches is scaled; all others stay the same, bit for bit.
-    Nested dicts and `/` mean the same, `None` is absent, `""` is the root of the tree.
 
-    In a pattern such as `moe/experts`, `*` stands for any characters of one name, `?` for one character, and `**` for
-    any number of names, also none. `{w_in,w_out}` stands for either; both are one layer. `expert_{expert}` stands for
-    the number of the expert that owns the whole subtree.
+    In a pattern such as `moe/experts`, `/` and nested dicts mean the same, and `""` is the root. `*` stands for any
+    characters of one name, `?` for one, and `**` for any number of names, also none. `{w_in,w_out}` stands for either;
+    both are one layer. `expert_{expert}` stands for the number of the expert that owns the whole subtree.
 
     Args:
       strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. If it has an unbound keyword
@@ -59,14 +57,14 @@ def scale_by_excitation(
         (parameters `[L, E, ...]` for utilization `[L, E]`). An int, for utilization `[E]` (-1: the neurons of a Dense
         kernel and bias). A tuple with an element for each axis of the utilization, experts last (`(1, 0)`: parameters
         `[E, L, ...]`). An element that is a tuple spreads one axis over several, the first counting most (`((0, 1),)`:
-        parameters `[E1, E2, ...]` for utilization `[E1 * E2]`). A mapping from path patterns to these. A callable of
+        parameters `[E1, E2, ...]` for utilization `[E1 * E2]`). A mapping from path patterns to these, or a callable of
         the updates that returns any of these. For entries with `{expert}` it names the axes of the layers only.
       component: `"both"` multiplies by Phi. Let r be the norm of a layer's excited update over the norm of its plain
         update. `"direction"` multiplies by Phi / r, so the layer's step keeps its length. `"norm"` multiplies by r, so
         the layer's step keeps its direction. With these two, a NaN in one expert makes the whole layer NaN, masked
         arrays are not in the norm, and inside `jax.shard_map` and `jax.pmap` each device must hold whole arrays.
       axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which `RoutingCounts`
-        are summed. Counts that you summed yourself stay right, since their quotient does not change.
+        are summed. Counts that you summed yourself stay right: their quotient does not change.
       seed: for random strategies.
 
     Raises:
@@ -170,10 +168,10 @@ def _check_state(state: Any, counts_steps: bool) -> None:
     if not isinstance(state, expected):
         raise ValueError(
             f"scale_by_excitation expects the state {expected.__name__} with this strategy and gamma; got "
-            f"{type(state).__name__}. Take it from tx.init(params). If it was restored from a checkpoint without a "
-            "target, pass tx.init(params) as the target. If you add Excitation to a saved run, restore the old state "
-            "with the old optimizer, and pass (old_state, excitation.init(params)) to optax.chain(old_optimizer, "
-            "excitation)."
+            f"{type(state).__name__}. Its state is at most a count of steps, so take it from tx.init(params). If the "
+            "state was restored from a checkpoint without a target, give it one: the state of tx.init(params). If you "
+            "add Excitation to a saved run, restore the old state with the old optimizer, then pass "
+            "(old_state, excitation.init(params)) to optax.chain(old_optimizer, excitation)."
         )
 
 

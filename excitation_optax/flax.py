@@ -1,10 +1,8 @@
 """The bridge to Flax: collects the routing of NNX and Linen layers as a nested dict of `RoutingCounts`.
 
-A layer calls `sow_routing`. Training code calls `capture_routing` or `pop_routing` (NNX), or
-`routing_from_intermediates` (Linen), and passes the result as `utilization=`.
-
-`import excitation_optax` does not import this module, which needs Flax. The examples import it as `excitation_flax`,
-and use a layer whose neurons are experts:
+Layers call `sow_routing`. Training code passes the result of `capture_routing`, `pop_routing` (both for NNX), or
+`routing_from_intermediates` (for Linen) as `utilization=`. `import excitation_optax` does not import this module, which
+needs Flax. The examples import it as `excitation_flax`, and use a layer whose neurons are experts:
 
     >>> class Neurons(nnx.Linear):
     ...     def __call__(self, x):

@@ -30,7 +30,7 @@ class RoutingLog:
     * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`, `load_entropy/mean`, `/worst`, `dead_experts/mean`, `/worst`:
       the functions in `metrics`, over the layers.
     * `layers_without_load`, which load and entropy leave out, and `layers_not_finite`, which make them NaN.
-    * `excitation/min`, `/mean`, `/max`: Phi over all experts. The mean is the mean of the layers' means.
+    * `excitation/min`, `/mean` (of the layers' means), `/max`: Phi over all experts.
 
     TensorBoard also receives histograms of all experts; other writers receive `busiest` and `idlest`. With several
     processes, call it on one, and let the step return whole arrays on every device.
@@ -77,8 +77,7 @@ class RoutingLog:
             raise ValueError(f"RoutingLog: alarm must be a function of (step, layer, what); got {alarm!r}.")
         self._writers = [writer for writer in writers if writer is not None]
         for writer in self._writers:
-            is_board = hasattr(writer, "add_scalar") and hasattr(writer, "add_histogram")
-            if isinstance(writer, type) or not (is_board or hasattr(writer, "log")):
+            if isinstance(writer, type) or not (hasattr(writer, "add_histogram") or hasattr(writer, "log")):
                 raise ValueError(
                     "RoutingLog: a writer must have add_scalar and add_histogram, such as tensorboardX.SummaryWriter("
                     f"folder), or log(row, step=...), such as wandb.init() or JSONLines(path); got {writer!r}."
@@ -106,7 +105,7 @@ class RoutingLog:
         Args:
           step: an integer, larger than at the call before. A resumed run makes a new log, which starts at any step.
           utilization: a tree whose leaves are `RoutingCounts` or arrays `[..., E]`, as `tx.update` received it.
-          excitation: what `excitation_optax.excitation(utilization, strategy, gamma)` returns for the step, or None.
+          excitation: the result of `excitation_optax.excitation(utilization, strategy, gamma)`, or None.
 
         Raises:
           ValueError: if the step does not rise, a leaf is malformed, layers differ, or processes split an array.
@@ -173,13 +172,13 @@ class RoutingLog:
 
 
 class JSONLines:
-    """Writes rows to a file, one JSON object per line, and flushes after each line.
+    """Writes rows, also your own, to a file: one JSON object per line, flushed after each line.
 
-    You can log rows of your own too. NaN and infinity become null, arrays lists, and other objects strings.
+    NaN and infinity become null, arrays lists, and other objects strings.
 
     Args:
       path: the file.
-      resume_at: None replaces an existing file. A step, from which a run resumes, keeps the lines up to it, and removes
+      resume_at: None replaces an existing file. The step at which a run resumes keeps the lines up to it, and removes
         later lines and, with a warning, damaged ones.
 
     Example:

@@ -158,8 +158,7 @@ def join(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, A
         path = "/".join(filter(None, names))
         if path in leaves:
             raise ValueError(
-                f"Two leaves have the same path {path or ROOT}: `/` and nested dicts mean the same, and so do the keys "
-                '1 and "1". Rename one of them.'
+                f'Two leaves have the same path {path or ROOT}: `/` means nesting, and 1 means "1". Rename one of them.'
             )
         leaves[path] = leaf
     return leaves

@@ -1,7 +1,4 @@
-"""How modules of Flax NNX and Linen keep the routing that they sow, and how lost routing is noticed.
-
-Counts are kept in dicts by path pattern, where "" is the module itself. Only `flax.py` imports this file.
-"""
+"""How Flax modules keep the routing that they sow, and how lost routing is noticed. Only `flax.py` imports this."""
 
 import contextlib
 import contextvars
@@ -18,7 +15,7 @@ from flax.core import tracers
 from excitation_optax import _paths, _routing
 
 CONTAINERS = nnx.List | nnx.Dict  # modules to Flax, but not layers
-_SOWN = "sown_routing"  # the name that counts are kept under
+_SOWN = "sown_routing"  # the name that counts are kept under, in dicts by path pattern; "" is the module itself
 _ADVICE = (
     "Call the module itself, and equally often in all branches of nnx.cond. In nnx.scan and nnx.vmap, give a module "
     "without an axis of its own in_axes=nnx.StateAxes({excitation_optax.flax.Routing: 0, ...: None}) and sum its "
@@ -67,12 +64,22 @@ class Capture:
         self.latest: str | None = None  # the path of the module that sowed last; None before the call
 
     def record(self, root: Any, call: Callable[[], Any], *other_types: Any) -> Any:
+        """Runs the call, and returns its output and a state of what it sowed for each type. Explains Flax's errors."""
         token = _running.set(self)
         try:
             return nnx.capture(lambda _: self._run(call), Routing, *other_types)(root)
         except Exception as error:
-            self._explain(error)
-            raise
+            if isinstance(error, flax.errors.TraceContextError) and self.latest is None:
+                raise ValueError(
+                    "capture_routing cannot record on a model that was made outside of this jax.jit, vmap or scan. "
+                    "Pass it through nnx.jit, or by nnx.split outside and nnx.merge inside."
+                ) from error
+            if "__captures__" not in str(error):
+                raise
+            jax.clear_caches()
+            frames = " ".join(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__))
+            name = ["jit", *re.findall(r"cond|switch|fori_loop|while_loop|scan|[vp]map", frames)][-1]
+            raise ValueError(f"The routing of {self.latest} cannot leave nnx.{name}. {_ADVICE}") from error
         finally:
             _running.reset(token)
             for module in self.modules.values():
@@ -106,18 +113,6 @@ class Capture:
             raise ValueError(
                 f"The routing of {path} was lost in a copy (nnx.clone, nnx.merge, nnx.scan(in_axes=None)). {_ADVICE}"
             )
-
-    def _explain(self, error: Exception) -> None:
-        if isinstance(error, flax.errors.TraceContextError) and self.latest is None:
-            raise ValueError(
-                "capture_routing cannot record on a model that was made outside of this jax.jit, vmap or scan. Pass it "
-                "through nnx.jit, or by nnx.split outside and nnx.merge inside."
-            ) from error
-        if "__captures__" in str(error):
-            jax.clear_caches()
-            frames = " ".join(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__))
-            name = ["jit", *re.findall(r"cond|switch|fori_loop|while_loop|scan|[vp]map", frames)][-1]
-            raise ValueError(f"The routing of {self.latest} cannot leave nnx.{name}. {_ADVICE}") from error
 
 
 def sow_nnx(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...]) -> None:

@@ -1,7 +1,6 @@
 """Which parameters are experts, and along which axes: utilization entries matched to the arrays of a tree.
 
-Nothing is guessed from shapes or names: a pattern says which nodes hold experts, and `expert_axis` along which axes.
-Axis letters: E experts, L layers.
+Nothing is guessed from shapes or names. Axis letters: E experts, L layers.
 """
 
 import itertools
@@ -32,13 +31,6 @@ class Placement(NamedTuple):
     expert: int | None = None  # that owns it
 
 
-class Layer(NamedTuple):
-    """The arrays that one utilization entry covers."""
-
-    placements: dict[int, Placement]  # by their positions in the tree's leaves
-    nodes: tuple[str, ...]  # that its pattern matches
-
-
 def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[str, Any]:
     """The entries of a utilization by their patterns: arrays `[..., E]`, `RoutingCounts`, or the shapes of such."""
     entries = _paths.join(utilization, _routing.is_counts)
@@ -56,8 +48,8 @@ def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[st
     return entries
 
 
-def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, Layer]:
-    """The layer of each entry: its arrays in the tree, and where the axes of its utilization lie in them."""
+def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, dict[int, Placement]]:
+    """For each entry, the positions of its arrays in the tree's leaves, and where the utilization lies in them."""
     cover = _cover(tree, entries, "utilization")
     spec_of = specs_by_leaf(tree, expert_axis)
     layers = {}
@@ -66,12 +58,11 @@ def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: An
         position = _number_experts(pattern, cover[pattern], shape)
         whole = [match for match in cover[pattern] if match.is_whole]
         _check_one_layer(pattern, whole)
-        placements = {
+        layers[pattern] = {
             leaf: _place(tree, leaf, pattern, shape, spec_of.get(leaf), position.get(match.digits))
             for match in whole
             for leaf in tree.parameters_of(match.node)
         }
-        layers[pattern] = Layer(placements, nodes=tuple(str(match.node) for match in whole))
     return layers
 
 
@@ -142,9 +133,7 @@ def _number_experts(pattern: str, matches: list[_paths.Match], shape: tuple[int,
     written = sorted(sorted({match.digits for match in matches if match.digits is not None}), key=int)
     for first, second in itertools.pairwise(written):
         if int(first) == int(second):
-            raise ValueError(
-                f"The utilization path {pattern} has the same number written as {first} and {second}: which expert?"
-            )
+            raise ValueError(f"{pattern} has the same number written as {first} and {second}: which expert is meant?")
     if written and len(written) != shape[-1]:
         raise ValueError(
             f"The utilization path {pattern} finds {len(written)} experts, with the numbers "

@@ -1,8 +1,7 @@
 """Path patterns, the language of `scale_by_excitation`: which nodes of a tree a pattern matches.
 
-A *path* is the names from the root to a node: dictionary keys, attribute names and list positions, all as strings, so
-that one pattern addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module. A slash in a name
-separates two names, as in Haiku. If the tree has a name that equals the pattern's, the pattern's name is literal.
+A *path* is the names from the root to a node: dictionary keys, attribute names and list positions, all as strings. A
+slash in a name separates two names, as in Haiku. If the tree has a name that equals the pattern's, it is literal.
 """
 
 import dataclasses
@@ -189,8 +188,7 @@ def _compile(name: str) -> re.Pattern[str]:
     """A name of a pattern as a regular expression, with a group for each wildcard and one for the expert's digits."""
     if "{}" in name or not re.fullmatch(r"([^{}]|\{[^{}]+\})*", name):
         raise re.error(
-            f"{name!r} has braces that are empty, unbalanced or within braces. A slash cannot stand inside braces. The "
-            f"number of an expert is {EXPERT}."
+            f"{name!r} has empty, unbalanced or nested braces, or a slash in braces. An expert's number is {EXPERT}."
         )
     stem = name.removesuffix("_" + EXPERT)
     if stem != name and not set(stem) & set("*?"):  # `linear_{expert}` also matches `linear`

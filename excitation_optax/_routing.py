@@ -24,8 +24,7 @@ class RoutingCounts(NamedTuple):
     .. math:: u_k = \frac{1}{|B|} \sum_{x \in B} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
 
     Add the counts of micro-batches: sums stay right where padding differs, averages of fractions do not. Addition is in
-    float32 or wider, and raises a `ValueError` unless the shapes are equal. Under `jax.jit`, counts are global; under
-    `jax.pmap` and `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
+    float32 or wider; other shapes are a `ValueError`. `scale_by_excitation(axis_name=...)` sums them over devices.
 
     Attributes:
       counts: `[..., E]` float32, tokens routed to each expert. Leading axes are layers.

@@ -161,9 +161,7 @@ def sow_linen(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...
             )
         return
     if module.scope.root.trace_level != tracers.current_trace():
-        raise ValueError(
-            f"The routing of {path} cannot leave the JAX transform that closed over it. Use Flax's, such as nn.remat."
-        )
+        raise ValueError(f"The routing of {path} cannot leave the JAX transform that closed over it. Use one of Flax.")
     sown_in = vars(outermost.scope).setdefault(_SOWN, set())  # the modules that sowed in this call of apply
     if module.has_variable("intermediates", _SOWN) and module.path not in sown_in:
         raise ValueError(
@@ -191,10 +189,7 @@ def collected(sown: Any, none_found: str, model: Any = None) -> Any:
         key = (*path, *names), bool(pattern)
         found[key] = found.get(key, 0) + leaf
     if not found:
-        raise ValueError(
-            f"{none_found} Layers record it by sow_routing(self, count_routing(...), 'names', 'of', 'experts'), or by "
-            "sow_routing(self.experts, count_routing(...)) where self.experts holds nothing but experts."
-        )
+        raise ValueError(f"{none_found} Layers record it by sow_routing(self, counts, 'names', 'of', 'experts').")
     utilization = {path: counts for (path, _), counts in found.items()}
     for path, is_above in found:
         if (path, not is_above) in found or any(path[:n] in utilization for n in range(len(path))):

@@ -15,8 +15,7 @@ from jax.typing import ArrayLike
 
 from excitation_optax import _arrays, _routing
 
-# What `scale_by_excitation` calls: `(utilization [..., E], gamma) -> excitation [..., E]`. Any function of this form
-# is a strategy. A strategy with an unbound keyword `key` is random and receives a PRNG key.
+# `(utilization [..., E], gamma) -> excitation [..., E]`. If it has an unbound keyword `key`, it is random.
 Strategy = Callable[..., jax.Array]
 
 _KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -63,20 +63,17 @@ def scale_by_excitation(
         update. `"direction"` multiplies by Phi / r, so the layer's step keeps its length. `"norm"` multiplies by r, so
         the layer's step keeps its direction. With these two, a NaN in one expert makes the whole layer NaN, masked
         arrays are not in the norm, and inside `jax.shard_map` and `jax.pmap` each device must hold whole arrays.
-      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which `RoutingCounts`
-        are summed. Counts that you summed yourself stay right: their quotient does not change.
+      axis_name: the axis, or axes, of `jax.pmap` or `jax.shard_map` to sum `RoutingCounts` over. Twice does no harm.
       seed: for random strategies.
 
     Raises:
-      ValueError: here, if an argument is malformed; while tracing an update, if the utilization, the parameters, the
-        strategy's result or the state do not fit each other.
+      ValueError: if an argument is malformed; in an update, if utilization, parameters, excitation or state do not fit.
 
     Example:
       >>> params = {"router": jnp.ones((2, 3)), "experts": jnp.ones((3, 2))}
       >>> tx = optax.chain(optax.sgd(0.1), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
-      >>> state = tx.init(params)
       >>> utilization = {"experts": jnp.array([0.1, 0.2, 0.3])}
-      >>> updates, state = tx.update(params, state, params, utilization=utilization)
+      >>> updates, state = tx.update(params, tx.init(params), params, utilization=utilization)
       >>> updates["experts"][:, 0]
       Array([-0.05, -0.1 , -0.15], dtype=float32)
     """
@@ -104,12 +101,11 @@ def scale_by_excitation(
         tree = _paths.Tree(updates)
         layers = _experts.match_experts(tree, entries, expert_axis)
         entries = entries if axis_name is None else _routing.sum_over(axis_name, entries)
-        for pattern, layer in layers.items():
+        for pattern, placements in layers.items():
             phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
-            arrays = [jnp.asarray(tree.leaves[leaf]) for leaf in layer.placements]
-            placements = tuple(layer.placements.values())
-            scaled = scale_layer(phi, arrays, placements, component) if arrays else []
-            for leaf, update in zip(layer.placements, scaled, strict=True):
+            arrays = [jnp.asarray(tree.leaves[leaf]) for leaf in placements]
+            scaled = scale_layer(phi, arrays, tuple(placements.values()), component) if arrays else []
+            for leaf, update in zip(placements, scaled, strict=True):
                 tree.leaves[leaf] = update
         if counts_steps:
             state = ScaleByExcitationState(optax.safe_increment(state.count))

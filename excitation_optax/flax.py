@@ -134,9 +134,8 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 def pop_routing(model: nnx.Module) -> Any:
     """Takes the routing that calls left on an NNX model, and returns it.
 
-    Pop after every call, also in evaluation: counts that remain are added to the next ones, change the tree of a
-    checkpoint, and make `nnx.jit` compile again. A model without routing is a `ValueError`, but only `capture_routing`
-    detects routing that is lost inside the model.
+    Pop after every call, also in evaluation: counts that remain are added to the next, change checkpoints, and make
+    `nnx.jit` compile again. A model without routing is a `ValueError`; only `capture_routing` detects lost routing.
 
     Example:
       >>> layer = Neurons(2, 3, rngs=nnx.Rngs(0))

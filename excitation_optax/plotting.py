@@ -35,8 +35,7 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
     more than 512 experts, a layer shows evenly spaced ranks, from its busiest expert to its idlest.
 
     Args:
-      load: `[L, E]` or `[E]`, an array or nested lists; or a tree of arrays `[..., E]` or `RoutingCounts`. If layers
-        have fewer experts, pass a masked array or a tree.
+      load: `[L, E]` or `[E]`, as lists or an array, masked if layers differ in E; or a tree as for `RoutingLog.write`.
       ax: the Axes to draw into, or None.
 
     Example:

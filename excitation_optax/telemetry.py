@@ -1,7 +1,6 @@
 """Logs the routing of a model: a bounded number of scalars, the extreme experts by name, and an alarm.
 
-This module imports no logger: you pass the writers in. A malformed argument is a `ValueError`. Axis letters: E experts,
-L layers, N experts of all layers, T entries of the history.
+You pass the writers in. A malformed argument is a `ValueError`. Axis letters: E experts, L layers, N experts in all.
 """
 
 import json
@@ -25,10 +24,9 @@ _MAX_HISTORY = 128  # entries, an even number
 class RoutingLog:
     """Writes the routing to TensorBoard, W&B and JSON lines, and keeps the load of the whole run in bounded memory.
 
-    A call of `write` makes one device-to-host transfer, and writes these scalars, whatever the size of the model:
+    A call of `write` makes one device-to-host transfer, and writes these scalars over the layers (see `metrics`):
 
-    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`, `load_entropy/mean`, `/worst`, `dead_experts/mean`, `/worst`:
-      the functions in `metrics`, over the layers.
+    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`; `load_entropy/mean`, `/worst`; `dead_experts/mean`, `/worst`.
     * `layers_without_load`, which load and entropy leave out, and `layers_not_finite`, which make them NaN.
     * `excitation/min`, `/mean` (of the layers' means), `/max`: Phi over all experts.
 
@@ -38,7 +36,7 @@ class RoutingLog:
     Attributes:
       names: the layers in natural order (`layer_2` before `layer_10`). A layer of a stack is `path[number]`.
       busiest, idlest: the 5 extremes of the last call, as `(layer, expert, load over the layer's mean)`.
-      steps: the step of the last call in each entry of the history.
+      steps: T integers, the step of the last call in each entry of the history.
       load: `[T, L, E]` float32, the mean utilization of the calls in each entry, masked where a layer has fewer
         experts. When T reaches 128, neighboring entries are averaged, so the history covers the whole run.
 
@@ -48,8 +46,7 @@ class RoutingLog:
       alarm: a function `(step, layer, what)`, called once when experts of a layer die, or when a router collapses.
       alarm_after: calls of `write` in a row after which such a state counts. Small batches miss experts by chance.
       dead_load: an expert is dead if its load over the layer's mean is at most this.
-      collapsed_entropy: a router has collapsed if its load entropy is at most this. It is log K / log E if the same K
-        of E experts receive all tokens.
+      collapsed_entropy: a router has collapsed if its load entropy is at most this: log K / log E for K equal experts.
       prefix: the first part of every name.
 
     Example:
@@ -178,8 +175,7 @@ class JSONLines:
 
     Args:
       path: the file.
-      resume_at: None replaces an existing file. The step at which a run resumes keeps the lines up to it, and removes
-        later lines and, with a warning, damaged ones.
+      resume_at: None replaces the file. A step keeps the lines up to it, and removes damaged lines with a warning.
 
     Example:
       >>> import pathlib, tempfile

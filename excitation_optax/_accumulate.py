@@ -5,13 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from excitation_optax import _arrays, _experts, _paths, _routing
 
 
-@_arrays.exportable
 class AccumulateUtilizationState(NamedTuple):
     """State of `accumulate_utilization`."""
 
@@ -19,7 +17,6 @@ class AccumulateUtilizationState(NamedTuple):
     accumulated: Any  # tree of RoutingCounts, of the micro-batches since the last update
 
 
-@_arrays.exportable
 class HoldUtilizationState(NamedTuple):
     """State of `hold_utilization`."""
 
@@ -34,15 +31,12 @@ def accumulate_utilization(
 
     .. math:: u_k = \frac{\sum_{i=1}^{n} c_k^{(i)}}{\sum_{i=1}^{n} t^{(i)}}
 
-    with the counts c and the tokens t of the n micro-batches of an update, without those that the
-    `should_skip_update_fn` rejects. Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to
-    its inner optimizer.
+    with the counts c and the tokens t of the n micro-batches, without those that `should_skip_update_fn` rejects.
+    Alone, `optax.MultiSteps` passes only the **last** micro-batch's extra arguments to its inner optimizer.
 
     Args:
-      multi_steps: the `optax.MultiSteps` around the whole optimizer, Excitation included. Its `has_updated` takes the
-        `multi_steps` of the state.
-      like: the tree of `RoutingCounts` that every update will be given, or their shapes. In Flax NNX,
-        `excitation_optax.flax.routing_like(model, *inputs)` returns it.
+      multi_steps: the `optax.MultiSteps` around optimizer and Excitation. Its `has_updated` takes `state.multi_steps`.
+      like: the tree of `RoutingCounts` that every update is given, or of their shapes; see `flax.routing_like`.
       axis_name: as for `scale_by_excitation`. The state holds the sums, so it is the same on all devices.
 
     Raises:
@@ -53,8 +47,7 @@ def accumulate_utilization(
       >>> counts = lambda a, b: {"experts": excitation_optax.RoutingCounts(jnp.array([a, b]), jnp.array(4.0))}
       >>> tx = optax.chain(optax.sgd(1.0), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
       >>> tx = excitation_optax.accumulate_utilization(optax.MultiSteps(tx, 2), like=counts(0.0, 0.0))
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(params, state, params, utilization=counts(4.0, 0.0))
+      >>> updates, state = tx.update(params, tx.init(params), params, utilization=counts(4.0, 0.0))
       >>> updates, state = tx.update(params, state, params, utilization=counts(2.0, 2.0))
       >>> updates["experts"]  # utilization 6/8 and 2/8
       Array([-1.5, -0.5], dtype=float32)
@@ -78,7 +71,7 @@ def accumulate_utilization(
         total = jax.tree.map(add, state.accumulated, expected.conform(received))
         updates, after = multi_steps.update(updates, before, params, utilization=total, **extra_args)
         emitted = after.gradient_step != before.gradient_step
-        skipped = ~emitted & (after.mini_step == before.mini_step)
+        skipped = after.mini_step == before.mini_step  # unless it was emitted
         keep = lambda old, new: jnp.where(emitted, 0, jnp.where(skipped, old, new))
         return updates, AccumulateUtilizationState(after, jax.tree.map(keep, state.accumulated, total))
 
@@ -89,8 +82,7 @@ def hold_utilization(tx: optax.GradientTransformationExtraArgs, like: Any) -> op
     """Holds the utilization in the optimizer state, for trainers that call `tx.update` themselves.
 
     Set it inside the jitted step: `opt_state = optax.tree.set(opt_state, utilization=counts)`. It starts as zeros,
-    which is no excitation, and stays until you set it again. An update uses a `utilization=` that is passed to it, and
-    does not store it.
+    which is no excitation, and stays until you set it again. A `utilization=` that is passed is used and not stored.
 
     Args:
       tx: the optimizer, Excitation included.
@@ -143,7 +135,7 @@ class _Like:
             path = min(different)
             where = "missing from the utilization" if path in self.entries else "not in `like`"
             raise ValueError(f"The utilization must have the layers of `like`: {path or _paths.ROOT} is {where}.")
-        kind = lambda entry: [(np.shape(x), np.dtype(x.dtype) if dtypes else None) for x in jax.tree.leaves(entry)]
+        kind = lambda entry: [(_arrays.shape_of(x), x.dtype if dtypes else None) for x in jax.tree.leaves(entry)]
         for path, entry in self.entries.items():
             if kind(received[path]) != kind(entry):
                 got, should = (", ".join(map(_arrays.show_value, jax.tree.leaves(x))) for x in (received[path], entry))

@@ -5,15 +5,12 @@ import math
 import numbers
 import operator
 import reprlib
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-
-NamedTupleType = TypeVar("NamedTupleType", bound=type)
 
 _KINDS = {"booleans": [jnp.bool_], "integers": [jnp.integer], "floating-point numbers": [jnp.floating]}
 _KINDS["numbers"] = [jnp.bool_, jnp.integer, jnp.floating]
@@ -44,7 +41,7 @@ def shape_of(x: Any) -> tuple[int, ...] | None:
 
 
 def is_array(x: Any) -> bool:
-    """Arrays, traced ones among them, and numbers; neither lists nor the shapes of arrays."""
+    """Whether it is an array, perhaps traced, or a number, but not a list or the shape of an array."""
     return shape_of(x) is not None and not isinstance(x, jax.ShapeDtypeStruct)
 
 
@@ -65,12 +62,10 @@ def as_array(what: str, x: Any, kind: str = "numbers", axes: str = "[...]", hint
 
 def static_int(what: str, x: Any) -> int:
     """Checks a number that sets a shape, so that it must be known while JAX traces."""
-    number = None
     with contextlib.suppress(TypeError):  # a traced value raises this too
-        number = None if isinstance(x, (bool, np.bool_)) else operator.index(x)
-    if number is None or number < 1:
-        raise ValueError(f"{what} must be an integer, not traced, and at least 1; got {show_value(x)}.")
-    return number
+        if not isinstance(x, (bool, np.bool_)) and operator.index(x) >= 1:
+            return operator.index(x)
+    raise ValueError(f"{what} must be an integer, not traced, and at least 1; got {show_value(x)}.")
 
 
 def is_scalar(x: Any, *kinds: Any) -> bool:
@@ -106,10 +101,3 @@ def check_not_negative(what: str, x: ArrayLike) -> None:
 def show_value(x: Any) -> str:
     """Shows dtype and shape, such as `float32[2, 3]`; a short repr of anything that is no array."""
     return f"{x.dtype}{list(x.shape)}" if hasattr(x, "shape") and hasattr(x, "dtype") else reprlib.repr(x)
-
-
-def exportable(cls: NamedTupleType) -> NamedTupleType:
-    """Lets `jax.export` serialize functions whose inputs or outputs hold this NamedTuple; a class decorator."""
-    with contextlib.suppress(ValueError):  # if the module is loaded twice, JAX keeps the first registration
-        jax.export.register_namedtuple_serialization(cls, serialized_name=f"excitation_optax.{cls.__name__}")
-    return cls

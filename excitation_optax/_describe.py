@@ -1,7 +1,4 @@
-"""What Excitation will do to a parameter tree, before it does it.
-
-Axis letters: E experts.
-"""
+"""What Excitation will do to a parameter tree, before it does it. E is the number of experts."""
 
 import dataclasses
 import math
@@ -70,8 +67,7 @@ class Description:
 def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Description:
     """Returns a table of which parameters will be scaled, by which utilization and along which axes.
 
-    It lists the nodes of each entry, which make up one layer, and asks about arrays whose shape would also fit another
-    way, such as `[E, E]`, or a vector `[E]`, which may be a router's bias. It raises what an update would raise.
+    It asks about arrays that would also fit another way: `[E, E]`, or a bias `[E]`. It raises what an update would.
 
     Args:
       params: the parameter tree that the optimizer is initialized with, or its shapes (`jax.eval_shape`).
@@ -90,7 +86,7 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
     tree = _paths.Tree(params)
     layers = _experts.match_experts(tree, _experts.entries_of(utilization), expert_axis)
     specified = _experts.specs_by_leaf(tree, expert_axis)
-    scaled = {leaf: (pattern, place) for pattern in layers for leaf, place in layers[pattern].placements.items()}
+    scaled = {leaf: (pattern, place) for pattern in layers for leaf, place in layers[pattern].items()}
     parameters, doubtful = [], []
     for leaf, (node, value) in enumerate(zip(tree.nodes, tree.leaves, strict=True)):
         if leaf in scaled:
@@ -104,4 +100,5 @@ def describe(params: Any, utilization: Any, expert_axis: Any = None) -> Descript
         elif value is not None:
             shape = np.shape(value) if _paths.is_parameter(value) else None
             parameters.append(DescribedParameter(str(node), shape))
-    return Description(tuple(parameters), {name: layer.nodes for name, layer in layers.items()}, tuple(doubtful))
+    nodes = {name: tuple(str(match.node) for match in tree.find(name) if match.is_whole) for name in layers}
+    return Description(tuple(parameters), nodes, tuple(doubtful))

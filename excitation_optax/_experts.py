@@ -1,8 +1,6 @@
 """Which parameters are experts, and along which axes: utilization entries matched to the arrays of a tree.
 
-Nothing is guessed from shapes or names: a pattern says which nodes hold experts, and `expert_axis` along which axes.
-
-Axis letters: E experts, L layers.
+Nothing is guessed from shapes or names. Axis letters: E experts, L layers.
 """
 
 import itertools
@@ -16,8 +14,7 @@ import optax
 
 from excitation_optax import _arrays, _paths, _routing
 
-# For each axis of the utilization, the experts' last: the axes of the array that it is spread over, the first of them
-# counting most.
+# For each axis of the utilization, the experts' last: the axes of the array that it is spread over.
 Axes = tuple[tuple[int, ...], ...]
 
 _REMEDY = (
@@ -32,13 +29,6 @@ class Placement(NamedTuple):
 
     axes: Axes  # of the layers only if one expert owns the whole array
     expert: int | None = None  # that owns it
-
-
-class Layer(NamedTuple):
-    """The arrays that one utilization entry covers."""
-
-    placements: dict[int, Placement]  # by their positions in the tree's leaves
-    nodes: tuple[str, ...]  # that its pattern matches
 
 
 def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[str, Any]:
@@ -58,22 +48,21 @@ def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[st
     return entries
 
 
-def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, Layer]:
-    """The layer of each entry: its arrays in the tree, and where the axes of its utilization lie in them."""
+def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: Any) -> dict[str, dict[int, Placement]]:
+    """For each entry, the positions of its arrays in the tree's leaves, and where the utilization lies in them."""
     cover = _cover(tree, entries, "utilization")
     spec_of = specs_by_leaf(tree, expert_axis)
     layers = {}
     for pattern, entry in entries.items():
-        shape = np.shape(entry.counts if _routing.is_counts(entry) else entry)
+        shape = _routing.shape_of(pattern, entry)
         position = _number_experts(pattern, cover[pattern], shape)
         whole = [match for match in cover[pattern] if match.is_whole]
         _check_one_layer(pattern, whole)
-        placements = {
+        layers[pattern] = {
             leaf: _place(tree, leaf, pattern, shape, spec_of.get(leaf), position.get(match.digits))
             for match in whole
             for leaf in tree.parameters_of(match.node)
         }
-        layers[pattern] = Layer(placements, nodes=tuple(str(match.node) for match in whole))
     return layers
 
 
@@ -141,13 +130,10 @@ def _check_one_layer(pattern: str, matches: list[_paths.Match]) -> None:
 
 def _number_experts(pattern: str, matches: list[_paths.Match], shape: tuple[int, ...]) -> dict[str | None, int]:
     """From the digits in the names of experts to their positions on the axis of experts."""
-    written = sorted({match.digits for match in matches if match.digits is not None}, key=int)
+    written = sorted(sorted({match.digits for match in matches if match.digits is not None}), key=int)
     for first, second in itertools.pairwise(written):
         if int(first) == int(second):
-            raise ValueError(
-                f"The utilization path {pattern} matches the same number written as {min(first, second)} and "
-                f"{max(first, second)}: which expert is meant?"
-            )
+            raise ValueError(f"{pattern} has the same number written as {first} and {second}: which expert is meant?")
     if written and len(written) != shape[-1]:
         raise ValueError(
             f"The utilization path {pattern} finds {len(written)} experts, with the numbers "
@@ -165,11 +151,9 @@ def _place(tree: _paths.Tree, leaf: int, pattern: str, shape: Any, spec: Any, ex
     flat = [axis for group in axes for axis in group]
     remedy = _REMEDY if pattern else f"Name the experts: utilization={{'path/of/experts': counts}}. {_REMEDY}"
     if len(axes) != len(sizes):
-        layers_only = "" if expert is None else " With {expert} in the path, it names the layers' axes only."
-        problem = (
-            f"expert_axis must have one element for each axis of the utilization, {len(sizes)}, experts last; it has "
-            f"{len(axes)}.{layers_only}"
-        )
+        problem = f"expert_axis needs one element for each axis of the utilization, {len(sizes)}; it has {len(axes)}."
+        if expert is not None:
+            problem += " With {expert} in the path, it names the layers' axes only."
     elif any(not -len(array) <= axis < len(array) for axis in flat):
         problem = f"an axis is out of range. {remedy}"
     elif len({axis % len(array) for axis in flat}) != len(flat):

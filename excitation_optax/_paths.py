@@ -1,8 +1,7 @@
 """Path patterns, the language of `scale_by_excitation`: which nodes of a tree a pattern matches.
 
-A *path* is the names from the root to a node: dictionary keys, attribute names and list positions, all as strings, so
-that one pattern addresses a dict, a list, a named tuple, an `nnx.State` or an Equinox module. A slash in a name
-separates two names, as in Haiku. If the tree has a name that equals the pattern's, the pattern's name is literal.
+A *path* is the names from the root to a node: dictionary keys, attribute names and list positions, all as strings. A
+slash in a name separates two names, as in Haiku. If the tree has a name that equals the pattern's, it is literal.
 """
 
 import dataclasses
@@ -34,8 +33,7 @@ class Node:
         return "/".join(self.path) or ROOT
 
     def is_below(self, other: "Node") -> bool:
-        depth = len(other.path)
-        return len(self.path) > depth and self.path[:depth] == other.path
+        return self.path[: len(other.path)] == other.path != self.path
 
 
 class Match(NamedTuple):
@@ -159,8 +157,7 @@ def join(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, A
         path = "/".join(filter(None, names))
         if path in leaves:
             raise ValueError(
-                f"Two leaves have the same path {path or ROOT}: `/` and nested dicts mean the same, and so do the keys "
-                '1 and "1". Rename one of them.'
+                f'Two leaves have the same path {path or ROOT}: `/` means nesting, and 1 means "1". Rename one of them.'
             )
         leaves[path] = leaf
     return leaves
@@ -191,8 +188,7 @@ def _compile(name: str) -> re.Pattern[str]:
     """A name of a pattern as a regular expression, with a group for each wildcard and one for the expert's digits."""
     if "{}" in name or not re.fullmatch(r"([^{}]|\{[^{}]+\})*", name):
         raise re.error(
-            f"{name!r} has braces that are empty, unbalanced or within braces. A slash cannot stand inside braces. The "
-            f"number of an expert is {EXPERT}."
+            f"{name!r} has empty, unbalanced or nested braces, or a slash in braces. An expert's number is {EXPERT}."
         )
     stem = name.removesuffix("_" + EXPERT)
     if stem != name and not set(stem) & set("*?"):  # `linear_{expert}` also matches `linear`

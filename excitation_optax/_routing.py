@@ -1,9 +1,8 @@
 """Routing counts: how many tokens each expert received. Counts are sums, so they add up before they are divided.
 
-Axis letters: T tokens (all axes of a batch that hold tokens or samples, in any number), E experts, K experts per token.
+Axis letters: T tokens (all axes of a batch that hold tokens or samples), E experts, K experts per token.
 """
 
-import operator
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
@@ -19,15 +18,13 @@ _HINT = (
 )
 
 
-@_arrays.exportable
 class RoutingCounts(NamedTuple):
     r"""The number of tokens that each expert received, and the number of all tokens.
 
     .. math:: u_k = \frac{1}{|B|} \sum_{x \in B} \mathbb{1}[k \in \mathcal{A}(x)] \qquad \text{(equation 1)}
 
     Add the counts of micro-batches: sums stay right where padding differs, averages of fractions do not. Addition is in
-    float32 or wider, and raises a `ValueError` unless the shapes are equal. Under `jax.jit` with sharded inputs, counts
-    are global. Under `jax.pmap` and `jax.shard_map`, `scale_by_excitation(axis_name=...)` sums them over the devices.
+    float32 or wider; other shapes are a `ValueError`. `scale_by_excitation(axis_name=...)` sums them over devices.
 
     Attributes:
       counts: `[..., E]` float32, tokens routed to each expert. Leading axes are layers.
@@ -51,11 +48,9 @@ class RoutingCounts(NamedTuple):
             raise ValueError(f"Only RoutingCounts can be added to RoutingCounts; got {_arrays.show_value(other)}.")
         for name, a, b in zip(self._fields, self, other, strict=True):
             if not (_arrays.is_array(a) and _arrays.is_array(b) and jnp.shape(a) == jnp.shape(b)):
-                raise ValueError(
-                    f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {_arrays.show_value(a)} "
-                    f"and {_arrays.show_value(b)}."
-                )
-        return RoutingCounts(*(operator.add(*_arrays.widened(a, b)) for a, b in zip(self, other, strict=True)))
+                shown = f"{_arrays.show_value(a)} and {_arrays.show_value(b)}"
+                raise ValueError(f"Adding RoutingCounts requires arrays of equal shapes; their {name} are {shown}.")
+        return RoutingCounts(*(a + b for a, b in map(_arrays.widened, self, other)))
 
     def __radd__(self, other: Any) -> "RoutingCounts":
         return self if isinstance(other, int) and other == 0 else self + other  # sum() starts at 0
@@ -63,6 +58,7 @@ class RoutingCounts(NamedTuple):
     @property
     def utilization(self) -> jax.Array:
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert received; 0 where there were no tokens."""
+        shape_of("RoutingCounts", self)  # raises if the two do not fit
         counts, tokens = _arrays.widened(*self)
         return _arrays.divide(counts, jnp.expand_dims(tokens, -1))
 
@@ -91,16 +87,14 @@ def sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Routi
 def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     """Converts fractions or `RoutingCounts` to an array `[..., E]` in float32 or wider."""
     if is_counts(utilization):
-        check_utilization("", utilization)
-        return utilization.utilization
+        utilization = utilization.utilization
     u = _arrays.as_array("Utilization", utilization, axes="[..., E]")
     _arrays.check_not_negative("Utilization", u)
     return _arrays.float32_or_wider(u)
 
 
-def check_utilization(path: str, leaf: Any) -> None:
-    """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
-    what = f"Utilization at {path}" if path else "Utilization"
+def shape_of(what: str, leaf: Any) -> tuple[int, ...]:
+    """The shape `[..., E]` of fractions or counts, or of the shapes of such; a ValueError if they have none."""
     counts, name, hint = (leaf.counts, f"{what}: the counts", "") if is_counts(leaf) else (leaf, what, _HINT)
     shape = _arrays.shape_of(counts)
     if not shape or shape[-1] == 0:
@@ -111,6 +105,13 @@ def check_utilization(path: str, leaf: Any) -> None:
             f"{what} has counts of shape {list(shape)} and tokens {_arrays.show_value(leaf.tokens)}; tokens must have "
             f"the shape {list(shape[:-1])}, one number for each layer."
         )
+    return shape
+
+
+def check_utilization(path: str, leaf: Any) -> None:
+    """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
+    what = f"Utilization at {path}"
+    shape_of(what, leaf)
     if not is_counts(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
             f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "
@@ -123,8 +124,8 @@ def check_utilization(path: str, leaf: Any) -> None:
 def count_routing(expert_indices: jax.Array, num_experts: int, where: jax.Array | None = None) -> RoutingCounts:
     """Counts tokens per expert from the experts that each token chose (equation 1 of the paper).
 
-    An expert that a token names twice counts once, and an index outside `[0, E)` counts for no expert. Do not pass the
-    token numbers `[E, C]` of expert-choice routing: there, all experts have the same load, so Excitation has no effect.
+    An expert that a token names twice counts once, and an index outside `[0, E)` counts for no expert. Under expert
+    choice, all experts have the same load, so Excitation has no effect: do not pass its token numbers `[E, C]`.
 
     Args:
       expert_indices: `[T..., K]` integers, the experts of each token, before tokens are dropped for capacity.
@@ -183,7 +184,7 @@ def count_active(active: jax.Array, where: jax.Array | None = None) -> RoutingCo
 def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Array | None = None) -> RoutingCounts:
     """Counts tokens per expert from router logits: each token goes to its K highest, as `jax.lax.top_k` ranks them.
 
-    For a model that adds a bias before the ranking, or chooses among groups of experts, use `count_routing`.
+    If your router adds a bias before the ranking, or chooses among groups of experts, use `count_routing`.
 
     Args:
       router_logits: `[T..., E]`, logits or probabilities (the ranking is the same).
@@ -199,10 +200,8 @@ def count_logits(router_logits: jax.Array, experts_per_token: int, where: jax.Ar
     experts_per_token = _arrays.static_int("count_logits: experts_per_token", experts_per_token)
     num_experts = logits.shape[-1]
     if experts_per_token > num_experts:
-        raise ValueError(
-            f"count_logits: experts_per_token must be at most E = {num_experts}, the last axis of "
-            f"{_arrays.show_value(logits)}; got {experts_per_token}."
-        )
+        got = f"got {experts_per_token} for {_arrays.show_value(logits)}"
+        raise ValueError(f"count_logits: experts_per_token must be at most E = {num_experts}; {got}.")
     return count_routing(jax.lax.top_k(logits, experts_per_token)[1], num_experts, where)
 
 

@@ -1,7 +1,4 @@
-"""How modules of Flax NNX and Linen keep the routing that they sow, and how lost routing is noticed.
-
-Counts are kept in dicts by path pattern, where "" is the module itself. Only `flax.py` imports this file.
-"""
+"""How Flax modules keep the routing that they sow, and how lost routing is noticed. Only `flax.py` imports this."""
 
 import contextlib
 import contextvars
@@ -18,7 +15,7 @@ from flax.core import tracers
 from excitation_optax import _paths, _routing
 
 CONTAINERS = nnx.List | nnx.Dict  # modules to Flax, but not layers
-_SOWN = "sown_routing"  # the name that counts are kept under
+_SOWN = "sown_routing"  # the name that counts are kept under, in dicts by path pattern; "" is the module itself
 _ADVICE = (
     "Call the module itself, and equally often in all branches of nnx.cond. In nnx.scan and nnx.vmap, give a module "
     "without an axis of its own in_axes=nnx.StateAxes({excitation_optax.flax.Routing: 0, ...: None}) and sum its "
@@ -67,12 +64,22 @@ class Capture:
         self.latest: str | None = None  # the path of the module that sowed last; None before the call
 
     def record(self, root: Any, call: Callable[[], Any], *other_types: Any) -> Any:
+        """Runs the call, and returns its output and a state of what it sowed for each type. Explains Flax's errors."""
         token = _running.set(self)
         try:
             return nnx.capture(lambda _: self._run(call), Routing, *other_types)(root)
         except Exception as error:
-            self._explain(error)
-            raise
+            if isinstance(error, flax.errors.TraceContextError) and self.latest is None:
+                raise ValueError(
+                    "capture_routing cannot record on a model that was made outside of this jax.jit, vmap or scan. "
+                    "Pass it through nnx.jit, or by nnx.split outside and nnx.merge inside."
+                ) from error
+            if "__captures__" not in str(error):
+                raise
+            jax.clear_caches()
+            frames = " ".join(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__))
+            name = ["jit", *re.findall(r"cond|switch|fori_loop|while_loop|scan|[vp]map", frames)][-1]
+            raise ValueError(f"The routing of {self.latest} cannot leave nnx.{name}. {_ADVICE}") from error
         finally:
             _running.reset(token)
             for module in self.modules.values():
@@ -104,21 +111,8 @@ class Capture:
         if sows < self.sows.get(path, 0):
             jax.clear_caches()  # otherwise JAX reuses the trace of a scan, and nobody notes its sows the next time
             raise ValueError(
-                f"The routing of {path} was lost, because it was called through a copy, as nnx.clone, nnx.merge, and "
-                f"nnx.scan with in_axes=None make them. {_ADVICE}"
+                f"The routing of {path} was lost in a copy (nnx.clone, nnx.merge, nnx.scan(in_axes=None)). {_ADVICE}"
             )
-
-    def _explain(self, error: Exception) -> None:
-        if isinstance(error, flax.errors.TraceContextError) and self.latest is None:
-            raise ValueError(
-                "capture_routing cannot record on a model that was made outside of this jax.jit, vmap or scan. Pass it "
-                "through nnx.jit, or by nnx.split outside and nnx.merge inside."
-            ) from error
-        if "__captures__" in str(error):
-            jax.clear_caches()
-            frames = " ".join(frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__))
-            name = ["jit", *re.findall(r"cond|switch|fori_loop|while_loop|scan|[vp]map", frames)][-1]
-            raise ValueError(f"The routing of {self.latest} cannot leave nnx.{name}. {_ADVICE}") from error
 
 
 def sow_nnx(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...]) -> None:
@@ -167,9 +161,7 @@ def sow_linen(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...
             )
         return
     if module.scope.root.trace_level != tracers.current_trace():
-        raise ValueError(
-            f"The routing of {path} cannot leave the JAX transform that closed over it. Use Flax's, such as nn.remat."
-        )
+        raise ValueError(f"The routing of {path} cannot leave the JAX transform that closed over it. Use one of Flax.")
     sown_in = vars(outermost.scope).setdefault(_SOWN, set())  # the modules that sowed in this call of apply
     if module.has_variable("intermediates", _SOWN) and module.path not in sown_in:
         raise ValueError(
@@ -197,10 +189,7 @@ def collected(sown: Any, none_found: str, model: Any = None) -> Any:
         key = (*path, *names), bool(pattern)
         found[key] = found.get(key, 0) + leaf
     if not found:
-        raise ValueError(
-            f"{none_found} Layers record it by sow_routing(self, count_routing(...), 'names', 'of', 'experts'), or by "
-            "sow_routing(self.experts, count_routing(...)) where self.experts holds nothing but experts."
-        )
+        raise ValueError(f"{none_found} Layers record it by sow_routing(self, counts, 'names', 'of', 'experts').")
     utilization = {path: counts for (path, _), counts in found.items()}
     for path, is_above in found:
         if (path, not is_above) in found or any(path[:n] in utilization for n in range(len(path))):

@@ -1,9 +1,8 @@
 """The strategies: one function for each equation of Phi(u, gamma). Numbers are those of arXiv 2602.21798.
 
 E experts of one layer are on the last axis, and expectations run over them; leading axes are layers. The largest entry
-is divided out first (in `exp_diff` subtracted), so that every strategy is finite for utilization in [0, 1] and gamma up
-to 10. A layer that is zero everywhere is excited by 1. A NaN stays a NaN, and negative utilization is an error where
-its values can be read.
+is divided out first (in `exp_diff` subtracted), so that every strategy is finite for gamma up to 10. A layer that is
+zero everywhere is excited by 1. A NaN stays a NaN. Negative utilization is an error if its values can be read.
 """
 
 import functools
@@ -16,8 +15,7 @@ from jax.typing import ArrayLike
 
 from excitation_optax import _arrays, _routing
 
-# What `scale_by_excitation` calls: `(utilization [..., E], gamma) -> excitation [..., E]`. Any function of this form
-# is a strategy. A strategy with an unbound keyword `key` is random and receives a PRNG key.
+# `(utilization [..., E], gamma) -> excitation [..., E]`. If it has an unbound keyword `key`, it is random.
 Strategy = Callable[..., jax.Array]
 
 _KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -41,8 +39,7 @@ def zero_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     largest = jnp.max(u, axis=-1, keepdims=True)
-    power = _power(_arrays.divide(u, largest, if_zero=1), gamma)
-    return power / jnp.mean(power, axis=-1, keepdims=True)
+    return _power_over_mean(_arrays.divide(u, largest, if_zero=1), gamma)
 
 
 def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
@@ -50,7 +47,7 @@ def positive_sum(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{PS}(u_k, \gamma) = \max(1, \Phi_{ZS}(u_k, \gamma)) \qquad \text{(equation 7)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 1 and E.
+    Shapes are those of `zero_sum`. The excitation lies between 1 and E.
 
     Example:
       >>> excitation_optax.positive_sum(jnp.array([0.1, 0.2, 0.3]), 1.0)
@@ -64,8 +61,7 @@ def exp_diff(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{ED}(u_k, \gamma) = \frac{\exp(\gamma u_k)}{\mathbb{E}[\exp(\gamma u)]} \qquad \text{(equation 8)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. It depends on the scale of
-    utilization, which sums to K over the experts, as in the paper.
+    Shapes are those of `zero_sum`. The excitation lies between 0 and E, and depends on the scale of utilization.
 
     Example:
       >>> excitation_optax.exp_diff(jnp.array([0.0, jnp.log(3.0)]), 1.0).round(4)  # exp: 1, 3
@@ -81,7 +77,7 @@ def global_exp(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{GE} = \mathbb{E}[\exp(\gamma \cdot \mathrm{ReLU}(u - \mathbb{E}[u]))] \qquad \text{(equation 9)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 1 and exp(gamma).
+    Shapes are those of `zero_sum`. The excitation lies between 1 and exp(gamma).
 
     Example:
       >>> excitation_optax.global_exp(jnp.array([0.0, 2 * jnp.log(3.0)]), 1.0).round(4)  # above the mean: 0, log 3
@@ -115,8 +111,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
 
     .. math:: \Phi_{Inv}(u_k, \gamma) = \frac{u_k^{-\gamma}}{\mathbb{E}[u^{-\gamma}]} \qquad \text{(equation 10)}
 
-    It takes and returns `[..., E]`, as `zero_sum` does; the excitation lies between 0 and E. Idle experts (u = 0) share
-    all of it, and the others get 0, the limit of the equation.
+    Shapes are those of `zero_sum`. The excitation lies between 0 and E. Idle experts share all, and the others get 0.
 
     Example:
       >>> excitation_optax.inverted(jnp.array([0.1, 0.3]), 1.0).round(4)  # 1/u: 10, 10/3
@@ -126,8 +121,7 @@ def inverted(utilization: ArrayLike, gamma: ArrayLike) -> jax.Array:
     """
     u = _routing.fractions(utilization)
     smallest = jnp.min(u, axis=-1, keepdims=True)
-    power = _power(_arrays.divide(smallest, u, if_zero=1), gamma)
-    return power / jnp.mean(power, axis=-1, keepdims=True)
+    return _power_over_mean(_arrays.divide(smallest, u, if_zero=1), gamma)
 
 
 def clipped(strategy: Strategy, maximum: float) -> Strategy:
@@ -161,11 +155,9 @@ def clipped(strategy: Strategy, maximum: float) -> Strategy:
 
 def is_random(strategy: Strategy) -> bool:
     """Whether a strategy has a keyword `key` that is unbound or None; a ValueError if it is no strategy."""
+    what = "strategy must be a callable (utilization, gamma) -> excitation"
     if not callable(strategy):
-        raise ValueError(
-            f"strategy must be a callable (utilization, gamma) -> excitation; got {strategy!r}. "
-            "Pass a function such as excitation_optax.zero_sum, not its name."
-        )
+        raise ValueError(f"{what}; got {strategy!r}. Pass a function such as excitation_optax.zero_sum, not its name.")
     try:
         signature = inspect.signature(strategy)
     except ValueError:  # some callables in C have no signature
@@ -177,8 +169,8 @@ def is_random(strategy: Strategy) -> bool:
         signature.bind(None, None, **({"key": None} if random else {}))
     except TypeError as error:
         raise ValueError(
-            f"strategy must be a callable (utilization, gamma) -> excitation; {name(strategy)}{signature} cannot be "
-            f"called like this: {error}. Bind its other arguments with functools.partial."
+            f"{what}; {name(strategy)}{signature} cannot be called like this: {error}. "
+            "Bind its other arguments with functools.partial."
         ) from error
     return random
 
@@ -187,6 +179,7 @@ def name(strategy: Strategy) -> str:
     return getattr(strategy, "__name__", repr(strategy))
 
 
-def _power(ratio: jax.Array, gamma: ArrayLike) -> jax.Array:
-    """`ratio ** gamma`, but NaN ** 0 stays NaN, where IEEE 754 says 1."""
-    return jnp.where(jnp.isnan(ratio), ratio, ratio ** jnp.asarray(gamma, ratio.dtype))
+def _power_over_mean(ratio: jax.Array, gamma: ArrayLike) -> jax.Array:
+    """`ratio ** gamma` over its mean in the layer. NaN ** 0 stays NaN, where IEEE 754 says 1."""
+    power = jnp.where(jnp.isnan(ratio), ratio, ratio ** jnp.asarray(gamma, ratio.dtype))
+    return power / jnp.mean(power, axis=-1, keepdims=True)

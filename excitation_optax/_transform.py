@@ -1,9 +1,7 @@
 """The gradient transformation, each expert's update times its excitation, and the arithmetic of one layer.
 
 A layer is what one utilization entry covers: one array for all experts, several, or a set of arrays per expert. A stack
-of layers has leading axes; each of its layers is scaled by itself.
-
-Axis letters: E experts, L layers.
+of layers has leading axes; each of its layers is scaled by itself. Axis letters: E experts, L layers.
 """
 
 import functools
@@ -21,7 +19,6 @@ Component = Literal["both", "direction", "norm"]
 Placements = tuple[_experts.Placement, ...]
 
 
-@_arrays.exportable
 class ScaleByExcitationState(NamedTuple):
     """The state if gamma is a schedule or the strategy is random; otherwise it is `optax.EmptyState`."""
 
@@ -42,17 +39,15 @@ def scale_by_excitation(
     .. math:: \Delta\theta_t^{(k), Exc} = \Phi(u_k, \gamma) \cdot \Delta\theta_t^{(k)} \qquad \text{(equations 2 to 4)}
 
     Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
-    weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`, which keep
-    parameters of their own.
+    weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`.
 
     Every update requires the keyword `utilization`, the routing of the batch that its gradients came from: a mapping
     (or any tree) from path patterns to fractions `[..., E]` or `RoutingCounts`. One entry is one layer, or one stack of
     layers. Every parameter at or below a node that a pattern matches is scaled; all others stay the same, bit for bit.
-    Nested dicts and `/` mean the same, `None` is absent, `""` is the root of the tree.
 
-    In a pattern such as `moe/experts`, `*` stands for any characters of one name, `?` for one character, and `**` for
-    any number of names, also none. `{w_in,w_out}` stands for either; both are one layer. `expert_{expert}` stands for
-    the number of the expert that owns the whole subtree.
+    In a pattern such as `moe/experts`, `/` and nested dicts mean the same, and `""` is the root. `*` stands for any
+    characters of one name, `?` for one, and `**` for any number of names, also none. `{w_in,w_out}` stands for either;
+    both are one layer. `expert_{expert}` stands for the number of the expert that owns the whole subtree.
 
     Args:
       strategy: Phi, a callable `(utilization [..., E], gamma) -> excitation [..., E]`. If it has an unbound keyword
@@ -62,26 +57,23 @@ def scale_by_excitation(
         (parameters `[L, E, ...]` for utilization `[L, E]`). An int, for utilization `[E]` (-1: the neurons of a Dense
         kernel and bias). A tuple with an element for each axis of the utilization, experts last (`(1, 0)`: parameters
         `[E, L, ...]`). An element that is a tuple spreads one axis over several, the first counting most (`((0, 1),)`:
-        parameters `[E1, E2, ...]` for utilization `[E1 * E2]`). A mapping from path patterns to these. A callable of
+        parameters `[E1, E2, ...]` for utilization `[E1 * E2]`). A mapping from path patterns to these, or a callable of
         the updates that returns any of these. For entries with `{expert}` it names the axes of the layers only.
       component: `"both"` multiplies by Phi. Let r be the norm of a layer's excited update over the norm of its plain
         update. `"direction"` multiplies by Phi / r, so the layer's step keeps its length. `"norm"` multiplies by r, so
         the layer's step keeps its direction. With these two, a NaN in one expert makes the whole layer NaN, masked
         arrays are not in the norm, and inside `jax.shard_map` and `jax.pmap` each device must hold whole arrays.
-      axis_name: the mapped axis, or a tuple of them, under `jax.pmap` or `jax.shard_map`, over which `RoutingCounts`
-        are summed. Counts that you summed yourself stay right, since their quotient does not change.
+      axis_name: the axis, or axes, of `jax.pmap` or `jax.shard_map` to sum `RoutingCounts` over. Twice does no harm.
       seed: for random strategies.
 
     Raises:
-      ValueError: here, if an argument is malformed; while tracing an update, if the utilization, the parameters, the
-        strategy's result or the state do not fit each other.
+      ValueError: if an argument is malformed; in an update, if utilization, parameters, excitation or state do not fit.
 
     Example:
       >>> params = {"router": jnp.ones((2, 3)), "experts": jnp.ones((3, 2))}
       >>> tx = optax.chain(optax.sgd(0.1), excitation_optax.scale_by_excitation(excitation_optax.zero_sum))
-      >>> state = tx.init(params)
       >>> utilization = {"experts": jnp.array([0.1, 0.2, 0.3])}
-      >>> updates, state = tx.update(params, state, params, utilization=utilization)
+      >>> updates, state = tx.update(params, tx.init(params), params, utilization=utilization)
       >>> updates["experts"][:, 0]
       Array([-0.05, -0.1 , -0.15], dtype=float32)
     """
@@ -97,11 +89,9 @@ def scale_by_excitation(
         raise ValueError(f"seed must be an integer of at most 64 bits; got {_arrays.show_value(seed)}.")
 
     def init_fn(params):
-        del params
         return ScaleByExcitationState(jnp.zeros([], jnp.int32)) if counts_steps else optax.EmptyState()
 
     def update_fn(updates, state, params=None, *, utilization=None, **extra_args):
-        del params
         _check_state(state, counts_steps)
         step_gamma = gamma(state.count) if callable(gamma) else gamma
         _check_gamma(step_gamma)
@@ -111,12 +101,11 @@ def scale_by_excitation(
         tree = _paths.Tree(updates)
         layers = _experts.match_experts(tree, entries, expert_axis)
         entries = entries if axis_name is None else _routing.sum_over(axis_name, entries)
-        for pattern, layer in layers.items():
+        for pattern, placements in layers.items():
             phi = _excite(pattern, entries[pattern], strategy, step_gamma, key)
-            arrays = [jnp.asarray(tree.leaves[leaf]) for leaf in layer.placements]
-            placements = tuple(layer.placements.values())
-            scaled = scale_layer(phi, arrays, placements, component) if arrays else []
-            for leaf, update in zip(layer.placements, scaled, strict=True):
+            arrays = [jnp.asarray(tree.leaves[leaf]) for leaf in placements]
+            scaled = scale_layer(phi, arrays, tuple(placements.values()), component) if arrays else []
+            for leaf, update in zip(placements, scaled, strict=True):
                 tree.leaves[leaf] = update
         if counts_steps:
             state = ScaleByExcitationState(optax.safe_increment(state.count))
@@ -138,7 +127,7 @@ def excitation(
       utilization: a tree whose leaves are fractions `[..., E]` or `RoutingCounts`.
       strategy: as for `scale_by_excitation`.
       gamma: as for `scale_by_excitation`, but instead of a schedule its value at one step.
-      key: required for random strategies; the transform's own at step `t` is `fold_in(key(seed), t)`.
+      key: required for random strategies; that of the transform at step `t` is `fold_in(key(seed), t)`.
 
     Example:
       >>> excitation_optax.excitation({"experts": jnp.array([0.1, 0.2, 0.3])}, excitation_optax.zero_sum)
@@ -195,11 +184,11 @@ def scale_layer(
         direction = _arrays.divide(phi.astype(ratio.dtype), ratio)
         factor = direction if component == "direction" else jnp.broadcast_to(ratio, phi.shape)
 
-    def scale(update: jax.Array, place: _experts.Placement) -> jax.Array:
+    scaled = []
+    for update, place in zip(updates, placements, strict=True):
         wide = np.promote_types(factor.dtype, update.dtype)
-        return (_expand(factor, update, place).astype(wide) * update.astype(wide)).astype(update.dtype)
-
-    return [scale(update, place) for update, place in zip(updates, placements, strict=True)]
+        scaled.append((_expand(factor, update, place).astype(wide) * update.astype(wide)).astype(update.dtype))
+    return scaled
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -240,8 +229,8 @@ def _per_expert(op: Any, arrays: Sequence[jax.Array], placements: Placements, sh
 
     def reduced(array: jax.Array, place: _experts.Placement) -> jax.Array:
         axes = [axis for group in place.axes for axis in group]
-        kept = op.reduce(array, axis=tuple(axis for axis in range(array.ndim) if axis not in axes))
-        kept = jnp.transpose(kept, np.argsort(np.argsort(axes)).tolist())
+        kept = jnp.moveaxis(array, axes, range(len(axes)))
+        kept = op.reduce(kept, axis=tuple(range(len(axes), array.ndim)))
         if len(axes) == len(place.axes):
             return kept
         return replicated(kept).reshape(shape if place.expert is None else shape[:-1])
@@ -259,5 +248,5 @@ def _expand(x: jax.Array, array: jax.Array, place: _experts.Placement) -> jax.Ar
     if place.expert is not None:
         x = x[..., place.expert]
     axes = [axis for group in place.axes for axis in group]
-    x = jnp.transpose(x.reshape([array.shape[axis] for axis in axes]), np.argsort(axes).tolist())
-    return jnp.expand_dims(x, [axis for axis in range(array.ndim) if axis not in axes])
+    x = x.reshape([array.shape[axis] for axis in axes] + [1] * (array.ndim - len(axes)))
+    return jnp.moveaxis(x, range(len(axes)), axes)

@@ -1,12 +1,8 @@
-"""The bridge to Flax: collects the routing of NNX and Linen layers in the form that `utilization=` takes.
+"""The bridge to Flax: collects the routing of NNX and Linen layers as a nested dict of `RoutingCounts`.
 
-A layer calls `sow_routing`. Training code collects a nested dict of `RoutingCounts`:
-
-* NNX: `capture_routing(model)(*inputs)`, or `pop_routing(model)` in a loop that calls the model itself.
-* Linen: `routing_from_intermediates(...)`, and `TrainState`, whose `apply_gradients` forwards `utilization`.
-
-`import excitation_optax` does not import this module, which needs Flax. The examples import it as `excitation_flax`,
-and use a layer whose neurons are experts:
+Layers call `sow_routing`. Training code passes the result of `capture_routing`, `pop_routing` (both for NNX), or
+`routing_from_intermediates` (for Linen) as `utilization=`. `import excitation_optax` does not import this module, which
+needs Flax. The examples import it as `excitation_flax`, and use a layer whose neurons are experts:
 
     >>> class Neurons(nnx.Linear):
     ...     def __call__(self, x):
@@ -18,9 +14,8 @@ and use a layer whose neurons are experts:
 import dataclasses
 import functools
 import reprlib
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import optax
@@ -67,7 +62,7 @@ def sow_routing(module: nnx.Module | linen.Module, counts: _routing.RoutingCount
 
 
 def is_capturing(module: nnx.Module) -> bool:
-    """Whether `capture_routing` records this NNX module now. A plain call must leave nothing behind in the module.
+    """Whether `capture_routing` records this NNX module now. Other calls must leave nothing behind in the module.
 
     Example:
       >>> excitation_flax.is_capturing(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
@@ -79,14 +74,12 @@ def is_capturing(module: nnx.Module) -> bool:
 def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..., tuple[Any, ...]]:
     """Wraps an NNX model so that a call also returns its routing and leaves nothing behind in the model.
 
-    The result is a function of the same inputs that returns `(output, utilization, *others)`: utilization is a nested
-    dict of `RoutingCounts`, and others are an `nnx.State` for each of the other types. Inside a loss function, return
-    the routing as auxiliary output.
+    The result is a function of the same inputs that returns `(output, utilization, *others)`, with an `nnx.State` for
+    each of the other types. Inside a loss function, return the routing as auxiliary output.
 
     Args:
       model: a module, a bound method of one, or a function whose first argument is one.
-      *other_types: other variable types to record, such as the type of an auxiliary loss. Variables of any further type
-        are dropped, as under `nnx.capture`.
+      *other_types: other variable types to record, such as the type of an auxiliary loss. All others are dropped.
 
     Raises:
       ValueError: if `model` is not an NNX model; from the call, if no layer sowed, or if routing was lost.
@@ -121,9 +114,8 @@ def capture_routing(model: Any, *other_types: type[nnx.Variable]) -> Callable[..
 def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     """Returns the shapes of the routing that a call of an NNX model would sow, and computes nothing.
 
-    Pass them as `like` to `excitation_optax.accumulate_utilization`. The model can be abstract, as from
-    `nnx.eval_shape`, and the arrays among the arguments of the call can be `jax.ShapeDtypeStruct`. For other models,
-    apply `jax.eval_shape` to a function that returns the routing.
+    Pass them as `like` to `accumulate_utilization`. The model can be abstract, as from `nnx.eval_shape`, and arguments
+    can be `jax.ShapeDtypeStruct`. For other models, apply `jax.eval_shape` to a function that returns the routing.
 
     Example:
       >>> excitation_flax.routing_like(Neurons(2, 8, rngs=nnx.Rngs(0)), jnp.ones((5, 2))).counts
@@ -140,11 +132,10 @@ def routing_like(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def pop_routing(model: nnx.Module) -> Any:
-    """Takes the routing that calls left on an NNX model, a nested dict of `RoutingCounts`, and returns it.
+    """Takes the routing that calls left on an NNX model, and returns it.
 
-    Pop after every call, also in evaluation: counts that remain are added to the next ones, change the tree of a
-    checkpoint, and make `nnx.jit` compile again. A model without routing is a `ValueError`, but only `capture_routing`
-    detects routing that is lost inside the model.
+    Pop after every call, also in evaluation: counts that remain are added to the next, change checkpoints, and make
+    `nnx.jit` compile again. A model without routing is a `ValueError`; only `capture_routing` detects lost routing.
 
     Example:
       >>> layer = Neurons(2, 3, rngs=nnx.Rngs(0))
@@ -158,14 +149,14 @@ def pop_routing(model: nnx.Module) -> Any:
 
 
 def routing_from_intermediates(intermediates: Any) -> Any:
-    """Returns the routing in the `intermediates` collection of a Linen model, a nested dict of `RoutingCounts`.
+    """Returns the routing in the `intermediates` collection of a Linen model.
 
     Args:
       intermediates: the collection, from `model.apply(variables, x, mutable=["intermediates"])[1]["intermediates"]`. It
         can also hold counts from Flax's own `self.sow("intermediates", name, counts)`.
 
     Raises:
-      ValueError: if there is no routing in it, or if some would be counted twice.
+      ValueError: if it holds no routing, or some would be counted twice.
 
     Example:
       >>> class LinenNeurons(linen.Dense):
@@ -197,7 +188,7 @@ class TrainState(train_state.TrainState):
       Array([0.25, 0.75], dtype=float32)
     """
 
-    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> typing.Self:
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """As in Flax, keywords that are fields of the state replace them; all others are arguments of `tx.update`."""
         extra_args = {name: kwargs.pop(name) for name in kwargs.keys() - {f.name for f in dataclasses.fields(self)}}
         update = functools.partial(self.tx.update, **extra_args)

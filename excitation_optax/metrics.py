@@ -1,10 +1,8 @@
 """Metrics of routing to log, as pure functions: specialization, entropy, load. The paper is arXiv 2602.21798.
 
 The first argument is an array, nested lists of numbers, or a tree of these, and the result is the same tree of metrics.
-Utilization can be `RoutingCounts` too. A `ValueError` names the path of a malformed leaf.
-
-Axis letters: T tokens (all axes that hold tokens or samples, in any number), E experts, C classes. Leading axes of an
-argument `[..., E]` are layers, each measured on its own.
+Utilization can be `RoutingCounts` too. A `ValueError` names the path of a malformed leaf. Axis letters: T tokens (all
+axes that hold tokens or samples), E experts, C classes. Leading axes of `[..., E]` are layers, each measured alone.
 """
 
 import functools
@@ -135,7 +133,7 @@ def load_entropy(utilization: Any) -> Any:
 def max_over_mean_load(utilization: Any) -> Any:
     """Divides the busiest expert's load by the mean load, `[...]`: 1 if all have the same, E if one expert has all.
 
-    Utilization is `[..., E]` or `RoutingCounts`. The result is NaN where there was no load.
+    Utilization is as for `load_entropy`. The result is NaN where there was no load.
 
     Example:
       >>> metrics.max_over_mean_load(jnp.array([0.25, 0.75]))
@@ -149,9 +147,7 @@ def max_over_mean_load(utilization: Any) -> Any:
 def dead_experts(utilization: Any, threshold: float = 0.0) -> Any:
     """Measures the share of experts whose utilization is at most a threshold, `[...]` in [0, 1].
 
-    Args:
-      utilization: `[..., E]` or `RoutingCounts`.
-      threshold: the utilization up to which an expert counts as dead.
+    Utilization is as for `load_entropy`.
 
     Example:
       >>> metrics.dead_experts(jnp.array([0.0, 0.5, 0.5, 0.0]))

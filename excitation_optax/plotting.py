@@ -1,13 +1,10 @@
 """Draws routing at the width of a paper's column, in colors that color-blind readers can tell apart.
 
-A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. A
-`ValueError` says which form an argument must have. Use the style when you draw and when you save, so that the text of
-vector graphics stays text:
+A function draws into the Axes `ax` if you pass one, otherwise into a new figure that pyplot does not know. A malformed
+argument is a `ValueError`. Axis letters: E experts, L layers, T steps. Draw and save in the style:
 
     with matplotlib.rc_context(plotting.STYLE):
         plotting.load_heat_map(utilization).figure.savefig("load.svg")
-
-Axis letters: E experts, L layers, T points in time.
 """
 
 import contextlib
@@ -21,7 +18,7 @@ from excitation_optax import _arrays, _routing, telemetry
 
 __all__ = ["COLORS", "STYLE", "load_heat_map", "load_over_time"]
 
-# The width of a paper's column, in inches. Text in PDF and SVG can be searched and edited.
+# The width of a paper's column, in inches. Text in PDF and SVG stays text, which can be searched and edited.
 STYLE = {"figure.figsize": (3.3, 2.2), "figure.dpi": 200, "pdf.fonttype": 42, "svg.fonttype": "none"}
 STYLE |= {"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False}
 STYLE |= {"axes.linewidth": 0.6, "axes.spines.right": False, "axes.spines.top": False, "lines.linewidth": 1.2}
@@ -38,8 +35,7 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
     more than 512 experts, a layer shows evenly spaced ranks, from its busiest expert to its idlest.
 
     Args:
-      load: `[L, E]` or `[E]`, an array or nested lists; or a tree of arrays `[..., E]` or `RoutingCounts`. A layer can
-        have fewer experts: in a masked array, or in a leaf of another E.
+      load: `[L, E]` or `[E]`, as lists or an array, masked if layers differ in E; or a tree as for `RoutingLog.write`.
       ax: the Axes to draw into, or None.
 
     Example:
@@ -50,8 +46,7 @@ def load_heat_map(load: Any, *, ax: Any = None) -> Any:
     """
     load = _layers(load)
     ratio = _over_mean(load, limit=512)
-    ax = ax or _new_axes()
-    _draw_cells(ax, np.arange(ratio.shape[1]), ratio)
+    ax = _draw_cells(ax, np.arange(ratio.shape[1]), ratio)
     ax.set(xlabel="expert" if ratio.shape == load.shape else f"rank by load, of {load.shape[1]:,}", ylabel="layer")
     ax.locator_params(integer=True, nbins=8, min_n_ticks=1)
     return ax
@@ -89,20 +84,13 @@ def load_over_time(steps: Any, load: Any, *, ax: Any = None) -> Any:
     limit = max(2, 256 // len(sizes)) if sizes.sum() > 256 else max(sizes)
     blocks = [_over_mean(load[:, layer, there], limit) for layer, there in enumerate(present)]
     ends = np.cumsum([0, *(block.shape[1] for block in blocks)])
-    ax = ax or _new_axes()
-    _draw_cells(ax, steps, np.ma.concatenate(blocks, axis=1).T)
+    ax = _draw_cells(ax, steps, np.ma.concatenate(blocks, axis=1).T)
     ax.hlines(ends[1:-1] - 0.5, *ax.get_xlim(), color="white", linewidth=14 / (len(blocks) + 4))
     shown = range(0, len(blocks), -(-len(blocks) // 12))
     ax.set_yticks([(ends[n] + ends[n + 1] - 1) / 2 for n in shown], list(map(str, shown)))
     ax.locator_params(axis="x", integer=True, nbins=5, min_n_ticks=1)
     ax.set(xlabel="step", ylabel="layer (rows: experts" + (", by load)" if max(sizes) > limit else ")"))
     return ax
-
-
-def _new_axes() -> Any:
-    import matplotlib.figure  # late, since it takes a second
-
-    return matplotlib.figure.Figure(layout="constrained").subplots()
 
 
 def _layers(load: Any) -> np.ma.MaskedArray:
@@ -132,10 +120,11 @@ def _over_mean(load: np.ma.MaskedArray, limit: int) -> np.ma.MaskedArray:
     return np.ma.masked_equal(np.sort(ratio.filled(-1), axis=-1)[..., ::-1][..., ranks], -1)
 
 
-def _draw_cells(ax: Any, x: np.ndarray, ratio: np.ma.MaskedArray) -> None:
-    """A heat map with its color bar. Column n is drawn around x[n], up to half-way to the next."""
-    import matplotlib
+def _draw_cells(ax: Any, x: np.ndarray, ratio: np.ma.MaskedArray) -> Any:
+    """Draws a heat map with its color bar. Column n is drawn around x[n], up to half-way to the next."""
+    import matplotlib.figure  # late, since it takes a second
 
+    ax = ax or matplotlib.figure.Figure(layout="constrained").subplots()
     first, last = (x[1] - x[0], x[-1] - x[-2]) if len(x) > 1 else (1, 1)
     around = np.array([x[0] - first, *x, x[-1] + last])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -150,3 +139,4 @@ def _draw_cells(ax: Any, x: np.ndarray, ratio: np.ma.MaskedArray) -> None:
     label = "load / mean (black: 0)" if np.all(logs < 3) else "load / mean (yellow: NaN)"
     bar = ax.figure.colorbar(mesh, ax=ax, extend="min", label=label)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4", "1/2", "1", "2", "4"])
+    return ax

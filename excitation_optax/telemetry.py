@@ -1,8 +1,6 @@
 """Logs the routing of a model: a bounded number of scalars, the extreme experts by name, and an alarm.
 
-This module imports no logger: you pass the writers in. A malformed argument is a `ValueError`.
-
-Axis letters: E experts, L layers, T entries of the history.
+You pass the writers in. A malformed argument is a `ValueError`. Axis letters: E experts, L layers, N experts in all.
 """
 
 import json
@@ -26,18 +24,17 @@ _MAX_HISTORY = 128  # entries, an even number
 class RoutingLog:
     """Writes the routing to TensorBoard, W&B and JSON lines, and keeps the load of the whole run in bounded memory.
 
-    A call of `write` makes one device-to-host transfer, and writes these scalars, whatever the size of the model:
+    A call of `write` makes one device-to-host transfer, and writes these scalars over the layers (see `metrics`):
 
-    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`, `load_entropy/mean`, `/worst` and `dead_experts/mean`,
-      `/worst`: the functions in `metrics`, over the layers.
+    * `max_over_mean_load/mean`, `/p50`, `/p90`, `/worst`; `load_entropy/mean`, `/worst`; `dead_experts/mean`, `/worst`.
     * `layers_without_load`, which load and entropy leave out, and `layers_not_finite`, which make them NaN.
-    * `excitation/min`, `/mean`, `/max`: Phi over all experts. The mean is the mean of the layers' means.
+    * `excitation/min`, `/mean` (of the layers' means), `/max`: Phi over all experts.
 
     TensorBoard also receives histograms of all experts; other writers receive `busiest` and `idlest`. With several
     processes, call it on one, and let the step return whole arrays on every device.
 
     Attributes:
-      names: the L layers in natural order (`layer_2` before `layer_10`). A layer of a stack is `path[number]`.
+      names: the layers in natural order (`layer_2` before `layer_10`). A layer of a stack is `path[number]`.
       busiest, idlest: the 5 extremes of the last call, as `(layer, expert, load over the layer's mean)`.
       steps: T integers, the step of the last call in each entry of the history.
       load: `[T, L, E]` float32, the mean utilization of the calls in each entry, masked where a layer has fewer
@@ -49,8 +46,7 @@ class RoutingLog:
       alarm: a function `(step, layer, what)`, called once when experts of a layer die, or when a router collapses.
       alarm_after: calls of `write` in a row after which such a state counts. Small batches miss experts by chance.
       dead_load: an expert is dead if its load over the layer's mean is at most this.
-      collapsed_entropy: a router has collapsed if its load entropy is at most this. It is log K / log E if the same K
-        of E experts receive all tokens.
+      collapsed_entropy: a router has collapsed if its load entropy is at most this: log K / log E for K equal experts.
       prefix: the first part of every name.
 
     Example:
@@ -78,8 +74,7 @@ class RoutingLog:
             raise ValueError(f"RoutingLog: alarm must be a function of (step, layer, what); got {alarm!r}.")
         self._writers = [writer for writer in writers if writer is not None]
         for writer in self._writers:
-            is_board = hasattr(writer, "add_scalar") and hasattr(writer, "add_histogram")
-            if isinstance(writer, type) or not (is_board or hasattr(writer, "log")):
+            if isinstance(writer, type) or not (hasattr(writer, "add_histogram") or hasattr(writer, "log")):
                 raise ValueError(
                     "RoutingLog: a writer must have add_scalar and add_histogram, such as tensorboardX.SummaryWriter("
                     f"folder), or log(row, step=...), such as wandb.init() or JSONLines(path); got {writer!r}."
@@ -107,7 +102,7 @@ class RoutingLog:
         Args:
           step: an integer, larger than at the call before. A resumed run makes a new log, which starts at any step.
           utilization: a tree whose leaves are `RoutingCounts` or arrays `[..., E]`, as `tx.update` received it.
-          excitation: what `excitation_optax.excitation(utilization, strategy, gamma)` returns for the step, or None.
+          excitation: the result of `excitation_optax.excitation(utilization, strategy, gamma)`, or None.
 
         Raises:
           ValueError: if the step does not rise, a leaf is malformed, layers differ, or processes split an array.
@@ -174,14 +169,13 @@ class RoutingLog:
 
 
 class JSONLines:
-    """Writes rows to a file, one JSON object per line, and flushes after each line.
+    """Writes rows, also your own, to a file: one JSON object per line, flushed after each line.
 
-    You can log rows of your own too. NaN and infinity become null, arrays lists, and other objects strings.
+    NaN and infinity become null, arrays lists, and other objects strings.
 
     Args:
       path: the file.
-      resume_at: None replaces an existing file. A step, from which a run resumes, keeps the lines up to it, and removes
-        later lines and, with a warning, damaged ones.
+      resume_at: None replaces the file. A step keeps the lines up to it, and removes damaged lines with a warning.
 
     Example:
       >>> import pathlib, tempfile
@@ -224,18 +218,13 @@ class JSONLines:
 def flatten(tree: Any, what: str = "utilization") -> tuple[list[Any], dict[str, int], np.ndarray]:
     """The leaves in natural order of their paths, each layer's E by name, and `[L, E]`, whether an expert exists."""
     leaves, sizes = _paths.join(tree, _routing.is_counts), {}
-    if not leaves:
-        raise ValueError(f"The {what} must have at least one layer, an array or RoutingCounts; got {tree!r}.")
     natural = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
     leaves = {path or _paths.ROOT: leaves[path] for path in sorted(leaves, key=natural)}
     for path, leaf in leaves.items():
-        shape = np.shape(leaf.counts if _routing.is_counts(leaf) else leaf)
-        if not shape or 0 in shape or (_routing.is_counts(leaf) and np.shape(leaf.tokens) != shape[:-1]):
-            raise ValueError(
-                f"The {what} at {path} must be an array [..., E], or RoutingCounts of counts [..., E] and "
-                f"tokens [...], with at least one expert; got {leaf!r}."
-            )
-        sizes |= {path + (str(list(place)) if place else ""): shape[-1] for place in np.ndindex(shape[:-1])}
+        *layers, experts = _routing.shape_of(f"The {what} at {path}", leaf)
+        sizes |= {path + (str(list(place)) if place else ""): experts for place in np.ndindex(*layers)}
+    if not sizes:
+        raise ValueError(f"The {what} must have at least one layer, an array or RoutingCounts; got {tree!r}.")
     return list(leaves.values()), sizes, np.arange(max(sizes.values())) < np.array(list(sizes.values()))[:, None]
 
 

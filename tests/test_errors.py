@@ -105,11 +105,11 @@ ROWS = {
         {"expert_axis": {"moe": 0, "moe/kernel": 1}},
     ),
     # Patterns.
-    "braces with nothing in them": Row({"moe/{}": U}, ["'moe/{}' is malformed", "are empty", "{expert}"]),
+    "braces with nothing in them": Row({"moe/{}": U}, ["'moe/{}' is malformed", "empty", "{expert}"]),
     "a brace that is not closed": Row({"moe/{kernel": U}, ["'moe/{kernel' is malformed", "unbalanced"]),
     "a brace that is not opened": Row({"moe/kernel}": U}, ["'moe/kernel}' is malformed", "unbalanced"]),
-    "a slash within braces": Row({"{moe/kernel,router}": U}, ["malformed", "A slash cannot stand inside braces"]),
-    "braces within braces": Row({"{moe,{router}}": U}, ["malformed", "within braces"]),
+    "a slash within braces": Row({"{moe/kernel,router}": U}, ["malformed", "a slash in braces"]),
+    "braces within braces": Row({"{moe,{router}}": U}, ["malformed", "nested"]),
     "two numbers of an expert": Row({"{expert}/{expert}": U}, ["more than once", "one number"]),
     "a malformed pattern of axes": Row({"moe": U}, ["malformed"], {"expert_axis": {"{": 0}}),
     "several layers by any names": Row(

@@ -146,10 +146,11 @@ def test_every_dtype_of_numpy_and_jax(dtype):
         ({}, r"The utilization must have at least one layer, .* got \{\}"),
         ({"a": None}, "at least one layer"),
         ({"a/b": EVEN, "a": {"b": EVEN}}, "the same path"),
-        ({"a": 0.5}, r"The utilization at a must be an array \[\.\.\., E\], or RoutingCounts .*; got 0.5"),
+        ({"a": 0.5}, r"The utilization at a must be an array with an axis of experts, \[\.\.\., E\]; got 0\.5"),
         ({"a": {"b": [0.5, 0.5]}}, "The utilization at a/b/0 must be an array"),
-        (jnp.zeros((3, 0)), r"The utilization at \(root\) must be .* with at least one expert"),
-        ({"a": RoutingCounts(jnp.ones((2, 4)), jnp.float32(1))}, r"tokens \[\.\.\.\]"),
+        (jnp.zeros((3, 0)), r"The utilization at \(root\) must be .* axis of experts, .* got float32\[3, 0\]"),
+        ({"a": jnp.zeros((0, 3))}, "at least one layer"),
+        ({"a": RoutingCounts(jnp.ones((2, 4)), jnp.float32(1))}, r"at a has counts of shape .* and tokens float32\[\]"),
     ],
 )
 def test_malformed_utilization_is_an_error(utilization, message):

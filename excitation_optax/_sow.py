@@ -161,7 +161,7 @@ def sow_linen(module: Any, counts: _routing.RoutingCounts, names: tuple[str, ...
             )
         return
     if module.scope.root.trace_level != tracers.current_trace():
-        raise ValueError(f"The routing of {path} cannot leave the JAX transform that closed over it. Use one of Flax.")
+        raise ValueError(f"The routing of {path} cannot leave the JAX transform that closed over it. Use Flax's own.")
     sown_in = vars(outermost.scope).setdefault(_SOWN, set())  # the modules that sowed in this call of apply
     if module.has_variable("intermediates", _SOWN) and module.path not in sown_in:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The strategies: one function for each equation of Phi(u, gamma). Numbers are those of arXiv 2602.21798.
+"""The strategies: one function for each equation of Phi(u, gamma), numbered as in arXiv 2602.21798.
 
 E experts of one layer are on the last axis, and expectations run over them; leading axes are layers. The largest entry
 is divided out first (in `exp_diff` subtracted), so that every strategy is finite for gamma up to 10. A layer that is

@@ -1,4 +1,4 @@
-"""The gradient transformation, each expert's update times its excitation, and the arithmetic of one layer.
+"""The gradient transformation, which multiplies updates by excitations, and the arithmetic of one layer.
 
 A layer is what one utilization entry covers: one array for all experts, several, or a set of arrays per expert. A stack
 of layers has leading axes; each of its layers is scaled by itself. Axis letters: E experts, L layers.
@@ -41,12 +41,12 @@ def scale_by_excitation(
     Chain it **after** any optimizer whose update is added to the parameters; it then scales the whole update, decoupled
     weight decay included. Put it **inside** `optax.contrib.schedule_free` and `optax.contrib.mechanize`.
 
-    Every update requires the keyword `utilization`, the routing of the batch that its gradients came from: a mapping
-    (or any tree) from path patterns to fractions `[..., E]` or `RoutingCounts`. One entry is one layer, or one stack of
+    Every update requires the keyword `utilization`, the routing of its gradients' batch: a mapping (or any tree, where
+    `None` is absent) from path patterns to fractions `[..., E]` or `RoutingCounts`. An entry is a layer, or a stack of
     layers. Every parameter at or below a node that a pattern matches is scaled; all others stay the same, bit for bit.
 
     In a pattern such as `moe/experts`, `/` and nested dicts mean the same, and `""` is the root. `*` stands for any
-    characters of one name, `?` for one, and `**` for any number of names, also none. `{w_in,w_out}` stands for either;
+    characters of one name, `?` for one, and `**` for any number of names, or none. `{w_in,w_out}` stands for either;
     both are one layer. `expert_{expert}` stands for the number of the expert that owns the whole subtree.
 
     Args:
@@ -126,7 +126,7 @@ def excitation(
     Args:
       utilization: a tree whose leaves are fractions `[..., E]` or `RoutingCounts`.
       strategy: as for `scale_by_excitation`.
-      gamma: as for `scale_by_excitation`, but instead of a schedule its value at one step.
+      gamma: as for `scale_by_excitation`; for a schedule, pass its value at one step.
       key: required for random strategies; that of the transform at step `t` is `fold_in(key(seed), t)`.
 
     Example:
@@ -229,8 +229,8 @@ def _per_expert(op: Any, arrays: Sequence[jax.Array], placements: Placements, sh
 
     def reduced(array: jax.Array, place: _experts.Placement) -> jax.Array:
         axes = [axis for group in place.axes for axis in group]
-        kept = jnp.moveaxis(array, axes, range(len(axes)))
-        kept = op.reduce(kept, axis=tuple(range(len(axes), array.ndim)))
+        kept = op.reduce(array, axis=tuple(axis for axis in range(array.ndim) if axis not in axes))
+        kept = jnp.transpose(kept, [sorted(axes).index(axis) for axis in axes])
         if len(axes) == len(place.axes):
             return kept
         return replicated(kept).reshape(shape if place.expert is None else shape[:-1])

@@ -73,7 +73,7 @@ def class_counts(active: Any, labels: jax.Array, num_classes: int) -> Any:
 def specialization_score(counts: Any) -> Any:
     r"""Measures how few classes an expert serves, `[...]`: from 1/C (all classes equally) to 1 (one class only).
 
-    It is the Gini-Simpson index, averaged over the active experts (equation 11 of the paper); NaN if there are none.
+    It is Simpson's index, averaged over the active experts (equation 11 of the paper); NaN if there are none.
     Counts `[..., E, C]`, as from `class_counts`, say how often each expert was active for each class.
 
     .. math:: \mathcal{S} = \frac{1}{|N_{active}|} \sum_{n \in N_{active}} \sum_{c=1}^{C} p_{n,c}^2, \qquad

@@ -31,7 +31,7 @@ COLORS |= {"both": "#0072B2", "direction": "#009E73", "norm": "#E69F00"}
 def load_heat_map(load: Any, *, ax: Any = None) -> Any:
     """Draws the load of every expert over the mean load of its layer, one row per layer, and returns the Axes.
 
-    Grey is the mean, red is more and blue is less, in powers of two; black is no token, and yellow is not finite. Of
+    Gray is the mean, red is more and blue is less, in powers of two; black is no token, and yellow is not finite. With
     more than 512 experts, a layer shows evenly spaced ranks, from its busiest expert to its idlest.
 
     Args:

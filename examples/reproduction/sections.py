@@ -151,8 +151,10 @@ def ours(name: str, **more: Any) -> Section:
     for template in fields.get("claims", ()):
         common = {key: value for key, value in template.items() if key != "each"}
         for setting in product([*template["each"], common]):
-            setting = {"measure": measure, "worse": BASELINE} | setting
-            options = {option: setting[option] for option in ("measure", "worse", "at", "layers") if option in setting}
+            setting: Any = {"measure": measure, "worse": BASELINE, **setting}
+            options: Any = {
+                option: setting[option] for option in ("measure", "worse", "at", "layers") if option in setting
+            }
             claims.append(claim(setting["text"].format(**setting), of_runs(setting), **options))
     made: dict[str, Any] = {"rows": rows, "claims": tuple(claims)}
     return Section(name, **{**fields, **made, **more})

@@ -13,13 +13,13 @@ from examples.reproduction import (
     evidence,
     inputs,
     inside,
-    minis,
     pictures,
     report,
     sections,
     stacks,
     store,
     studies,
+    transformers,
 )
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
@@ -155,16 +155,16 @@ def test_a_tiny_version(name, monkeypatch):
         small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
         tiny = [dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs]
     else:
-        monkeypatch.setattr(minis, "STEPS", 2)
-        monkeypatch.setattr(minis, "WINDOWS", 64)
+        monkeypatch.setattr(transformers, "STEPS", 2)
+        monkeypatch.setattr(transformers, "WINDOWS", 64)
         small = {"d_model": 8, "num_heads": 2, "d_ff": 8, "epochs": 1}
         small |= {"dataset": "python-reference", "context": 8} if is_text else {"dataset": "digits"}
         tiny = [dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs]
     data = inputs.load(tiny[0], None)
     stacks.program_of.cache_clear()
-    program = reproduce.STACKED[section.kind]
+    program = reproduce.PROGRAMS[section.kind]
     groups = program.plan(tiny)
-    results = [r for group in groups for r in program.train_group(group, data, lambda runs: None, lambda: False)]
+    results = [r for group in groups for r in program.train_group(group, data, lambda *_: None, lambda: False)]
     stacks.program_of.cache_clear()
     assert results
     for result in results:

@@ -39,6 +39,7 @@ PROGRAMS: dict[str, type[stacks.Program]] = {
     "vit": transformers.ViTProgram,
     "gpt": transformers.GPTProgram,
 }
+BAR = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # parts of epochs count too
 DATASETS = tuple(datasets.NUM_CLASSES)
 Folder = Annotated[pathlib.Path, tyro.conf.arg(help="The folder of the results.")]
 
@@ -120,7 +121,8 @@ class Run:
             of_kind = [run for run in runs if run.kind == kind]
             if any(run not in results for run in of_kind):
                 total = sum(run.epochs for run in of_kind)
-                with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
+                options = {"unit": "epoch", "mininterval": 1, "smoothing": 0.05, "delay": 1, "bar_format": BAR}
+                with tqdm.tqdm(total=total, **options) as bar:
                     program.train(of_kind, lambda run: inputs.load(run, self.data_dir), results, bar)
         if "table8" in self.names:
             print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")

@@ -18,10 +18,28 @@ import tqdm
 import tyro
 
 from examples import datasets, logs, training
-from examples.reproduction import configs, engine, evidence, inputs, minis, report, store, studies, toy, transformers
+from examples.reproduction import (
+    configs,
+    engine,
+    evidence,
+    inputs,
+    report,
+    stacks,
+    store,
+    studies,
+    toy,
+    transformers,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
-STACKED = {"mlp": engine.Program, "mini_gpt": minis.GPTProgram, "mini_vit": minis.ViTProgram}
+PROGRAMS: dict[str, type[stacks.Program]] = {
+    "mlp": engine.Program,
+    "mini_gpt": transformers.MiniGPTProgram,
+    "mini_vit": transformers.MiniViTProgram,
+    "vit": transformers.ViTProgram,
+    "gpt": transformers.GPTProgram,
+}
+BAR = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # parts of epochs count too
 DATASETS = tuple(datasets.NUM_CLASSES)
 Folder = Annotated[pathlib.Path, tyro.conf.arg(help="The folder of the results.")]
 
@@ -99,13 +117,13 @@ class Run:
                 with logs.naming(self.results / "fig1"):
                     store.save_json(self.results / toy.FILE, toy.run())
             print(f"fig1 is on file in {self.results / 'fig1'}")
-        for kind, program in STACKED.items():
+        for kind, program in PROGRAMS.items():
             of_kind = [run for run in runs if run.kind == kind]
             if any(run not in results for run in of_kind):
                 total = sum(run.epochs for run in of_kind)
-                with tqdm.tqdm(total=total, unit="epoch", mininterval=1, smoothing=0.05, delay=1) as bar:
+                options = {"unit": "epoch", "mininterval": 1, "smoothing": 0.05, "delay": 1, "bar_format": BAR}
+                with tqdm.tqdm(total=total, **options) as bar:
                     program.train(of_kind, lambda run: inputs.load(run, self.data_dir), results, bar)
-        self.train_transformers([run for run in runs if run.kind not in STACKED], results)
         if "table8" in self.names:
             print(f"table8 is measured by: python -m benchmarks.overhead --results {self.results}")
         in_tables = {run for name in self.names for run in studies.SECTIONS[name].runs()}
@@ -123,25 +141,6 @@ class Run:
         if self.dataset is not None and self.dataset not in known:
             raise ValueError(f"{name} can be run with --dataset {', '.join(known)}; got {self.dataset!r}.")
         return dataclasses.replace(section, seeds=self.seeds or section.seeds).runs(**flags)
-
-    def train_transformers(self, runs: list[configs.Run], results: store.Results) -> None:
-        """Trains transformers one after the other, seed by seed: an interruption leaves what can be compared."""
-        runs = sorted((run for run in runs if run not in results), key=lambda run: run.seed)
-        folder, data = self.results / "checkpoints", {}
-        for run in runs:  # all data first: hours later is too late for an error
-            if (run.kind, run.dataset) not in data:
-                data[run.kind, run.dataset] = inputs.load(run, self.data_dir)
-        for number, run in enumerate(runs, 1):
-            label = f"{number}/{len(runs)} {run.kind} {training.from_run(run.strategy)} seed {run.seed}"
-            with tqdm.tqdm(total=run.epochs, desc=label, unit="epoch", mininterval=1) as bar:
-
-                def progress(epochs: float, seen: str, bar=bar):
-                    bar.set_postfix_str(seen, refresh=False)
-                    bar.update(round(epochs, 3) - bar.n)
-
-                result = transformers.train(run, data[run.kind, run.dataset], progress, folder)
-            results.append([result])
-            transformers.forget(run, folder)  # only now: the disk may be full
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,13 +51,8 @@ class RunConfig(training.TrainingConfig):
 
     def model(self, vocab_size: int) -> gpt_moe.GPTMoEConfig:
         """The model's config."""
-        return model_config(self, vocab_size, dtype=self.dtype, remat=self.remat)
-
-
-def model_config(sizes: Any, vocab_size: int, dtype: str = "float32", remat: bool = False) -> gpt_moe.GPTMoEConfig:
-    """The config of a GPT-MoE of these sizes, which flags or the config of a run have."""
-    options = {"context": sizes.context, "vocab_size": vocab_size, "remat": remat}
-    return training.model_config(gpt_moe.GPTMoEConfig, sizes, dtype, **options)
+        options = {"context": self.context, "vocab_size": vocab_size, "remat": self.remat}
+        return training.model_config(gpt_moe.GPTMoEConfig, self, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,14 +93,18 @@ def total_loss(graphdef, params, tokens, where):
     return jnp.sum(losses, where=where)
 
 
+def windows(tokens: np.ndarray, context: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batches `[N, B, S + 1]` of windows, and a mask `[N, B, S]` of their targets: every token but the first, once."""
+    number = -(-(len(tokens) - 1) // context)
+    rows = -(-number // batch_size) * batch_size
+    index = (np.arange(context + 1) + context * np.arange(rows)[:, None]).reshape(-1, batch_size, context + 1)
+    padded = np.pad(tokens, (0, index[-1, -1, -1] + 1 - len(tokens)))
+    return padded[index], index[..., 1:] < len(tokens)
+
+
 def evaluate(total_loss, tokens, context: int, batch_size: int) -> float:
-    """The mean loss in nats per token: every token but the first is predicted once, in windows that do not overlap."""
-    windows = -(-(len(tokens) - 1) // context)
-    rows = -(-windows // batch_size) * batch_size
-    index = np.arange(context + 1) + context * np.arange(rows)[:, None]  # [rows, S + 1]
-    padded = np.pad(tokens, (0, index[-1, -1] + 1 - len(tokens)))
-    batches = np.split(index, rows // batch_size)
-    total = sum(float(total_loss(padded[batch], batch[:, 1:] < len(tokens))) for batch in batches)
+    """The mean loss in nats per token: every token but the first is predicted once."""
+    total = sum(float(total_loss(*batch)) for batch in zip(*windows(tokens, context, batch_size), strict=True))
     return total / (len(tokens) - 1)
 
 

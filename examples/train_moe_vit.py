@@ -10,7 +10,6 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +43,7 @@ class Config(comparison.Config):
 
     def model(self) -> moe_vit.MoEViTConfig:
         """The model's config."""
-        return model_config(self, self.dtype, patch_size=self.patch_size)
-
-
-def model_config(sizes: Any, dtype: str = "float32", **options: Any) -> moe_vit.MoEViTConfig:
-    """The config of a MoE-ViT of these sizes, which flags or the config of a run have."""
-    return training.model_config(moe_vit.MoEViTConfig, sizes, dtype, **options)
+        return training.model_config(moe_vit.MoEViTConfig, self, patch_size=self.patch_size)
 
 
 def loss_fn(graphdef, params, batch, *, flip: bool, **weights: float):

@@ -35,13 +35,13 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adagrad": optax.adagrad,
 }
 
-# What flags of these names must be, in every program.
+# What flags of these names, or fields of a run, must be, in every program.
 RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("must be at least 1", lambda x: x >= 1, "batch_size depth epochs eval_every expert fsdp keep log_every max_skips"),
-    ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps timeout width"),
+    ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps subset timeout width"),
     ("must be at least 2, for a prompt and what follows", lambda x: x >= 2, "context"),
-    ("must be positive", lambda x: 0 < x < math.inf, "clip learning_rate"),
-    ("must not be negative", lambda x: 0 <= x < math.inf, "gamma load_balancing router_z"),
+    ("must be positive", lambda x: 0 < x < math.inf, "clip epsilon expert_rate learning_rate"),
+    ("must not be negative", lambda x: 0 <= x < math.inf, "gamma load_balancing router_bias router_z"),
     ("must not be negative", lambda x: 0 <= x < math.inf, "seed temperature weight_decay"),
     ("is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup"),
     ("is a share, in [0, 1]", lambda x: 0 <= x <= 1, "sparsity"),
@@ -49,14 +49,14 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
 ]
 
 
-def check(config: Any) -> None:
-    """Raises ValueError for the first flag that breaks its rule. Flags that are None are not given."""
+def check(config: Any, named: Callable[[str], str] = lambda name: f"--{name.replace('_', '-')}") -> None:
+    """Raises ValueError for the first flag, as it is `named`, that breaks its rule. One that is None is not given."""
     for text, is_valid, names in RULES:
         for name in names.split():
             value = getattr(config, name, None)
             values = value if isinstance(value, tuple) else (value,)
             if not all(value is None or is_valid(value) for value in values):
-                raise ValueError(f"--{name.replace('_', '-')} {text}; got {' '.join(map(str, values))}.")
+                raise ValueError(f"{named(name)} {text}; got {' '.join(map(str, values))}.")
 
 
 def from_run(strategy: str) -> Any:
@@ -131,14 +131,14 @@ def run_program(main: Callable[[Any], Any], config: Any, module: str, descriptio
         sys.exit(f"{name}: interrupted")
 
 
-def model_config(kind: Callable[..., Model], sizes: Any, dtype: str, **options: Any) -> Model:
+def model_config(kind: Callable[..., Model], sizes: Any, **options: Any) -> Model:
     """The config of a GPT-MoE or a MoE-ViT of these sizes, which flags or the config of a run have."""
     layer = moe.MoEConfig(
         d_model=sizes.d_model,
         d_ff=sizes.d_ff,
         num_experts=sizes.num_experts,
         experts_per_token=sizes.experts_per_token,
-        dtype=jnp.dtype(dtype),
+        dtype=jnp.dtype(getattr(sizes, "dtype", "float32")),
     )
     return kind(moe=layer, num_layers=sizes.num_layers, num_heads=sizes.num_heads, **options)
 

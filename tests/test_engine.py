@@ -67,7 +67,7 @@ def make_group(*args, **kwargs):
 
 
 def train_group(group):
-    results = engine.Program.train_group(group, digits(), lambda runs: None, lambda: False)
+    results = engine.Program.train_group(group, digits(), lambda *_: None, lambda: False)
     assert [result.run for result in results] == list(group)
     return results
 
@@ -595,10 +595,14 @@ class Bar:
     def update(self, epochs):
         self.total += epochs
 
+    def set_postfix_str(self, seen, refresh):
+        assert seen.startswith("loss ")
+
 
 def test_stops_when_asked_and_counts_epochs():
     done = []
-    assert engine.Program.train_group(make_group("adam"), digits(), done.append, lambda: len(done) == 1) is None
+    advance, stopped = lambda epochs, _: done.append(epochs), lambda: len(done) == 1
+    assert engine.Program.train_group(make_group("adam"), digits(), advance, stopped) is None
     assert done == [4]
 
 
@@ -659,7 +663,7 @@ def test_what_goes_wrong_in_a_thread_is_raised(tmp_path, monkeypatch, where):
 def test_every_device_takes_groups_until_none_are_left(tmp_path, monkeypatch):
     seen = []
 
-    def made_up(group, data, advance, stopped):
+    def made_up(group, data, advance, stopped, checkpoint):
         seen.append((jax.config.jax_default_device, group))
         return [store.Result(run, {}, {}, 1.0, {}) for run in group]
 

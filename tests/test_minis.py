@@ -13,7 +13,7 @@ from flax import nnx
 
 import excitation_optax
 from examples import datasets
-from examples.reproduction import configs, inputs, minis, stacks, store
+from examples.reproduction import configs, inputs, stacks, store, transformers
 from excitation_optax import flax as excitation_flax
 from models import moe
 
@@ -45,8 +45,8 @@ RUNS = [configs.MiniGPTRun(**TINY | {"context": 8} | variant) for variant in VAR
 @pytest.fixture
 def short(monkeypatch):
     """Epochs of three steps, and 64 windows to evaluate."""
-    monkeypatch.setattr(minis, "STEPS", 3)
-    monkeypatch.setattr(minis, "WINDOWS", 64)
+    monkeypatch.setattr(transformers, "STEPS", 3)
+    monkeypatch.setattr(transformers, "WINDOWS", 64)
     stacks.program_of.cache_clear()
     yield
     stacks.program_of.cache_clear()
@@ -64,7 +64,7 @@ def plain_loop(run, data, program):
         minimized = loss + run.load_balancing * moe.auxiliary_losses(sown).load_balancing
         return minimized, (loss, utilization, (logits.argmax(-1) == labels).mean())
 
-    steps = run.epochs * minis.STEPS
+    steps = run.epochs * transformers.STEPS
     schedule = optax.warmup_cosine_decay_schedule(0.0, run.learning_rate, 1, steps)
     transforms = [optax.adamw(schedule, weight_decay=0.01)]
     if run.strategy != "vanilla":
@@ -115,10 +115,11 @@ def test_every_run_is_that_of_a_plain_loop(kind, short):
         digits = datasets.load_digits()
         colored = {f"{part}_images": getattr(digits, f"{part}_images").repeat(3, -1) for part in ("train", "test")}
         data = dataclasses.replace(digits, **colored)
-    program_of = minis.GPTProgram if kind == "mini_gpt" else minis.ViTProgram
+    program_of = transformers.MiniGPTProgram if kind == "mini_gpt" else transformers.MiniViTProgram
     for group in program_of.plan(runs):
         done = []
-        results = program_of.train_group(group, data, done.append, lambda: False)
+        count = lambda epochs, _, done=done: done.append(epochs)
+        results = program_of.train_group(group, data, count, lambda: False)
         assert done == [len(group.runs[0])] * 2
         program, *_, on_device = program_of.prepare(group, data)
         for result in results:
@@ -134,19 +135,19 @@ def test_every_run_is_that_of_a_plain_loop(kind, short):
 
 def test_the_text_is_cut_in_three():
     text = inputs.load(RUNS[0], None)
-    parts = minis.GPTProgram.put(text, configs.MiniGPTRun(context=8))
+    parts = transformers.MiniGPTProgram.put(text, configs.MiniGPTRun(context=8))
     cut = len(text.train) * 9 // 10
     np.testing.assert_array_equal(parts.train, text.train[:cut])
     for (tokens, labels), first in ((parts.validation, text.train[cut:]), (parts.test, text.evaluation)):
-        assert tokens.shape == labels.shape == (minis.WINDOWS, 8)
+        assert tokens.shape == labels.shape == (transformers.WINDOWS, 8)
         np.testing.assert_array_equal(tokens[0], first[:8])
         np.testing.assert_array_equal(labels[-1], first[-8:] if first is text.evaluation else text.train[-8:])
-    assert len(minis.GPTProgram.put(text, configs.MiniGPTRun(subset=100)).train) == 100
+    assert len(transformers.MiniGPTProgram.put(text, configs.MiniGPTRun(subset=100)).train) == 100
 
 
 def test_images_are_cut_in_three():
     digits = datasets.load_digits()
-    parts = minis.ViTProgram.put(digits, configs.MiniViTRun(dataset="digits"))
+    parts = transformers.MiniViTProgram.put(digits, configs.MiniViTRun(dataset="digits"))
     cut = len(digits.train_labels) * 9 // 10
     np.testing.assert_array_equal(parts.train[0], digits.train_images[:cut].repeat(3, -1))
     for (images, labels), whole in ((parts.validation, digits.train_labels[cut:]), (parts.test, digits.test_labels)):
@@ -157,7 +158,7 @@ def test_images_are_cut_in_three():
 
 def test_groups_have_one_model_and_seed():
     runs = [dataclasses.replace(run, seed=seed, num_experts=e) for e in (4, 8) for seed in (0, 1) for run in RUNS]
-    groups = minis.GPTProgram.plan(runs + runs, max_runs=4)
+    groups = transformers.MiniGPTProgram.plan(runs + runs, max_runs=4)
     assert sorted(run.key for group in groups for run in group) == sorted(run.key for run in runs)
     assert [len(list(group)) for group in groups] == [4, 4, 3, 3] * 2
     assert all(len({(run.seed, run.num_experts) for run in group}) == 1 for group in groups)
@@ -166,17 +167,17 @@ def test_groups_have_one_model_and_seed():
 def test_train_makes_what_is_missing_and_nothing_else(tmp_path, monkeypatch):
     trained = []
 
-    def train_group(group, text, advance, stopped):
+    def train_group(group, text, advance, stopped, checkpoint):
         trained.append(group)
         return [store.Result(run, {"loss": 1.0}, {}, 1.0, {}) for run in group]
 
-    monkeypatch.setattr(minis.GPTProgram, "train_group", train_group)
+    monkeypatch.setattr(transformers.MiniGPTProgram, "train_group", train_group)
     results, bar = store.Results(tmp_path), tqdm.tqdm(disable=True, total=14)
     monkeypatch.setattr(bar, "update", lambda epochs: epochs and seen.append(epochs))
     seen, load = [], lambda run: inputs.load(run, None)
-    minis.GPTProgram.train(RUNS, load, results, bar)
+    transformers.MiniGPTProgram.train(RUNS, load, results, bar)
     assert (len(results), len(trained)) == (len(RUNS), 1)
-    minis.GPTProgram.train(RUNS, load, store.Results(tmp_path), bar)
+    transformers.MiniGPTProgram.train(RUNS, load, store.Results(tmp_path), bar)
     assert len(trained) == 1
     assert seen == [14]
 

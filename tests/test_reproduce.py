@@ -258,7 +258,7 @@ def test_the_data_sets_of_figure_8(tmp_path, monkeypatch):
     """SVHN and CIFAR-100 are read by their names, and each has its classes."""
     trained = []
 
-    def train_group(group, data, advance, stopped):
+    def train_group(group, data, advance, stopped, checkpoint):
         trained.append((group.runs[0][0].dataset, data.num_classes))
         return [store.Result(run, {"accuracy": 0.5}, {}, 1.0, {}) for run in group]
 
@@ -341,6 +341,8 @@ class Bar:
     def update(self, epochs):
         if epochs == 2:  # of a group; finished ones come with all of theirs
             print("epoch", flush=True)
+    def set_postfix_str(self, seen, refresh):
+        pass
 
 class SlowFile:
     def __init__(self, file):
@@ -429,6 +431,8 @@ TRANSFORMERS = """
 import pathlib, resource, sys
 from examples import datasets, reproduce, texts
 from examples.reproduction import configs, inputs, store, transformers
+from examples.reproduction import stacks
+from tests.test_engine import Bar
 
 folder, fail = pathlib.Path(sys.argv[1]), sys.argv[2:] == ["full"]
 sizes = {"num_experts": 4, "experts_per_token": 2, "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
@@ -436,17 +440,16 @@ vit = configs.ViTRun(**sizes, dataset="digits", strategy="random_boost", batch_s
 gpt = configs.GPTRun(**sizes, dataset="abc", strategy="positive_sum", batch_size=4, epochs=12, subset=14, context=8)
 parts = [b"abcab" * n for n in (40, 13)]
 text = texts.Text(*(texts.encode(part, "bytes") for part in parts), parts[1], 256, "abc")
-transformers.CHUNK, transformers.CHECKPOINT_SECONDS = 1, 0
-inputs.load = lambda run, folder: text if run.kind == "gpt" else datasets.load_digits()
-save, restore = transformers._save, transformers._restore
-transformers._save = lambda *args: (print("save", flush=True), save(*args), print("saved", flush=True))
+transformers.Paper.most_steps, stacks.CHECKPOINT_SECONDS = 1, 0
+save, restore = store.save_checkpoint, store.restore_checkpoint
+store.save_checkpoint = lambda *args: (print("save", flush=True), save(*args), print("saved", flush=True))
 
 def counted(path, like):
     found = restore(path, like)
     print("restored" if found else "anew", flush=True)
     return found
 
-transformers._restore = counted
+store.restore_checkpoint = counted
 results = store.Results(folder)
 append = results.append
 
@@ -456,7 +459,8 @@ def append_to_full_disk(new):
 
 if fail:
     results.append = append_to_full_disk
-reproduce.Run(names=("fig6",), results=folder).train_transformers([vit, gpt], results)
+transformers.ViTProgram.train([vit], lambda run: datasets.load_digits(), results, Bar())
+transformers.GPTProgram.train([gpt], lambda run: text, results, Bar())
 """
 
 

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 import excitation_optax
-from examples import datasets, texts, train_moe_vit
-from examples.reproduction import configs, inputs, store, transformers
+from examples import datasets, reproduce, texts, train_moe_vit
+from examples.reproduction import configs, inputs, stacks, store, transformers
 from excitation_optax import flax as excitation_flax
 from models import gpt_moe, moe, moe_vit
 
@@ -38,14 +38,20 @@ def text():
     return texts.Text(*(texts.encode(part, "bytes") for part in parts), parts[1], 256, "abc")
 
 
-def train_vit(digits, *args, **kwargs):
+def train(run, data, advance=lambda epochs, seen: None, stopped=lambda: False, checkpoint=None):
+    program = reproduce.PROGRAMS[run.kind]
+    (group,) = program.plan([run])
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
-        return transformers.train(configs.ViTRun(**VIT | kwargs), digits, *args)
+        results = program.train_group(group, data, advance, stopped, checkpoint)
+    return results[0] if results else None
+
+
+def train_vit(digits, *args, **kwargs):
+    return train(configs.ViTRun(**VIT | kwargs), digits, *args)
 
 
 def train_gpt(text, *args, **kwargs):
-    with jax.numpy_dtype_promotion("standard"):
-        return transformers.train(configs.GPTRun(**GPT | kwargs), text, *args)
+    return train(configs.GPTRun(**GPT | kwargs), text, *args)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +67,10 @@ def gpt(text):
 # Against plain loops.
 
 
-def plain_loop(run, model, examples, batches):
-    """Step by step, with excitation multiplied in by hand; `batches(number, indices)` gives inputs and labels."""
+def plain_loop(run, model, data, examples, batches):
+    """Step by step, with excitation multiplied in by hand; `batches(key, indices)` gives inputs and labels."""
     graphdef, params = nnx.split(model)
+    program, _, seeds, on_device = reproduce.PROGRAMS[run.kind].prepare(stacks.Group(((run,),)), data)
     per_epoch = examples // run.batch_size
     steps = run.epochs * per_epoch
     warmup = max(1, round(0.05 * steps))
@@ -95,10 +102,11 @@ def plain_loop(run, model, examples, batches):
     for number in range(steps):
         falling = (1 + math.cos(math.pi * (number - warmup) / (steps - warmup))) / 2
         rate = run.learning_rate * ((number + 1) / warmup if number < warmup else falling)
-        epoch, row = divmod(number, per_epoch)
-        order = np.random.default_rng((run.seed, epoch + 1)).permutation(examples)
-        batch = order[row * run.batch_size : (row + 1) * run.batch_size]
-        params, state, loss = step(params, state, *batches(number, batch), rate)
+        if number % per_epoch == 0:  # the first of an epoch, in which no example is there twice
+            order, keys = program.rows_of_epoch(seeds, number // per_epoch + 1, on_device)
+            assert len(set(np.ravel(order).tolist()) & set(range(examples))) == per_epoch * run.batch_size
+        row = number % per_epoch
+        params, state, loss = step(params, state, *batches(keys[0, row], np.asarray(order[0, row])), rate)
         losses.append(float(loss))
     return np.reshape(losses, (run.epochs, per_epoch)).mean(1), nnx.merge(graphdef, params)
 
@@ -115,18 +123,17 @@ def test_a_vit_is_trained_as_by_a_plain_loop(digits, kwargs):
     result = train_vit(digits, **kwargs)
     run = result.run
     config = moe_vit.MoEViTConfig(moe=LAYER, num_layers=2, num_heads=2, image_size=8, patch_size=4, num_classes=10)
-    key = jax.random.fold_in(jax.random.key(run.seed), 1)
     rgb = lambda images: jnp.asarray(np.tile(images, (1, 1, 1, 3)))
 
-    def batches(number, indices):
+    def batches(key, indices):
         images = train_moe_vit.to_unit_range(rgb(digits.train_images[indices]))
-        images = train_moe_vit.augment(jax.random.fold_in(key, number), images, flip=run.flip)
+        images = train_moe_vit.augment(key, images, flip=run.flip)
         return images, jnp.asarray(digits.train_labels[indices])
 
     with jax.numpy_dtype_promotion("standard"):
-        losses, model = plain_loop(run, moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)), 60, batches)
+        losses, model = plain_loop(run, moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)), digits, 60, batches)
     assert result.curve["epoch"] == [1, 2]
-    np.testing.assert_allclose(result.curve["train_loss"], losses, rtol=1e-4)
+    np.testing.assert_allclose(result.curve["train_loss"], losses, rtol=1e-3)  # of four digits
     inputs = train_moe_vit.to_unit_range(rgb(digits.test_images))
     logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(inputs)
     accuracy = np.mean(np.argmax(np.asarray(logits), axis=-1) == digits.test_labels)
@@ -140,13 +147,13 @@ def test_a_gpt_is_trained_as_by_a_plain_loop(text, gpt):
     run, result = gpt.run, gpt
     config = gpt_moe.GPTMoEConfig(moe=LAYER, num_layers=2, num_heads=2, context=8, vocab_size=256)
 
-    def batches(number, indices):
+    def batches(key, indices):
         windows = jnp.stack([jnp.asarray(text.train[8 * i : 8 * i + 9]) for i in indices])
         return windows[:, :-1], windows[:, 1:]
 
     with jax.numpy_dtype_promotion("standard"):
-        losses, model = plain_loop(run, gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)), 14, batches)
-    np.testing.assert_allclose(result.curve["train_loss"], losses, rtol=1e-4)
+        losses, model = plain_loop(run, gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)), text, 14, batches)
+    np.testing.assert_allclose(result.curve["train_loss"], losses, rtol=1e-3)  # of four digits
     targets = []  # 65 tokens: eight windows
     model.eval()
     call = jax.jit(lambda tokens: model(tokens))
@@ -200,14 +207,15 @@ def test_what_is_measured_of_a_vit(vit, digits, monkeypatch):
     assert all(4 * dead in (0, 1, 2) for dead in vit.measures["dead"])
     assert {len(vit.measures[name]) for name in ("entropy", "max_load", "dead")} == {2}  # layers
     assert vit.curve["epoch"] == [1, 2]
-    assert vit.curve["accuracy"][-1] == vit.measures["accuracy"]
-    assert vit.curve["entropy"][-1] == np.mean(vit.measures["entropy"])
+    assert vit.curve["accuracy"][-1] == pytest.approx(vit.measures["accuracy"], rel=1e-3)
+    assert vit.curve["entropy"][-1] == pytest.approx(np.mean(vit.measures["entropy"]), rel=1e-3)
     assert vit.about["fingerprint"] == digits.fingerprint
     assert vit.about["data"] == "digits (as TensorFlow Datasets has it)"
-    monkeypatch.setattr(transformers, "EVALUATION_BATCH", 7)  # the last is one image
+    monkeypatch.setattr(transformers.ViTProgram, "evaluation_batch", 13)  # of 50 images: five batches of 10
+    stacks.program_of.cache_clear()
     in_batches = train_vit(digits).measures
-    assert in_batches["accuracy"] == vit.measures["accuracy"]
-    for name in ("entropy", "max_load", "dead"):
+    stacks.program_of.cache_clear()
+    for name in vit.measures:
         np.testing.assert_allclose(in_batches[name], vit.measures[name], rtol=1e-5)
 
 
@@ -222,7 +230,7 @@ def test_results_can_be_stored(tmp_path, vit, gpt):
 @pytest.mark.slow
 def test_a_gpt_learns_its_text(text, gpt):
     result = train_gpt(text, epochs=30)
-    assert result.curve["epoch"] == list(range(1, 31))
+    assert result.curve["epoch"] == list(range(2, 31, 2))
     assert set(result.curve) == {"epoch", "train_loss", "perplexity", "bits_per_byte"}
     assert result.measures["perplexity"] < 3 < gpt.measures["perplexity"]
 
@@ -237,42 +245,31 @@ def test_a_model_that_diverges_has_no_accuracy(digits):
 
 
 @pytest.mark.slow
-def test_evaluation_within_an_epoch_and_chunks_change_nothing(text, gpt, monkeypatch):
-    monkeypatch.setattr(transformers, "EVALUATE_EVERY", 2)  # of the three steps of an epoch
-    result = train_gpt(text)
-    np.testing.assert_allclose(result.curve["epoch"], [2 / 3, 1, 5 / 3, 2])
-    assert result.measures == gpt.measures
-    monkeypatch.setattr(transformers, "CHUNK", 1)
+def test_epochs_in_parts_change_nothing(text, gpt, monkeypatch):
+    monkeypatch.setattr(transformers.Paper, "most_steps", 2)  # of the three steps of an epoch
     seen = []
-    again = train_gpt(text, lambda epoch, line: seen.append((epoch, line)))
-    np.testing.assert_allclose([epoch for epoch, _ in seen], np.arange(1, 7) / 3)
+    again = train_gpt(text, lambda epochs, line: seen.append((epochs, line)))
+    np.testing.assert_allclose([epochs for epochs, _ in seen], [2 / 3, 1 / 3] * 2)
     assert all(line.startswith("loss ") for _, line in seen)
-    np.testing.assert_allclose(again.curve["train_loss"], result.curve["train_loss"], rtol=1e-5)
+    assert again.measures == gpt.measures
+    np.testing.assert_allclose(again.curve["train_loss"], gpt.curve["train_loss"], rtol=1e-3)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_checkpoint(digits, tmp_path, monkeypatch):
-    strategy = "random_boost"  # it has a state
-    monkeypatch.setattr(transformers, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(transformers, "CHUNK", 1)
+    strategy, path = "random_boost", tmp_path / "checkpoints" / "key.npz"  # it has a state
+    monkeypatch.setattr(stacks, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(transformers.Paper, "most_steps", 1)
     whole = train_vit(digits, epochs=3, strategy=strategy)
     seen = []
-
-    def stop_in_the_third(epoch, _):
-        seen.append(epoch)
-        if epoch > 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_vit(digits, stop_in_the_third, tmp_path, epochs=3, strategy=strategy)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{whole.run.key}.npz"]
+    count = lambda epochs, _: seen.append(epochs)
+    assert train_vit(digits, count, lambda: len(seen) == 8, path, epochs=3, strategy=strategy) is None
+    assert [kept.name for kept in path.parent.iterdir()] == ["key.npz"]
     seen.clear()
-    result = train_vit(digits, lambda epoch, _: seen.append(epoch), tmp_path, epochs=3, strategy=strategy)
-    np.testing.assert_allclose(seen, [7 / 3, 8 / 3, 3])
+    result = train_vit(digits, count, lambda: False, path, epochs=3, strategy=strategy)
+    np.testing.assert_allclose(seen, [8 / 3, 1 / 3])  # the last checkpoint was before the eighth step
     assert numbers(result) == numbers(whole)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{whole.run.key}.npz"]  # until the result is on file
-    transformers.forget(result.run, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert path.exists()  # until the result is on file
 
 
 # What a checkpoint may look like after a bad sector, a full disk or another version of this program.
@@ -284,9 +281,9 @@ DAMAGE = {
         content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
     ),
     "its end": lambda content: content[:-30] + bytes([content[-30] ^ 1]) + content[-29:],
-    "of other arrays": lambda content: saved(arr_0=np.zeros(3), reached="[1, {}, 0]"),
-    "without the step": lambda content: saved(arr_0=np.zeros(3), arr_1=np.zeros(3)),
-    "a step that is no JSON": lambda content: saved(arr_0=np.zeros(3), reached="[1"),
+    "of other arrays": lambda content: saved(arr_0=np.zeros(3), notes="[1, {}, 0]"),
+    "without the notes": lambda content: saved(arr_0=np.zeros(3), arr_1=np.zeros(3)),
+    "notes that are no JSON": lambda content: saved(arr_0=np.zeros(3), notes="[1"),
 }
 
 
@@ -300,15 +297,15 @@ def saved(**arrays):
 def test_a_damaged_checkpoint_is_set_aside(damage, tmp_path):
     state = {"a": jnp.arange(500.0), "b": jnp.ones((3, 4), jnp.int32)}
     path = tmp_path / "key.npz"
-    transformers._save(path, state, (3, {"epoch": [1]}, 2.5))
-    restored, reached = transformers._restore(path, state)
+    store.save_checkpoint(path, state, (3, {"epoch": [1]}, 2.5))
+    restored, reached = store.restore_checkpoint(path, state)
     assert reached == [3, {"epoch": [1]}, 2.5]
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     for kept in ("key.npz.damaged", "key.npz.damaged-2"):
-        transformers._save(path, state, (3, {}, 2.5))
+        store.save_checkpoint(path, state, (3, {}, 2.5))
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
-        with pytest.warns(UserWarning, match=rf"{path} is damaged .*is kept as {kept}, and the run starts anew"):
-            assert transformers._restore(path, state) is None
+        with pytest.warns(UserWarning, match=rf"{path} is damaged .*is kept as {kept}, and the runs start anew"):
+            assert store.restore_checkpoint(path, state) is None
         assert not path.exists()
         assert (tmp_path / kept).exists()
 
@@ -317,14 +314,14 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
     """Or changes nothing, as in the date of a file in the archive."""
     state = {"a": jnp.arange(50.0), "b": jnp.ones((3, 4), jnp.int32)}
     path = tmp_path / "key.npz"
-    transformers._save(path, state, (3, {"epoch": [1]}, 2.5))
+    store.save_checkpoint(path, state, (3, {"epoch": [1]}, 2.5))
     content = path.read_bytes()
     found = 0
     for place in range(0, len(content), 3):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            if restored := transformers._restore(path, state):
+            if restored := store.restore_checkpoint(path, state):
                 jax.tree.map(np.testing.assert_array_equal, restored[0], state)
                 assert restored[1] == [3, {"epoch": [1]}, 2.5]
             else:
@@ -336,11 +333,12 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
 def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "key.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*key\.tmp'"):
-        transformers._save(tmp_path / "key.npz", {"a": jnp.arange(5000.0)}, (3, {}, 2.5))
+        store.save_checkpoint(tmp_path / "key.npz", {"a": jnp.arange(5000.0)}, (3, {}, 2.5))
 
 
 def test_a_short_run_leaves_no_checkpoint(digits, tmp_path, vit):
-    assert numbers(train_vit(digits, None, tmp_path)) == numbers(vit)
+    path = tmp_path / "key.npz"
+    assert numbers(train_vit(digits, lambda *_: None, lambda: False, path)) == numbers(vit)
     assert not list(tmp_path.iterdir())
 
 
@@ -348,14 +346,15 @@ def test_a_short_run_leaves_no_checkpoint(digits, tmp_path, vit):
 
 
 def test_the_rate_rises_and_falls_as_a_cosine():
-    run = configs.ViTRun(optimizer="sgd", learning_rate=2.0, warmup=0.2)
-    tx = transformers.make_optimizer(run, 20)
-    params = {"w": jnp.ones(())}
+    run = configs.ViTRun(optimizer="sgd", learning_rate=2.0, warmup=0.2, batch_size=16, epochs=2)
+    program = transformers.ViTProgram(run, ("vanilla",), 160, 32, 10)  # 20 steps
+    tx = program.make_optimizer(stacks.Member(0, 1.0, jnp.float32(2.0)), 0)
+    params = {"w": jnp.ones(1)}
     state, rates = tx.init(params), []
     for _ in range(21):
         with jax.numpy_dtype_promotion("standard"):  # Optax's schedule needs it
-            updates, state = tx.update({"w": jnp.ones(())}, state, params)
-        rates.append(-float(updates["w"]))
+            updates, state = tx.update({"w": jnp.ones(1)}, state, params, utilization={"w": jnp.ones(1)})
+        rates.append(-float(updates["w"][0]))
     np.testing.assert_allclose(rates[:5], [0.5, 0.875, 1.25, 1.625, 2], rtol=1e-6)
     np.testing.assert_allclose(rates[4:], 1 + np.cos(np.pi * np.arange(17) / 16), atol=1e-6)
 

@@ -97,12 +97,12 @@ def test_the_rate_of_a_vit_depends_on_its_optimizer():
     [
         (lambda: configs.MLPRun(epochs=0), "MLPRun: epochs must be at least 1; got 0"),
         (lambda: configs.GPTRun(subset=0), "GPTRun: subset must be at least 1; got 0"),
-        (lambda: configs.GPTRun(warmup=1.5), "GPTRun: warmup must be a share, in [0, 1]; got 1.5"),
-        (lambda: configs.ViTRun(seed=-1), "ViTRun: seed must be at least 0; got -1"),
-        (lambda: configs.MLPRun(strategy="zero_sum", gamma=-1.0), "gamma must be finite and not negative; got -1.0"),
-        (lambda: configs.MLPRun(strategy="zero_sum", gamma=math.nan), "gamma must be finite and not negative; got nan"),
-        (lambda: configs.MLPRun(learning_rate=0.0), "MLPRun: learning_rate must be finite and positive; got 0.0"),
-        (lambda: configs.MLPRun(sparsity=90), "MLPRun: sparsity must be a share, in [0, 1]; got 90"),
+        (lambda: configs.GPTRun(warmup=1.5), "GPTRun: warmup is a fraction of the steps, in [0, 1]; got 1.5"),
+        (lambda: configs.ViTRun(seed=-1), "ViTRun: seed must not be negative; got -1"),
+        (lambda: configs.MLPRun(strategy="zero_sum", gamma=-1.0), "gamma must not be negative; got -1.0"),
+        (lambda: configs.MLPRun(strategy="zero_sum", gamma=math.nan), "gamma must not be negative; got nan"),
+        (lambda: configs.MLPRun(learning_rate=0.0), "MLPRun: learning_rate must be positive; got 0.0"),
+        (lambda: configs.MLPRun(sparsity=90), "MLPRun: sparsity is a share, in [0, 1]; got 90"),
         (
             lambda: configs.from_json({"kind": "cnn"}),
             "kind is one of ['gpt', 'mini_gpt', 'mini_vit', 'mlp', 'vit']; got 'cnn'",

@@ -13,19 +13,20 @@ from examples.reproduction import (
     evidence,
     inputs,
     inside,
-    minis,
     pictures,
     report,
     sections,
     stacks,
     store,
     studies,
+    transformers,
 )
 
 pytestmark = pytest.mark.usefixtures("as_users_have_it")
 
-WHERES = sections.product(studies.rates(0.1, 0.2, 0.3), (studies.BASELINE, studies.ZERO_SUM))
-CLAIM = studies.beats("zero_sum is better", studies.ZERO_SUM, studies.BASELINE, learning_rate="best")
+BASELINE, ZERO_SUM = {"strategy": "vanilla"}, {"strategy": "zero_sum"}
+WHERES = sections.product([{"learning_rate": [0.1, 0.2, 0.3]}, {"strategy": ["vanilla", "zero_sum"]}])
+CLAIM = sections.claim("zero_sum is better", {**ZERO_SUM, "learning_rate": "best"}, measure="accuracy")
 STUDY = sections.Section(
     "look",
     "A look",
@@ -35,7 +36,7 @@ STUDY = sections.Section(
     claims=(CLAIM,),
     draw=("over", "learning_rate"),
 )
-STUDIES = {section.name: section for section in studies.STUDIES}
+STUDIES = {name: section for name, section in studies.SECTIONS.items() if section.in_study}
 
 
 def fill(folder, values):
@@ -77,13 +78,13 @@ def test_the_best_rate_is_chosen_on_held_out_data(tmp_path):
 
     results = fill(tmp_path, values)
     rate = lambda where: evidence.resolve(results, STUDY, where)["learning_rate"]
-    assert rate({**studies.ZERO_SUM, "learning_rate": "best"}) == 0.1
-    assert rate({**studies.BASELINE, "learning_rate": "best"}) == 0.2
-    assert rate({**studies.ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
-    assert rate({**studies.ZERO_SUM, "learning_rate": 0.3}) == 0.3
+    assert rate({**ZERO_SUM, "learning_rate": "best"}) == 0.1
+    assert rate({**BASELINE, "learning_rate": "best"}) == 0.2
+    assert rate({**ZERO_SUM, "learning_rate": "baseline's best"}) == 0.2
+    assert rate({**ZERO_SUM, "learning_rate": 0.3}) == 0.3
     assert evidence.contrast(results, STUDY, CLAIM).mean == pytest.approx(10)
     of_losses = dataclasses.replace(STUDY, measure="loss")
-    smallest = evidence.resolve(results, of_losses, {**studies.BASELINE, "learning_rate": "best"})
+    smallest = evidence.resolve(results, of_losses, {**BASELINE, "learning_rate": "best"})
     assert smallest["learning_rate"] in (0.1, 0.3)  # of a loss, the smallest is best
 
 
@@ -96,7 +97,7 @@ def test_a_rate_that_diverged_is_not_chosen_and_seeds_without_all_rates_do_not_c
         return 0.5, 0.8 - row["learning_rate"]
 
     results = fill(tmp_path, values)
-    where = {**studies.BASELINE, "learning_rate": "best"}
+    where = {**BASELINE, "learning_rate": "best"}
     assert evidence.resolve(results, STUDY, where)["learning_rate"] == 0.1
     assert evidence.resolve(store.Results(tmp_path / "none"), STUDY, where) is None
     assert evidence.contrast(store.Results(tmp_path / "none"), STUDY, CLAIM).n == 0
@@ -124,7 +125,10 @@ def test_the_section_of_a_study(tmp_path, monkeypatch):
     results = fill(tmp_path, gain)
     page = report.section(results, STUDY)
     assert "| baseline | 50.00 ± 0.00 (4 seeds) | 50.00 ± 0.00 (4 seeds) | 50.00 ± 0.00 (4 seeds) |" in page
-    assert "| zero_sum is better (0.3 and 0.3) | +11.50 [+9.45, +13.55] | confirmed | 0.00039 |" in page
+    assert (
+        "| zero_sum is better, each at its best rate (0.3 and 0.3) | +11.50 [+9.45, +13.55] | confirmed | 0.00039 |"
+        in page
+    )
     assert (
         "Of 1 claim, 1 were tested: 1 confirmed and 0 contradicted; after the correction for 1 claims, 1 and 0." in page
     )
@@ -151,16 +155,16 @@ def test_a_tiny_version(name, monkeypatch):
         small = {"dataset": "digits", "subset": 64, "batch_size": 32, "epochs": 1, "augmentation": "none"}
         tiny = [dataclasses.replace(run, depth=min(3, run.depth), **small) for run in runs]
     else:
-        monkeypatch.setattr(minis, "STEPS", 2)
-        monkeypatch.setattr(minis, "WINDOWS", 64)
+        monkeypatch.setattr(transformers, "STEPS", 2)
+        monkeypatch.setattr(transformers, "WINDOWS", 64)
         small = {"d_model": 8, "num_heads": 2, "d_ff": 8, "epochs": 1}
         small |= {"dataset": "python-reference", "context": 8} if is_text else {"dataset": "digits"}
         tiny = [dataclasses.replace(run, num_experts=min(16, run.num_experts), **small) for run in runs]
     data = inputs.load(tiny[0], None)
     stacks.program_of.cache_clear()
-    program = reproduce.STACKED[section.kind]
+    program = reproduce.PROGRAMS[section.kind]
     groups = program.plan(tiny)
-    results = [r for group in groups for r in program.train_group(group, data, lambda runs: None, lambda: False)]
+    results = [r for group in groups for r in program.train_group(group, data, lambda *_: None, lambda: False)]
     stacks.program_of.cache_clear()
     assert results
     for result in results:

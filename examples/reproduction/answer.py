@@ -3,7 +3,7 @@
 from typing import Any
 
 from examples.reproduction import evidence, pictures, sections, store, studies, tables
-from examples.reproduction.sections import Row
+from examples.reproduction.sections import COMPONENTS, Row
 from excitation_optax import plotting
 
 # Rows of the table: a study, what the row's runs have in common, and the range of the picture. CIFAR-10's runs hold no
@@ -21,22 +21,22 @@ def markdown(results: store.Results) -> str:
     """The table: a row for each study and strategy, a column for each component."""
     rows = []
     for text, (name, common, _) in ANSWER.items():
-        for two in studies.TWO:
+        for strategy in ("zero_sum", "positive_sum"):
             cells = []
-            for component in studies.COMPONENTS:
-                claim, ours = difference(results, name, {**two, "component": component}, common)
+            for component in COMPONENTS:
+                claim, ours = difference(results, name, {"strategy": strategy, "component": component}, common)
                 verdict = evidence.verdict(ours, claim["sign"])
                 bold = "**" if verdict in ("confirmed", "contradicted") else ""
                 tested = not verdict.startswith("not tested")
                 cells.append(f"{bold}{tables.our_delta(claim, ours)}{bold}" if tested else "not tested")
-            rows.append((text, f"`{two['strategy']}`", *cells))
-    return tables.table(("", "", *studies.COMPONENTS), rows, numbers=3)
+            rows.append((text, f"`{strategy}`", *cells))
+    return tables.table(("", "", *COMPONENTS), rows, numbers=3)
 
 
 def difference(results: store.Results, name: str, better: Row, common: Row) -> tuple[Row, evidence.Contrast]:
     """The claim that a variant beats the baseline, each at its best or the row's learning rate, and its evidence."""
     section = studies.SECTIONS[name]
-    claim = studies.beats("", better, studies.BASELINE, section.measure, **{"learning_rate": "best", **common})
+    claim = sections.claim("", {"learning_rate": "best", **common, **better}, measure=section.measure)
     return claim, evidence.contrast(results, section, claim)
 
 
@@ -45,7 +45,7 @@ def draw(results: store.Results, figure: Any) -> None:
 
     Below it, differences from the baseline, each at its best learning rate, paired by seed, with 95 % intervals.
     """
-    components = [{**studies.ZERO_SUM, "component": component} for component in studies.COMPONENTS]
+    components = [{"strategy": "zero_sum", "component": component} for component in COMPONENTS]
     figure.set_size_inches(max(1.86 * len(ANSWER), 3.3), 4.1)
     grid = figure.subplots(2, len(ANSWER), squeeze=False, height_ratios=(3, 2))
     shown = None
@@ -60,7 +60,7 @@ def draw(results: store.Results, figure: Any) -> None:
         fixed = {field: value for field, value in common.items() if field != "learning_rate"}
         wheres = [row["where"] for row in section.rows if fixed.items() <= row["where"].items()]
         rates = sorted({where["learning_rate"] for where in wheres})
-        for variant in (studies.BASELINE, *components):
+        for variant in (sections.BASELINE, *components):
             specs = [sections.row({**fixed, **variant, "learning_rate": r}, section.measure) for r in rates]
             color = plotting.COLORS[variant.get("component", "baseline")]
             pictures.reached(above, rates, results, section, specs, sections.words(variant), color=color)

@@ -6,18 +6,10 @@ Tables, figures and studies show runs. Two of them that ask for the same config 
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
-# The rules of fields, for every kind of run that has them.
-_RULES: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
-    "at least 1": (("epochs", "subset", "width", "depth", "batch_size"), lambda value: value >= 1),
-    "at least 0": (("seed",), lambda value: value >= 0),
-    "finite and not negative": (("gamma", "load_balancing", "router_bias"), lambda value: 0 <= value < math.inf),
-    "finite and positive": (("learning_rate", "expert_rate", "epsilon"), lambda value: 0 < value < math.inf),
-    "a share, in [0, 1]": (("sparsity", "warmup"), lambda value: 0 <= value <= 1),
-}
+from examples import training
 
 DIGITS = ("svhn_cropped", "digits")  # data sets whose images must not be mirrored
 
@@ -48,11 +40,7 @@ class Run:
             object.__setattr__(self, "gamma", 1.0)
             if hasattr(self, "component"):
                 object.__setattr__(self, "component", "both")
-        for rule, (names, holds) in _RULES.items():
-            for name in names:
-                value = getattr(self, name, None)  # not every kind has every field
-                if value is not None and not holds(value):
-                    raise ValueError(f"{type(self).__name__}: {name} must be {rule}; got {value}.")
+        training.check(self, lambda name: f"{type(self).__name__}: {name}")
 
     def fill_in(self, **values: Any) -> None:
         """Sets fields that are None."""

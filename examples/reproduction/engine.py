@@ -132,9 +132,8 @@ class Program(stacks.Program):
     def sizes_of(cls, shared: Any, data: datasets.ImageData) -> tuple[int, ...]:
         """The model's sizes, and steps. Raises ValueError if there is not a single full batch."""
         examples = len(data.train_labels[: shared.subset])
-        if shared.batch_size > examples:
-            raise ValueError(f"batch_size must be at most the {examples} training images; got {shared.batch_size}.")
-        return data.input_dim, data.num_classes, examples // shared.batch_size
+        steps = stacks.steps_of(examples, "training images", shared.batch_size)
+        return data.input_dim, data.num_classes, steps
 
     def make_model(self, seed) -> VariantMLP:
         """The model that every run of a seed starts from."""

@@ -18,7 +18,7 @@ from flax import nnx
 import excitation_optax
 from examples import datasets
 from examples.reproduction import configs, engine, store, studies
-from examples.reproduction.sections import Row, words
+from examples.reproduction.sections import COMPONENTS, Row, words
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics, plotting
 
@@ -27,7 +27,7 @@ SEEDS = 3
 EVERY = 10  # epochs
 ROWS: tuple[Row, ...] = (
     *({"strategy": "vanilla", "learning_rate": rate} for rate in (1e-3, 3e-3)),
-    *({"strategy": "zero_sum", "component": c, "learning_rate": 1e-3} for c in studies.COMPONENTS),
+    *({"strategy": "zero_sum", "component": c, "learning_rate": 1e-3} for c in COMPONENTS),
     {"strategy": "zero_sum", "component": "direction", "learning_rate": 3e-3},
 )
 

@@ -2,11 +2,8 @@
 
 import numpy as np
 
-from examples.reproduction import evidence, sections, store, tables
-from examples.reproduction.sections import Row, Section, grid, ours, product
-
-SGD = {"optimizer": "sgd", "learning_rate": 0.01}
-ADAM = {"optimizer": "adam", "learning_rate": 1e-4}
+from examples.reproduction import configs, evidence, sections, store, tables
+from examples.reproduction.sections import Row, Section
 
 
 def targets() -> list[Row]:
@@ -30,19 +27,19 @@ def epochs_to(result: store.Result, accuracy: float) -> float:
 def extrapolations(results: store.Results, section: Section) -> str:
     """The open choices, by when baseline SGD and Adam would reach what the paper prints for a constant rate."""
     printed = {row["where"]["optimizer"]: row["value"] for row in targets() if "schedule" in row["where"]}
-    lines = []
-    for choice in CHOICES:
-        runs = {o["optimizer"]: section.make_run({**choice, **o}, seed=0) for o in (SGD, ADAM)}
+    chosen, lines = ("augmentation", "normalization", "initialization"), []
+    choice_of = lambda row: ", ".join(row["where"][name] for name in chosen)
+    for choice, rows in configs.grouped(section.rows, choice_of).items():
+        runs = {row["where"]["optimizer"]: section.make_run(row["where"], seed=0) for row in rows}  # SGD first
         if all(run in results for run in runs.values()):
-            found = {name: results[run] for name, run in runs.items()}
-            reached = {name: f"{100 * result.measures['accuracy']:.1f}" for name, result in found.items()}
-            epochs = {name: epochs_to(result, printed[name] / 100) for name, result in found.items()}
-            cells = [cell for name in runs for cell in (reached[name], tables.about(epochs[name]))]
-            ratio = max(epochs.values()) / min(epochs.values())
-            lines.append((ratio, (", ".join(choice.values()), *cells, tables.about(ratio))))
+            reached = [f"{100 * results[run].measures['accuracy']:.1f}" for run in runs.values()]
+            epochs = [epochs_to(results[run], printed[name] / 100) for name, run in runs.items()]
+            ratio = max(epochs) / min(epochs)
+            cells = [cell for pair in zip(reached, map(tables.about, epochs), strict=True) for cell in pair]
+            lines.append((ratio, (choice, *cells, tables.about(ratio))))
     after = f"after {section.settings['epochs']} epochs"
     head = [h for o in ("SGD", "Adam") for h in (f"{o}: {after}", f"{o}: epochs to {printed[o.lower()]:.2f}")]
-    head = ("augmentation, normalization, initialization", *head, "ratio")
+    head = (", ".join(chosen), *head, "ratio")
     return tables.table(head, [line for _, line in sorted(lines)], text=1, numbers=5)
 
 
@@ -64,26 +61,3 @@ def residuals(results: store.Results, section: Section) -> str:
             lines.append((choice, *cells, f"{np.sqrt(np.mean(np.concatenate(apart) ** 2)):.2f}"))
     head = ("what is changed", *(target["label"] for target in targets()), "root mean square of residuals")
     return tables.table(head, lines, text=1, numbers=len(targets()) + 1)
-
-
-# One choice at a time, against the setting that the first look favours; and candidates at their length.
-VARIANTS = ({}, {"augmentation": "flip"}, {"activation": "none"}, {"depth": 3})
-CANDIDATES = (
-    {"depth": 3, "augmentation": "flip", "initialization": "lecun_normal", "epochs": 100},
-    {"depth": 3, "augmentation": "flip", "initialization": "he_normal", "epochs": 100},
-    {"depth": 4, "augmentation": "crop_flip", "initialization": "lecun_normal", "epochs": 300},
-    {"depth": 4, "augmentation": "none", "initialization": "he_normal", "epochs": 200},
-)
-CHOICES = grid(
-    augmentation=("crop_flip", "flip", "none"),
-    normalization=("standard", "unit"),
-    initialization=("lecun_normal", "torch", "he_normal"),
-)
-TARGETS = [row["where"] for row in targets()]
-
-SEARCH = (
-    ours("table2_brief", grid(num_experts=(4,), d_ff=(256,), strategy=("vanilla", "positive_sum"))),
-    ours("search", product(CHOICES, (SGD, ADAM)), table=extrapolations),
-    ours("search_variants", [{**where, **variant} for variant in VARIANTS for where in TARGETS], table=residuals),
-    ours("search_long", [{**where, **choice} for choice in CANDIDATES for where in TARGETS], table=residuals),
-)

@@ -1,8 +1,8 @@
 """The sections of the report: one value for each table or figure of the paper, and for each study of ours.
 
 A section holds what is specific to it: its runs, claims, remark, table and drawing. Those of the paper come from
-`paper.json`, what the paper prints, and `paper.toml`, what we chose for it. Ours come from `ours.toml`, and their rows
-and claims from `search` and `studies`.
+`paper.json`, what the paper prints, and `paper.toml`, what we chose for it. Ours come from `ours.toml`, which explains
+how it writes rows and claims.
 """
 
 import dataclasses
@@ -89,6 +89,8 @@ class Section:
         return list(dict.fromkeys(self.make_run(where, seed) for where in named for seed in range(self.seeds)))
 
 
+BASELINE: Row = {"strategy": "vanilla"}
+COMPONENTS = ("both", "direction", "norm")
 # Fields that make lines of a picture, not panels; columns of a table, not rows.
 VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "router_bias")
 
@@ -105,14 +107,20 @@ def row(where: Row, measure: str = "accuracy") -> Row:
     }
 
 
-def grid(**choices: Iterable[Any]) -> tuple[Row, ...]:
-    """A setting for each combination of choices; the last one varies fastest."""
-    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
+def settings(part: Any) -> tuple[Row, ...]:
+    """The settings that a part of a product in `ours.toml` stands for."""
+    if isinstance(part, str):
+        return settings(read("ours.toml")["parts"][part])
+    if isinstance(part, list):
+        return tuple(itertools.chain.from_iterable(map(settings, part)))
+    choices = [value if isinstance(value, list) else [value] for value in part.values()]
+    return tuple(dict(zip(part, values, strict=True)) for values in itertools.product(*choices))
 
 
-def product(*choices: Iterable[Row]) -> tuple[Row, ...]:
-    """A setting for each combination of parts of settings; the last part varies fastest."""
-    return tuple({k: v for part in parts for k, v in part.items()} for parts in itertools.product(*choices))
+def product(parts: Iterable[Any]) -> tuple[Row, ...]:
+    """A setting for each combination of the parts' settings; the last part varies fastest."""
+    combinations = itertools.product(*map(settings, parts))
+    return tuple({k: v for setting in combination for k, v in setting.items()} for combination in combinations)
 
 
 def words(where: Row, *but: str) -> str:
@@ -132,11 +140,36 @@ def read(name: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads(pathlib.Path(__file__).with_name(name).read_text("utf-8"))
 
 
-def ours(name: str, wheres: Iterable[Row], claims: Iterable[Row] = (), table: Any = None) -> Section:
-    """A section of our own: what `ours.toml` says about it, a row for each setting, and its claims."""
-    fields = read("ours.toml")[name]
-    rows = tuple(row(where, fields.get("measure", "accuracy")) for where in wheres)
-    return Section(name, rows=rows, claims=tuple(claims), table=table, **fields)
+def ours(name: str, **more: Any) -> Section:
+    """A section of our own: what `ours.toml` says about it, and more fields."""
+    fields: dict[str, Any] = read("ours.toml")[name]
+    measure, kind = fields.get("measure", "accuracy"), fields.get("kind", "mlp")
+    known = {field.name for field in dataclasses.fields(configs.KINDS[kind])}
+    of_runs = lambda setting: {key: value for key, value in setting.items() if key in known}
+    rows = tuple(row(of_runs(setting), measure) for parts in fields["rows"] for setting in product(parts))
+    claims = []
+    for template in fields.get("claims", ()):
+        common = {key: value for key, value in template.items() if key != "each"}
+        for setting in product([*template["each"], common]):
+            setting: Any = {"measure": measure, "worse": BASELINE, **setting}
+            options: Any = {
+                option: setting[option] for option in ("measure", "worse", "at", "layers") if option in setting
+            }
+            claims.append(claim(setting["text"].format(**setting), of_runs(setting), **options))
+    made: dict[str, Any] = {"rows": rows, "claims": tuple(claims)}
+    return Section(name, **{**fields, **made, **more})
+
+
+LESS_IS_BETTER = ("loss", "entropy", "max_load")
+
+
+def claim(text: str, better: Row, worse: Row = BASELINE, *, measure: str, **options: Any) -> Row:
+    """The claim that a setting is better than itself with the changes of `worse`, by the sign of the measure."""
+    if better.get("learning_rate") == "best":
+        text += ", each at its best rate"
+    sign = -1 if measure in LESS_IS_BETTER else 1
+    contrast = [[1.0, better], [-1.0, {**better, **worse}]]
+    return {"text": text, "measure": measure, "contrast": contrast, "sign": sign, **options}
 
 
 @functools.cache

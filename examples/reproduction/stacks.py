@@ -2,14 +2,17 @@
 
 The runs of a seed start from the same parameters and see the same batches, whatever their strategy: so differences
 between strategies can be paired by seed. Groups of runs that cannot be stacked, as their models or batches have other
-shapes, take turns; with several devices (on CPU, one for each core) there is a group on each.
+shapes, take turns; with several devices (on CPU, one for each core) there is a group on each. A group that trains for
+more than ten minutes writes checkpoints, from which it resumes with the same bits.
 
 Axis letters: S seeds, M members (the runs of a seed).
 """
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +28,8 @@ from flax import nnx
 import excitation_optax
 from examples.reproduction import configs, inputs, store
 
+CHECKPOINT_SECONDS = 600
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -39,6 +44,11 @@ class Group:
     def epochs(self) -> int:
         """The epochs of all its runs together."""
         return sum(run.epochs for run in self)
+
+    @property
+    def key(self) -> str:
+        """Names the group among checkpoints, by its runs."""
+        return hashlib.sha256("".join(run.key for run in self).encode()).hexdigest()[:16]
 
 
 class Member(NamedTuple):
@@ -63,6 +73,7 @@ def members_of(group: Group) -> tuple[tuple[str, ...], tuple[configs.Component, 
     """The strategies and components of a group, and its members."""
     runs = group.runs[0]
     values = {name: [getattr(run, name) for run in runs] for name in Member._fields if hasattr(runs[0], name)}
+    values.setdefault("component", ["both"] * len(runs))
     strategies, components = (tuple(sorted(set(values[name]))) for name in ("strategy", "component"))
     arrays = {name: jnp.array(column, jnp.float32) for name, column in values.items() if not isinstance(column[0], str)}
     arrays["strategy"] = jnp.array([strategies.index(name) for name in values["strategy"]])
@@ -105,7 +116,7 @@ def excite(strategies: Sequence[str], components: Sequence[Any], member: Member,
 
 
 class Program:
-    """The compiled functions of a group: `init`, `train_epoch` and `evaluate`.
+    """The compiled functions of a group: `init`, `rows_of_epoch`, `train_steps` and `evaluate`.
 
     Members choose their strategy and component by number from `strategies` and `components`. States and measures have
     leading axes `[S, M]`. A subclass has what stands below without a value.
@@ -113,6 +124,7 @@ class Program:
 
     together: ClassVar[bool]  # whether the members of a seed make a step side by side, or train one after the other
     along: ClassVar[tuple[str, ...]] = ()  # measures that are kept along training too; none: all
+    most_steps: ClassVar[int | None] = None  # of a call of `train_steps`; None: an epoch
     limits: Any  # of what runs share: the most runs of a group, and the most seeds
     sizes_of: Any  # of what runs share and data: what the model takes from them
     put: Any  # of data and what runs share: the data on JAX's default device
@@ -129,7 +141,8 @@ class Program:
         # Seeds that take turns leave a CPU's caches to one seed's models; wider devices train them side by side.
         self.wide = self.together and jax.default_backend() != "cpu"
         self.init = jax.jit(self._init)
-        self.train_epoch = jax.jit(self._train_epoch, donate_argnums=0)
+        self.rows_of_epoch = jax.jit(self._rows_of_epoch)
+        self.train_steps = jax.jit(self._train_steps, donate_argnums=0)
         self.evaluate = jax.jit(self._evaluate)
 
     def _init(self, members: Member, seeds):
@@ -141,12 +154,16 @@ class Program:
 
         return jax.vmap(lambda seed: jax.vmap(functools.partial(one, seed))(members))(seeds)
 
-    def _train_epoch(self, states, members: Member, seeds, epoch, data):
-        """The states after an epoch of every run, and the mean losses."""
+    def _rows_of_epoch(self, seeds, epoch, data):
+        """The rows of all steps, with leading axes of seeds and steps."""
+        key = lambda seed: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch)
+        return jax.vmap(lambda seed: self.rows(key(seed), data))(seeds)
+
+    def _train_steps(self, states, members: Member, seeds, rows, data):
+        """The states of every run after the steps of these rows, and the loss of each step, `[S, M, steps]`."""
 
         def train_seed(operands):
-            states, seed = operands
-            rows = self.rows(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), epoch), data)
+            states, seed, rows = operands
 
             def step(state, row, member):
                 return self.train_step(state, member, seed, self.batch(data, row))
@@ -154,12 +171,17 @@ class Program:
             if self.together:
                 members_step = lambda states, row: jax.vmap(step, in_axes=(0, None, 0))(states, row, members)
                 states, losses = jax.lax.scan(members_step, states, rows)
-                return states, jnp.mean(losses, axis=0)
+                return states, losses.T
             alone = lambda run: jax.lax.scan(functools.partial(step, member=run[1]), run[0], rows)
-            states, losses = jax.lax.map(alone, (states, members))
-            return states, jnp.mean(losses, axis=-1)
+            return jax.lax.map(alone, (states, members))
 
-        return jax.lax.map(train_seed, (states, seeds), batch_size=seeds.shape[0] if self.wide else None)
+        return jax.lax.map(train_seed, (states, seeds, rows), batch_size=seeds.shape[0] if self.wide else None)
+
+    def train_epoch(self, states, members: Member, seeds, epoch, data):
+        """The states after an epoch of every run, and the mean losses."""
+        rows = self.rows_of_epoch(seeds, epoch, data)
+        states, losses = self.train_steps(states, members, seeds, rows, data)
+        return states, jnp.mean(losses, axis=-1)
 
     def _evaluate(self, params, data):
         one = functools.partial(self.measure_all, data=data)
@@ -204,35 +226,54 @@ class Program:
 
     @classmethod
     def train_group(
-        cls, group: Group, data: Any, advance: Callable[[int], Any], stopped: Callable[[], bool]
+        cls, group: Group, data: Any, advance: Any, stopped: Callable[[], bool], checkpoint: pathlib.Path | None = None
     ) -> list[store.Result] | None:
         """Trains the runs of a group on their data set, on JAX's default device: a result for each, or None if stopped.
 
-        `advance` is called after every epoch with the number of runs that have done it.
+        `advance` is called along the way with the epochs of runs that were trained since, and a line about them.
+        `checkpoint` is where the group is saved. Delete the file once the results are on file.
         """
         start, runs = time.perf_counter(), list(group)
         program, members, seeds, on_device = cls.prepare(group, data)
-        states, curve, epochs = program.init(members, seeds), [], runs[0].epochs
-        for epoch in range(1, epochs + 1):
-            if stopped():
-                return None
-            states, losses = program.train_epoch(states, members, seeds, epoch, on_device)
-            if epoch in evaluated_epochs(epochs):
-                found = {"train_loss": losses} | program.evaluate(states[0], on_device)
-                curve.append((epoch, jax.device_get(found)))
-            jax.block_until_ready(losses)
-            advance(len(runs))
-        seconds = round((time.perf_counter() - start) / len(runs), 2)
+        states, last_epoch = program.init(members, seeds), runs[0].epochs
+        # The first epoch, the losses of its steps so far, measures by epoch, and the seconds before a checkpoint.
+        progress: list[Any] = [1, [], [], 0.0]
+        if checkpoint and (found := store.restore_checkpoint(checkpoint, states)):
+            states, progress = found
+        first, losses, curve, before = progress
+        reached, saved = 0.0, start
+        for epoch in range(first, last_epoch + 1):
+            rows = program.rows_of_epoch(seeds, epoch, on_device)
+            steps = jax.tree.leaves(rows)[0].shape[1]
+            while len(losses) < steps:
+                if stopped():
+                    return None
+                if checkpoint and time.perf_counter() - saved >= CHECKPOINT_SECONDS:
+                    saved = time.perf_counter()
+                    store.save_checkpoint(checkpoint, states, (epoch, losses, curve, before + saved - start))
+                cut = slice(len(losses), len(losses) + (cls.most_steps or steps))
+                part = jax.tree.map(lambda array, cut=cut: array[:, cut], rows)
+                states, of_part = program.train_steps(states, members, seeds, part, on_device)
+                losses += np.moveaxis(np.asarray(of_part), -1, 0).tolist()  # waits for it
+                now = epoch - 1 + len(losses) / steps
+                advance((now - reached) * len(runs), f"loss {np.mean(losses[-1]):.3f}")
+                reached = now
+            if epoch in evaluated_epochs(last_epoch):
+                measures = {"train_loss": np.mean(losses, axis=0)}
+                measures |= jax.device_get(program.evaluate(states[0], on_device))
+                curve.append((epoch, {name: np.asarray(value).tolist() for name, value in measures.items()}))
+            losses = []
+        seconds = round((before + time.perf_counter() - start) / len(runs), 2)
         about = store.environment() | {"date": store.now()} | inputs.about(runs[0], data)
         about["stacked"] = [len(seeds), len(group.runs[0])]
         short = lambda value: float(f"{float(np.mean(value)):.4g}")  # four digits along the way, all of them at the end
         (_, last), results = curve[-1], []
         names = [name for name in last if name != "train_loss"]
-        for at, run in zip(np.ndindex(len(seeds), len(group.runs[0])), runs, strict=True):
-            measures = {name: np.asarray(last[name][at], np.float64).tolist() for name in names}
+        for (s, m), run in zip(np.ndindex(len(seeds), len(group.runs[0])), runs, strict=True):
+            measures = {name: last[name][s][m] for name in names}
             kept: dict[str, list[Any]] = {"epoch": [epoch for epoch, _ in curve]}
             for name in ("train_loss", *(cls.along or names)):
-                kept[name] = [short(found[name][at]) for _, found in curve]
+                kept[name] = [short(found[name][s][m]) for _, found in curve]
             results.append(store.Result(run, measures, kept, seconds, about))
         return results
 
@@ -253,8 +294,9 @@ class Program:
         sets = {name: load(run) for name, run in needed.items()}
         pending, stop, lock = iter(unfinished), threading.Event(), threading.Lock()
 
-        def advance(epochs: int):
+        def advance(epochs: float, seen: str):
             with lock:
+                progress.set_postfix_str(seen, refresh=False)
                 progress.update(epochs)
 
         def work(device: jax.Device):
@@ -262,9 +304,13 @@ class Program:
                 for group in pending:  # an iterator that the devices share
                     if stop.is_set():
                         return
-                    finished = cls.train_group(group, sets[group.runs[0][0].dataset], advance, stop.is_set)
+                    checkpoint = results.folder / "checkpoints" / f"{group.key}.npz"
+                    data = sets[group.runs[0][0].dataset]
+                    finished = cls.train_group(group, data, advance, stop.is_set, checkpoint)
                     with lock:
                         results.append([r for r in finished or [] if r.run not in results])
+                    if finished:
+                        checkpoint.unlink(missing_ok=True)  # only now: the disk may be full
 
         devices = jax.local_devices()
         with futures.ThreadPoolExecutor(len(devices)) as pool:
@@ -275,6 +321,13 @@ class Program:
                 stop.set()
         for task in tasks:
             task.result()
+
+
+def steps_of(examples: int, unit: str, batch_size: int) -> int:
+    """The steps of an epoch: its full batches. Raises ValueError if there is none."""
+    if batch_size > examples:
+        raise ValueError(f"batch_size must be at most the {examples} {unit}; got {batch_size}.")
+    return examples // batch_size
 
 
 def _cut(items: Sequence[Any], length: int) -> list[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""The results: JSON lines, one for each finished run, appended as runs finish.
+"""The results: JSON lines, one for each finished run, appended as runs finish; and checkpoints of unfinished ones.
 
 Each line has a checksum; lines of earlier versions have none. A damaged line is reported and skipped, and its run is
 made again.
@@ -16,11 +16,15 @@ import os
 import pathlib
 import platform
 import subprocess
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from examples import datasets, logs
 from examples.reproduction import configs
 
 FOLDER = pathlib.Path(__file__).parents[2] / "results"
@@ -112,6 +116,41 @@ def save_json(path: pathlib.Path, outcome: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = environment() | {"date": now()}
     path.write_text(json.dumps(outcome | {"about": about}) + "\n", encoding="utf-8")
+
+
+def save_checkpoint(path: pathlib.Path, state: Any, notes: tuple) -> None:
+    """Replaces the checkpoint, so that there always is a whole one. `notes` go into JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with logs.naming(temporary):
+        with temporary.open("wb") as file:
+            np.savez(file, *jax.device_get(jax.tree.leaves(state)), notes=json.dumps(notes))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def restore_checkpoint(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
+    """The state and the notes that were saved; None if there is nothing, or it is damaged and was set aside."""
+    if not path.exists():
+        return None
+    leaves, structure = jax.tree.flatten(like)
+    try:
+        with path.open("rb") as file, np.load(file) as saved:
+            arrays = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
+            notes = json.loads(str(saved["notes"]))
+        if [(a.shape, a.dtype) for a in arrays] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
+            raise ValueError("its arrays are not those of this model and optimizer")
+    except PermissionError:
+        raise
+    except datasets.DAMAGED_NPZ as error:
+        warnings.warn(
+            f"The checkpoint {path} is damaged ({error!r:.200}). It is kept as {logs.set_aside(path).name}, and the "
+            "runs start anew.",
+            stacklevel=2,
+        )
+        return None
+    return jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays]), notes
 
 
 def _append(path: pathlib.Path, text: bytes) -> None:

@@ -1,21 +1,17 @@
-"""Trains a transformer of the paper's section 4.5: a MoE-ViT (figures 6, 10 and 11) or a GPT-MoE (table 2).
+"""Transformers with MoE layers: those of the paper's section 4.5, and ours in miniature.
 
-The runs of a seed start from the same parameters and see the same batches with the same augmentation, whatever their
-strategy, so differences between strategies can be paired by seed. The data stays on the device, and steps are compiled
-in chunks. A run of more than ten minutes writes checkpoints, from which it resumes with the same bits.
+The paper's are MoE-ViTs (figures 6, 10 and 11) and GPT-MoEs (table 2). They are too large to be stacked: a group is one
+run. An epoch goes over all examples, shuffled; its last batch is dropped unless it is full.
 
-Axis letters: B batch, S sequence, L layers, E experts, K experts per token.
+In miniature, runs of one seed that differ in their optimizer alone are a group. An epoch is `STEPS` random batches.
+
+Axis letters: B batch, S sequence, L layers, E experts.
 """
 
+import dataclasses
 import functools
-import json
-import math
-import os
-import pathlib
-import time
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,208 +19,301 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples import datasets, logs, texts, train_gpt_moe, train_moe_vit, training
-from examples.reproduction import configs, inputs, store
+import excitation_optax
+from examples import datasets, texts, train_gpt_moe, train_moe_vit, training
+from examples.reproduction import configs, stacks
 from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
-from models import gpt_moe, moe, moe_vit
+from models import gpt_moe, moe, moe_vit, router
 
-CHUNK = 20  # steps of a call of the compiled program
-EVALUATE_EVERY = 1000  # steps, and at the end of every epoch
-CHECKPOINT_SECONDS = 600
-EVALUATION_BATCH = 500  # images
-
-
-class Task(NamedTuple):
-    """What a run trains, and on what."""
-
-    data: Any  # arrays on the device
-    examples: int
-    unit: str  # what the examples are
-    batch: Callable[..., Any]  # (number of the step, data, indices of examples [B]) -> a batch of `loss_fn`
-    params: Any  # at the start; `train` donates them
-    loss_fn: Callable[..., Any]  # (params, batch, weights of the routers' losses)
-    measure: Callable[[Any], dict[str, Any]]  # of params, on held-out data
+Member = stacks.Member
+STEPS = 100  # batches of an epoch in miniature
+WINDOWS = 512  # of the evaluation text, evenly spaced; as many of the validation text
+IMAGES = 4096  # of the test images at most, and half as many for validation
 
 
-def vit(run: configs.ViTRun, data: datasets.ImageData) -> Task:
-    """A MoE-ViT, measured on the test images. Gray images are repeated in 3 channels.
+class Examples(NamedTuple):
+    """Data on a device. In miniature, the last tenth of the training data is for validation and not trained on."""
 
-    Measures are the accuracy, and for each layer `entropy` (nats, of the router's probabilities), `max_load` (of the
-    busiest expert, over the mean) and `dead` (the fraction of experts that no patch goes to).
-    """
-    sizes = {"image_size": data.train_images.shape[1], "num_classes": data.num_classes}
-    config = train_moe_vit.model_config(run, **sizes, patch_size=run.patch_size)
-    rgb = lambda images: jnp.broadcast_to(images, (*images.shape[:-1], 3))
-    train_images, test_images = rgb(data.train_images[: run.subset]), rgb(data.test_images)
-    test_labels = jnp.asarray(data.test_labels)
-    graphdef, params = nnx.split(moe_vit.MoEViT(config, rngs=nnx.Rngs(run.seed)))
-
-    def batch(number, train, indices):
-        images, labels, augmentation_key = train
-        return images[indices], labels[indices], jax.random.fold_in(augmentation_key, number)
-
-    @jax.jit
-    def evaluate(params, images, labels):
-        model = nnx.merge(graphdef, params)
-        model.eval()
-        run_model = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)
-        logits, utilization, sown = run_model(train_moe_vit.to_unit_range(images))
-        (entropy,) = [value[...] for path, value in nnx.to_flat_state(sown) if path[-1] == "entropy"]
-        return {
-            "correct": jnp.sum(jnp.argmax(logits, axis=-1) == labels),
-            "broken": ~jnp.all(jnp.isfinite(logits)),
-            "entropy": jnp.ravel(entropy) * len(labels),
-            "routing": utilization["layers"]["stack"]["moe"]["experts"],
-        }
-
-    def measure(params):
-        batches = [slice(i, i + EVALUATION_BATCH) for i in range(0, len(test_labels), EVALUATION_BATCH)]
-        parts = [jax.device_get(evaluate(params, test_images[batch], test_labels[batch])) for batch in batches]
-        total: Any = jax.tree.map(lambda *leaves: np.sum(np.stack(leaves), axis=0), *parts)
-        return {
-            "accuracy": math.nan if total["broken"] else int(total["correct"]) / len(test_labels),
-            "entropy": np.asarray(total["entropy"] / len(test_labels)).tolist(),
-            "max_load": np.asarray(metrics.max_over_mean_load(total["routing"])).tolist(),
-            "dead": np.asarray(metrics.dead_experts(total["routing"])).tolist(),
-        }
-
-    # The key is data, so that all seeds are the same program. It is apart from the keys of random strategies.
-    on_device = train_images, jnp.asarray(data.train_labels), jax.random.fold_in(jax.random.key(run.seed), 1)
-    loss_fn = functools.partial(train_moe_vit.loss_fn, graphdef, flip=bool(run.flip))
-    return Task(on_device, len(train_images), "training images", batch, params, loss_fn, measure)
+    train: Any
+    test: Any
+    validation: Any = None
 
 
-def gpt(run: configs.GPTRun, text: texts.Text) -> Task:
-    """A GPT-MoE, measured on the held-out text by the `perplexity` per token and the `bits_per_byte`."""
-    sequences = (len(text.train) - 1) // run.context
-    config = train_gpt_moe.model_config(run, text.vocab_size, dtype=run.dtype)
-    graphdef, params = nnx.split(gpt_moe.GPTMoE(config, rngs=nnx.Rngs(run.seed)))
+class Program(stacks.Program):
+    """The compiled functions of a group, of one seed. A subclass has what stands below without a value, and `batch`."""
 
-    def batch(number, train, indices):
-        del number
-        return train[indices[:, None] * run.context + jnp.arange(run.context + 1)[None]]  # [B, S + 1]
+    together = False
+    measure: ClassVar[str]  # what is evaluated on the test data, and on the validation data as `validation`
+    evaluation_batch: ClassVar[int]
+    model: ClassVar[Callable[..., nnx.Module]]
+    config: Any  # of the model
 
-    def measure(params):
-        found = train_gpt_moe.measure(graphdef, params, text, run.context, run.batch_size)
-        return {name: found[name] for name in ("perplexity", "bits_per_byte")}
+    def make_model(self, seed: Any) -> nnx.Module:
+        """The model that every run of a seed starts from."""
+        return self.model(self.config(), rngs=nnx.Rngs(jax.random.key(seed)))
 
-    examples, unit = min(sequences, run.subset or sequences), f"sequences of {run.context} tokens"
-    loss_fn = functools.partial(train_gpt_moe.loss_fn, graphdef)
-    return Task(jnp.asarray(text.train), examples, unit, batch, params, loss_fn, measure)
+    def loss_fn(self, params, member: Member, batch):
+        """What is minimized on a batch, the loss and the routing."""
+        loss, _, utilization, sown = self.apply(params, batch)
+        return loss + member.load_balancing * moe.auxiliary_losses(sown).load_balancing, (loss, utilization)
 
+    def apply(self, params, batch):
+        """The mean loss, `measure`, the routing, and the routers' losses."""
+        model = excitation_flax.capture_routing(nnx.merge(self.graphdef, fresh(params)), moe.AuxiliaryLoss)
+        inputs, labels = batch
+        logits, utilization, sown = model(inputs)
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        return loss, loss if self.measure == "loss" else stacks.accuracy(logits, labels), utilization, sown
 
-def make_optimizer(run: Any, steps: int) -> optax.GradientTransformationExtraArgs:
-    """SGD or Adam with warm-up and cosine decay to zero, and Excitation after it. Experts are the leading axes."""
-    schedule = training.warmup_cosine(run.learning_rate, run.warmup, steps)
-    optimizer = training.OPTIMIZERS[getattr(run, "optimizer", "adam")](schedule)
-    strategy = training.from_run(run.strategy)
-    return training.make_optimizer(optimizer, strategy=strategy, gamma=run.gamma, seed=run.seed)
+    def measure_all(self, params, data: Examples) -> dict[str, jax.Array]:
+        """`measure`; and of each layer `entropy` (nats, of the router's probabilities), `max_load` and `dead`.
 
+        The load is that of the busiest expert, over the mean; dead is the share of experts that no token goes to.
+        """
+        found, entropy, counts = self.measure_part(params, data.test)
+        loads = {"max_load": metrics.max_over_mean_load(counts), "dead": metrics.dead_experts(counts)}
+        validation = {} if data.validation is None else {"validation": self.measure_part(params, data.validation)[0]}
+        return {self.measure: found, "entropy": entropy} | validation | loads
 
-def train(run: Any, data: Any, progress: Any = None, folder: pathlib.Path | None = None) -> store.Result:
-    """Trains a run in epochs over shuffled examples, measures along the way, and writes checkpoints.
+    def measure_part(self, params, part):
+        """`measure`, `entropy` and the routing, in batches of one size."""
 
-    The result has the last measures, and curves of the training loss and all measures, means over the layers. Call
-    `forget` once it is on file.
+        def one(batch):
+            _, found, utilization, sown = self.apply(params, batch)
+            (entropy,) = [value[...] for path, value in nnx.to_flat_state(sown) if path[-1] == "entropy"]
+            return found, jnp.ravel(entropy), routing_of(utilization)
 
-    Args:
-      run: a `ViTRun` or a `GPTRun`.
-      data: the data set `run.dataset`, from `inputs.load`.
-      progress: is called after every chunk of steps with the epochs so far, such as 0.5, and a line about the run.
-      folder: for the checkpoint of a long run. None writes none.
-
-    Raises:
-      ValueError: if there is not a single full batch, or a size does not fit.
-    """
-    start = saved = time.monotonic()
-    task = vit(run, data) if isinstance(run, configs.ViTRun) else gpt(run, data)
-    steps_per_epoch = task.examples // run.batch_size
-    if not steps_per_epoch:
-        raise ValueError(f"batch_size must be at most the {task.examples} {task.unit}; got {run.batch_size}.")
-    tx = make_optimizer(run, run.epochs * steps_per_epoch)
-    losses = {"load_balancing": run.load_balancing, "router_z": 0.0}
-    gradient = jax.grad(functools.partial(task.loss_fn, **losses), has_aux=True)
-    parameters = training.size_of(task.params)
-    state = training.TrainState.create(task.params, tx)
-    checkpoint = None if folder is None else folder / f"{run.key}.npz"
-    reached, curve, seconds = 0, {"epoch": [], "train_loss": []}, 0.0  # what a checkpoint holds, beside the state
-    if checkpoint is not None and (restored := _restore(checkpoint, state)):
-        state, (reached, curve, seconds) = restored
-    within = [*range(EVALUATE_EVERY, steps_per_epoch, EVALUATE_EVERY), steps_per_epoch]
-    stops = [epoch * steps_per_epoch + number for epoch in range(run.epochs) for number in within]
-
-    # Any number of steps is the same program.
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(state, data, order, row, count):
-        def body(i, carry):
-            state, losses = carry
-            batch = task.batch(state.step, data, order[row + i])
-            state, logged, _ = training.train_step(gradient, tx, state, batch)
-            return state, losses.at[i].set(logged["loss"])
-
-        return jax.lax.fori_loop(0, count, body, (state, jnp.zeros(CHUNK)))
-
-    measures = {}
-    for stop in (stop for stop in stops if stop > reached):
-        epoch = reached // steps_per_epoch
-        order = np.random.default_rng((run.seed, epoch + 1)).permutation(task.examples).astype(np.int32)
-        order = jnp.asarray(order[: steps_per_epoch * run.batch_size].reshape(steps_per_epoch, -1))
-        losses = []
-        while reached < stop:
-            count = min(CHUNK, stop - reached)
-            state, chunk = advance(state, task.data, order, reached - epoch * steps_per_epoch, count)
-            losses += np.asarray(chunk)[:count].tolist()  # waits for it
-            reached += count
-            if progress is not None:
-                progress(reached / steps_per_epoch, f"loss {losses[-1]:.3f}")
-        measures = task.measure(state.params)
-        curve["epoch"].append(reached / steps_per_epoch)
-        curve["train_loss"].append(float(np.mean(losses)))
-        for name, value in measures.items():
-            curve.setdefault(name, []).append(float(np.mean(value)))
-        if checkpoint is not None and reached < stops[-1] and time.monotonic() - saved >= CHECKPOINT_SECONDS:
-            _save(checkpoint, state, (reached, curve, seconds + time.monotonic() - start))
-            saved = time.monotonic()
-    about = store.environment() | {"date": store.now()} | inputs.about(run, data) | {"parameters": parameters}
-    return store.Result(run, measures, curve, round(seconds + time.monotonic() - start, 2), about)
+        number = len(part[1])
+        size = next(size for size in range(min(self.evaluation_batch, number), 0, -1) if number % size == 0)
+        cut = lambda array: array.reshape(-1, size, *array.shape[1:])
+        found, entropy, counts = jax.lax.map(one, jax.tree.map(cut, part))
+        return jnp.mean(found), jnp.mean(entropy, axis=0), jax.tree.map(functools.partial(jnp.sum, axis=0), counts)
 
 
-def forget(run: configs.Run, folder: pathlib.Path) -> None:
-    """Removes the checkpoint of a run. Only do so when its result is on file."""
-    (folder / f"{run.key}.npz").unlink(missing_ok=True)
+class Paper(Program):
+    """The compiled functions of a run of the paper's. The first of its sizes is the number of examples."""
 
+    most_steps = 20
 
-def _save(path: pathlib.Path, state: Any, reached: tuple) -> None:
-    """Replaces the checkpoint, so that there always is a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with logs.naming(temporary):
-        with temporary.open("wb") as file:
-            np.savez(file, *jax.device_get(jax.tree.leaves(state)), reached=json.dumps(reached))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    @classmethod
+    def plan(cls, runs: Iterable[Any], **limits: int) -> list[stacks.Group]:
+        """A group for each run, seed by seed: an interruption leaves what can be compared."""
+        del limits
+        return [stacks.Group(((run,),)) for run in sorted(dict.fromkeys(runs), key=lambda run: run.seed)]
 
-
-def _restore(path: pathlib.Path, like: Any) -> tuple[Any, list] | None:
-    """What was saved; None if there is nothing, or it is damaged and was set aside."""
-    if not path.exists():
-        return None
-    leaves, structure = jax.tree.flatten(like)
-    try:
-        with path.open("rb") as file, np.load(file) as saved:
-            arrays = [saved[f"arr_{i}"] for i in range(len(saved.files) - 1)]
-            reached = json.loads(str(saved["reached"]))
-        if [(a.shape, a.dtype) for a in arrays] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
-            raise ValueError("its arrays are not those of this model and optimizer")
-    except PermissionError:
-        raise
-    except datasets.DAMAGED_NPZ as error:
-        warnings.warn(
-            f"The checkpoint {path} is damaged ({error!r:.200}). It is kept as {logs.set_aside(path).name}, and the "
-            "run starts anew.",
-            stacklevel=2,
+    def make_optimizer(self, member: Member, seed: Any) -> optax.GradientTransformationExtraArgs:
+        """SGD or Adam with warm-up and cosine decay to zero, and Excitation after it."""
+        steps = self.shared.epochs * (self.sizes[0] // self.shared.batch_size)
+        shape = training.warmup_cosine(1.0, self.shared.warmup, steps)
+        optimizer = training.OPTIMIZERS[getattr(self.shared, "optimizer", "adam")]
+        return optax.chain(
+            optimizer(lambda count: member.learning_rate * shape(count)),
+            stacks.excite(self.strategies, self.components, member, None, seed),
         )
-        return None
-    return jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays]), reached
+
+    def rows(self, key, data: Examples):
+        """Numbers of examples and a key for each batch."""
+        del data
+        steps, batch_size = self.sizes[0] // self.shared.batch_size, self.shared.batch_size
+        order = jax.random.permutation(key, self.sizes[0])[: steps * batch_size].reshape(steps, batch_size)
+        return order, jax.random.split(jax.random.fold_in(key, 1), steps)
+
+
+class Mini(Program):
+    """The compiled functions of a group in miniature."""
+
+    draws: Any  # of data: how many numbers name examples
+
+    @classmethod
+    def limits(cls, shared: Any, max_runs: int | None = None) -> tuple[int, int]:
+        """At most 16 runs (64 on an accelerator) of one seed."""
+        del shared
+        return max_runs or (16 if jax.default_backend() == "cpu" else 64), 1
+
+    def make_optimizer(self, member: Member, seed: Any) -> optax.GradientTransformationExtraArgs:
+        """AdamW with its schedule, then Excitation, then the static factor on the experts' updates."""
+        steps = STEPS * self.shared.epochs
+        shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 20), steps)
+        # A selection bias has no gradient. Without weight decay, AdamW leaves it alone.
+        mask = _is_param if self.shared.router_bias else None
+        return optax.chain(
+            optax.adamw(lambda count: member.learning_rate * shape(count), weight_decay=0.01, mask=mask),
+            stacks.excite(self.strategies, self.components, member, None, seed),
+            excitation_optax.scale_by_excitation(jnp.full_like, member.expert_rate),
+        )
+
+    def make_model(self, seed: Any) -> nnx.Module:
+        """The model, with a selection bias and without residual connections if the runs say so."""
+        config = self.config()
+        layer = dataclasses.replace(config.moe, selection_bias=self.shared.router_bias > 0)
+        config = dataclasses.replace(config, moe=layer, residual=self.shared.residual)
+        return self.model(config, rngs=nnx.Rngs(jax.random.key(seed)))
+
+    def after_step(self, params, utilization):
+        """The parameters with the selection biases moved, if there are any."""
+        if self.shared.router_bias:
+            bias = params["layers"]["stack"]["moe"]["router"]["bias"]
+            bias[...] = router.update_router_bias(bias[...], routing_of(utilization), self.shared.router_bias)
+        return params
+
+    def rows(self, key, data: Examples):
+        """Numbers that name the examples of each batch."""
+        return jax.random.randint(key, (STEPS, self.shared.batch_size), 0, self.draws(data))
+
+
+def routing_of(utilization: Any) -> excitation_optax.RoutingCounts:
+    """The counts of all layers `[L, E]`."""
+    return utilization["layers"]["stack"]["moe"]["experts"]
+
+
+def fresh(params: Any) -> Any:
+    """The parameters in new Variables, of the trace level of the caller."""
+    return jax.tree.map(lambda leaf: leaf, params)
+
+
+def _is_param(params):
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    return jax.tree.map(lambda v: isinstance(v, nnx.Param), params, is_leaf=is_variable)
+
+
+def _cut(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    cut = len(array) * 9 // 10
+    return array[:cut], array[cut:]
+
+
+def _rgb(images: np.ndarray) -> jax.Array:
+    """Images `[B, H, W, 3]`; gray ones are repeated in 3 channels."""
+    return jnp.broadcast_to(images, (*images.shape[:-1], 3))
+
+
+def _windows(tokens: Any, starts: Any, context: int) -> tuple[Any, Any]:
+    """Windows `[B, S]` of a text, and the tokens that follow each of theirs."""
+    tokens = tokens[starts[:, None] + np.arange(context + 1)[None]]
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+class GPT(Program):
+    """A GPT-MoE. Its sizes are the sequences, the vocabulary, and the bytes per token of the evaluation text."""
+
+    model, measure, evaluation_batch = gpt_moe.GPTMoE, "loss", 64
+
+    @classmethod
+    def sizes_of(cls, shared: Any, data: texts.Text) -> tuple[Any, ...]:
+        """Of the data. Raises ValueError if there is not a single full batch."""
+        sequences = (len(data.train) - 1) // shared.context
+        sequences = min(sequences, shared.subset or sequences)
+        stacks.steps_of(sequences, f"sequences of {shared.context} tokens", shared.batch_size)
+        return sequences, data.vocab_size, len(data.evaluation_bytes) / len(data.evaluation)
+
+    def config(self) -> gpt_moe.GPTMoEConfig:
+        """The sizes of the GPT-MoE."""
+        options = {"context": self.shared.context, "vocab_size": self.sizes[1]}
+        return training.model_config(gpt_moe.GPTMoEConfig, self.shared, **options)
+
+
+class GPTProgram(Paper, GPT):
+    """A GPT-MoE on tokens."""
+
+    @classmethod
+    def put(cls, data: texts.Text, shared: Any) -> Examples:
+        """The tokens, and windows of the evaluation text with a mask."""
+        windows = train_gpt_moe.windows(data.evaluation, shared.context, shared.batch_size)
+        return Examples(jnp.asarray(data.train), tuple(map(jnp.asarray, windows)))
+
+    def batch(self, data: Examples, row):
+        """Sequences, and the same one token later."""
+        return _windows(data.train, row[0] * self.shared.context, self.shared.context)
+
+    def measure_all(self, params, data: Examples) -> dict[str, jax.Array]:
+        """The `perplexity` per token and the `bits_per_byte` of the whole evaluation text."""
+        totals = jax.lax.map(lambda batch: train_gpt_moe.total_loss(self.graphdef, fresh(params), *batch), data.test)
+        loss = jnp.sum(totals) / jnp.sum(data.test[1])
+        return {"perplexity": jnp.exp(jnp.minimum(loss, 80.0)), "bits_per_byte": loss / np.log(2) / self.sizes[2]}
+
+
+class MiniGPTProgram(Mini, GPT):
+    """A GPT-MoE on bytes; losses are in nats per byte."""
+
+    @classmethod
+    def put(cls, data: texts.Text, shared: Any) -> Examples:
+        """The bytes, and evenly spaced windows of those that are not trained on."""
+        train, held_out = _cut(data.train)
+        starts = lambda tokens: np.linspace(0, len(tokens) - shared.context - 1, WINDOWS).astype(int)
+        test, validation = (_windows(part, starts(part), shared.context) for part in (data.evaluation, held_out))
+        parts = train[: shared.subset], test, validation
+        return Examples(*jax.tree.map(lambda part: jnp.asarray(part, jnp.int32), parts))
+
+    def draws(self, data):
+        """The first positions of windows."""
+        return len(data.train) - self.shared.context - 1
+
+    def batch(self, data, row):
+        """Windows, and the same one byte later."""
+        return _windows(data.train, row, self.shared.context)
+
+
+class ViT(Program):
+    """A MoE-ViT. Its sizes are the training images, pixels and classes."""
+
+    model, measure, evaluation_batch = moe_vit.MoEViT, "accuracy", 256
+
+    @classmethod
+    def sizes_of(cls, shared: Any, data: datasets.ImageData) -> tuple[int, ...]:
+        """Of the data. Raises ValueError if there is not a single full batch."""
+        images = len(data.train_labels[: shared.subset])
+        stacks.steps_of(images, "training images", shared.batch_size)
+        return images, data.train_images.shape[1], data.num_classes
+
+    def config(self) -> moe_vit.MoEViTConfig:
+        """The sizes of the MoE-ViT."""
+        _, image_size, num_classes = self.sizes
+        options = {"image_size": image_size, "num_classes": num_classes, "patch_size": self.shared.patch_size}
+        return training.model_config(moe_vit.MoEViTConfig, self.shared, **options)
+
+
+class ViTProgram(Paper, ViT):
+    """A MoE-ViT, measured on all test images."""
+
+    @classmethod
+    def put(cls, data: datasets.ImageData, shared: Any) -> Examples:
+        """Bytes to train on, and floats to measure on."""
+        train = _rgb(data.train_images[: shared.subset]), jnp.asarray(data.train_labels[: shared.subset])
+        return Examples(train, (train_moe_vit.to_unit_range(_rgb(data.test_images)), jnp.asarray(data.test_labels)))
+
+    def batch(self, data: Examples, row):
+        """Images, cropped at random, and mirrored if the runs say so; and labels."""
+        (images, labels), (indices, key) = data.train, row
+        images = train_moe_vit.to_unit_range(images[indices])
+        return train_moe_vit.augment(key, images, flip=bool(self.shared.flip)), labels[indices]
+
+
+class MiniViTProgram(Mini, ViT):
+    """A MoE-ViT in miniature."""
+
+    @classmethod
+    def put(cls, data: datasets.ImageData, shared: Any) -> Examples:
+        """Bytes to train on, and floats that are not trained on: whole batches of the first of them."""
+        (images, more_images), (labels, more_labels) = _cut(data.train_images), _cut(data.train_labels)
+
+        def first(images, labels, most):
+            number, batch = min(len(labels), most), cls.evaluation_batch
+            number -= number % batch if number > batch else 0
+            return train_moe_vit.to_unit_range(_rgb(images[:number])), jnp.asarray(labels[:number])
+
+        return Examples(
+            (_rgb(images[: shared.subset]), jnp.asarray(labels[: shared.subset])),
+            first(data.test_images, data.test_labels, IMAGES),
+            first(more_images, more_labels, IMAGES // 2),
+        )
+
+    def draws(self, data):
+        """Numbers past the last image name mirrored images."""
+        return (1 if self.shared.dataset in configs.DIGITS else 2) * len(data.train[1])
+
+    def batch(self, data, row):
+        """Images and labels."""
+        images, labels = data.train
+        is_mirrored, rows = row >= len(labels), row % len(labels)
+        images = train_moe_vit.to_unit_range(images[rows])
+        return jnp.where(is_mirrored[:, None, None, None], images[:, :, ::-1], images), labels[rows]

@@ -63,8 +63,8 @@ class Config:
     learning_rate: tuple[float, ...] = ()
     """Constant learning rates; every strategy is trained at each. By default, four that fit the optimizer."""
     initialization: Literal["torch", "lecun_normal", "he_normal"] | None = None
-    """torch is that of PyTorch's linear layers, lecun_normal Flax's; he_normal has twice the variance of Flax's. By
-    default torch for digits, lecun_normal for cifar10."""
+    """torch: the default of PyTorch's linear layers; lecun_normal: Flax's; he_normal: twice Flax's variance. By default
+    torch for digits, lecun_normal for cifar10."""
     epochs: int | None = None
     """By default 100 for digits, 30 for cifar10."""
     batch_size: int | None = None

@@ -89,7 +89,7 @@ class Run:
     epochs: int | None = None
     """The number of epochs, instead of the report's. Such runs are on file and printed at the end, but in no table."""
     subset: int | None = None
-    """Train on the first examples only, this many. Such runs are in no table either."""
+    """The number of first examples to train on. Such runs are in no table either."""
     resume: bool = True
     """--no-resume is an error if any of these runs is on file."""
     results: Folder = store.FOLDER

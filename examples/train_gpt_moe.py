@@ -69,7 +69,7 @@ class Config(RunConfig, comparison.Config):
     temperature: float = 0.8
     """The temperature of the samples; 0 takes the likeliest token."""
     top_p: float = 0.95
-    """Samples are drawn from the likeliest tokens that have this probability together."""
+    """Nucleus sampling: the most probable tokens, up to this total probability."""
 
     def __post_init__(self):
         super().__post_init__()

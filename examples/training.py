@@ -71,7 +71,7 @@ class TrainingConfig:
     num_experts: int = 16
     """Experts in every MoE layer."""
     experts_per_token: int = 2
-    """Experts that the router sends a token, or a patch, to."""
+    """Experts that each token, or patch, is routed to."""
     d_ff: int = 128
     """The hidden width of an expert."""
     d_model: int = 128
@@ -97,7 +97,7 @@ class TrainingConfig:
     router_z: float = 0.001
     """The weight of the router z-loss."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in; parameters are float32."""
+    """The dtype of the computation; parameters are float32."""
     seed: int = 0
     """The seed of the initialization, the order of the data and all noise."""
     log_every: int = 10

@@ -81,7 +81,7 @@ def layers(params, s, m):
     """`[kernel, bias]` of every layer of a model, the head last."""
     plain = nnx.as_pure(jax.tree.map(lambda x: np.asarray(x[s, m], np.float64), params))
     each = [*(plain["layers"][i] for i in range(len(plain["layers"]))), plain["head"]]
-    return [[layer["kernel"], layer["bias"]] for layer in each]
+    return [[layer["kernel"].T, layer["bias"]] for layer in each]  # the program keeps kernels as [out, in]
 
 
 @functools.cache

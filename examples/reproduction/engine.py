@@ -143,6 +143,14 @@ class Program(stacks.Program):
         topk_mlp.initialize(model, self.shared.initialization, key)
         return model
 
+    def params_of(self, model):
+        """The parameters, with kernels as `[out, in]`: of these, XLA's CPU code makes stacked products faster."""
+        return _transposed(nnx.state(model))
+
+    def model_of(self, params):
+        """The model of what `params_of` returned."""
+        return super().model_of(_transposed(params))
+
     def make_optimizer(self, member: Member, seed) -> optax.GradientTransformationExtraArgs:
         """The optimizer with its schedule, and Excitation after it."""
         steps = self.shared.epochs * self.steps_per_epoch
@@ -152,7 +160,7 @@ class Program(stacks.Program):
         epsilon = {"eps": self.shared.epsilon} if self.shared.optimizer in ("adam", "adamw") else {}
         return optax.chain(
             OPTIMIZERS[self.shared.optimizer](lambda count: member.learning_rate * decay(count), **epsilon),
-            stacks.excite(self.strategies, self.components, member, topk_mlp.TopKMLP.expert_axis, seed),
+            stacks.excite(self.strategies, self.components, member, None, seed),
         )
 
     def rows(self, key, data: Data):
@@ -169,7 +177,7 @@ class Program(stacks.Program):
     def loss_fn(self, params, member: Member, batch):
         """What is minimized on images and labels, the loss and the routing."""
         images, labels = batch
-        logits, utilization = excitation_flax.capture_routing(nnx.merge(self.graphdef, params))(images)
+        logits, utilization = excitation_flax.capture_routing(self.model_of(params))(images)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (loss, utilization)
 
@@ -203,7 +211,7 @@ class Program(stacks.Program):
         out, if any; `entropy` (nats) is that of the shares of the kept neurons in what a layer passes on; `max_load` is
         that of the busiest neuron, over the mean; `dead` is the share of neurons that no image activates.
         """
-        model = nnx.merge(self.graphdef, params)
+        model = self.model_of(params)
         hidden, _ = excitation_flax.capture_routing(model.hidden)(self.normalize(data.test_images, data))
         logits, validation = model.logits(hidden), {}
         if data.held_out_images is not None:
@@ -220,6 +228,10 @@ class Program(stacks.Program):
             "max_load": metrics.max_over_mean_load(loads),
             "dead": metrics.dead_experts(loads),
         }
+
+
+def _transposed(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.T if leaf.ndim == 2 else leaf, params)
 
 
 program_of = functools.partial(stacks.program_of, Program)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import excitation_optax
 from examples import datasets
@@ -42,7 +41,7 @@ def look(program: engine.Program, params: Any, data: engine.Data) -> dict[str, j
     images = program.normalize(data.train_images, data)
 
     def loss_fn(params):
-        model = nnx.merge(program.graphdef, params)
+        model = program.model_of(params)
         hidden, _ = excitation_flax.capture_routing(model.hidden)(images)
         losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), data.train_labels)
         return jnp.mean(losses), hidden

@@ -149,10 +149,18 @@ class Program:
         """Parameters and optimizer states: of a seed, all members have the same parameters."""
 
         def one(seed, member):
-            params = nnx.state(self.make_model(seed))
+            params = self.params_of(self.make_model(seed))
             return params, self.make_optimizer(member, seed).init(params)
 
         return jax.vmap(lambda seed: jax.vmap(functools.partial(one, seed))(members))(seeds)
+
+    def params_of(self, model: nnx.Module) -> Any:
+        """What is trained of a model."""
+        return nnx.state(model)
+
+    def model_of(self, params: Any) -> Any:
+        """The model of what `params_of` returned."""
+        return nnx.merge(self.graphdef, params)
 
     def _rows_of_epoch(self, seeds, epoch, data):
         """The rows of all steps, with leading axes of seeds and steps."""

@@ -60,7 +60,7 @@ class Program(stacks.Program):
 
     def apply(self, params, batch):
         """The mean loss, `measure`, the routing, and the routers' losses."""
-        model = excitation_flax.capture_routing(nnx.merge(self.graphdef, fresh(params)), moe.AuxiliaryLoss)
+        model = excitation_flax.capture_routing(self.model_of(fresh(params)), moe.AuxiliaryLoss)
         inputs, labels = batch
         logits, utilization, sown = model(inputs)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))

@@ -1,18 +1,18 @@
 """Strict JAX for every test, eight CPU devices, and programs that compile fast, as tests run each but once or twice."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 import sys
 import tempfile
 
-import jaxlib.version
-
 # XLA compiles a training step four times as fast like this: without optimization, and up to jaxlib 0.11 with the older
 # of two code generators. `make test-slow`, whose programs compute more, names a level, and then XLA's defaults hold.
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     fast = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
-    fast += ["--xla_cpu_use_fusion_emitters=false"] if jaxlib.version.__version_info__ < (0, 12) else []
+    major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
+    fast += ["--xla_cpu_use_fusion_emitters=false"] if (int(major), int(minor)) < (0, 12) else []
     os.environ["XLA_FLAGS"] = " ".join([*fast, os.environ.get("XLA_FLAGS", "")])
 
 # Programs that the other worker, or an earlier run, compiled are read back: most of the time is compiling.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -198,7 +199,10 @@ def test_trained_once_then_never_again(tmp_path, tiny, capsys):
     assert "4 runs, of which 2 are on file" in shown.out
     for number in (2, 4):
         assert f"{path}, line {number}: skipped, as it is damaged" in shown.err
-    assert measured(tmp_path) == found
+    again = measured(tmp_path)
+    assert set(again) == set(found)
+    for run_again, values in again.items():  # the damaged two were trained without the others: rounding differs
+        chex.assert_trees_all_close(values, found[run_again], rtol=1e-5)
     assert len(path.read_bytes().splitlines()) == 6
 
     reproduce.List(results=tmp_path).main()

@@ -290,7 +290,7 @@ class Program:
         """Trains what is missing among the runs, on all devices, and appends what is finished.
 
         `load` reads the data set of a run; `progress` is a `tqdm` bar, counting epochs of runs. Groups are planned from
-        all runs, finished or not: a repeated command trains a run beside the same others, to the same digits.
+        all runs, finished or not: a repeated command trains a run beside the same others.
         """
         unfinished, needed = [], {}
         for group in cls.plan(runs, **limits):

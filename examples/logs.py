@@ -52,6 +52,9 @@ class Log:
         self._path, self._silent = path, silent
         self._tensorboard = self._wandb = None
         self.skip(0)
+        if not silent:  # before the bar, which an error would leave behind
+            with naming(path):
+                self._lines = telemetry.JSONLines(path, resume_at=done or None)
         lines = not sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=steps,
@@ -66,8 +69,6 @@ class Log:
         if silent:
             return
         flags = dataclasses.asdict(config)
-        with naming(path):
-            self._lines = telemetry.JSONLines(path, resume_at=done or None)
         if config.tensorboard:
             import tensorboardX
 

@@ -370,6 +370,7 @@ def test_the_rate_is_that_since_the_last_call(tmp_path):
     second = log.rate(4000)  # 3000 more
     assert 3000 / (time.perf_counter() - before) <= second <= 3000 / (again - after)
     log.close()
+    log.close()
 
 
 def test_without_a_terminal_lines_say_how_long_it_takes(tmp_path, capsys, monkeypatch):

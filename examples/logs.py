@@ -53,8 +53,7 @@ class Log:
         self._tensorboard = self._wandb = None
         self.skip(0)
         if not silent:  # before the bar, which an error would leave behind
-            with naming(path):
-                self._lines = telemetry.JSONLines(path, resume_at=done or None)
+            self._open(config, label, done)
         lines = not sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=steps,
@@ -66,9 +65,11 @@ class Log:
             leave=not lines,
             disable=silent or done >= steps,
         )
-        if silent:
-            return
+
+    def _open(self, config: Any, label: str, done: int) -> None:
         flags = dataclasses.asdict(config)
+        with naming(self._path):
+            self._lines = telemetry.JSONLines(self._path, resume_at=done or None)
         if config.tensorboard:
             import tensorboardX
 

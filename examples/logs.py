@@ -50,7 +50,8 @@ class Log:
 
     def __init__(self, path: pathlib.Path, steps: int, config: Any, *, label: str, done: int = 0, silent: bool = False):
         self._path, self._silent = path, silent
-        self._tensorboard = self._wandb = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         self.skip(0)
         if not silent:  # before the bar, which an error would leave behind
             self._open(config, label, done)

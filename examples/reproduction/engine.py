@@ -164,10 +164,8 @@ class Program(stacks.Program):
         )
 
     def rows(self, key, data: Data):
-        """Indices and a key for each batch of an epoch; the last batch is dropped unless it is full."""
-        order = jax.random.permutation(key, data.train_labels.shape[0])
-        order = order[: self.steps_per_epoch * self.shared.batch_size].reshape(-1, self.shared.batch_size)
-        return order, jax.random.split(jax.random.fold_in(key, 1), self.steps_per_epoch)
+        """Indices and a key for each batch of an epoch."""
+        return stacks.shuffled(key, len(data.train_labels), self.shared.batch_size)
 
     def batch(self, data: Data, row):
         """Images and labels."""

@@ -338,6 +338,13 @@ def steps_of(examples: int, unit: str, batch_size: int) -> int:
     return examples // batch_size
 
 
+def shuffled(key: jax.Array, examples: int, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Numbers of examples and a key for each batch of an epoch; the last batch is dropped unless it is full."""
+    steps = examples // batch_size
+    order = jax.random.permutation(key, examples)[: steps * batch_size].reshape(steps, batch_size)
+    return order, jax.random.split(jax.random.fold_in(key, 1), steps)
+
+
 def _cut(items: Sequence[Any], length: int) -> list[tuple[Any, ...]]:
     return [tuple(items[i : i + length]) for i in range(0, len(items), length)]
 

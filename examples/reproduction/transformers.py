@@ -113,11 +113,9 @@ class Paper(Program):
         )
 
     def rows(self, key, data: Examples):
-        """Numbers of examples and a key for each batch."""
+        """Numbers of examples and a key for each batch of an epoch."""
         del data
-        steps, batch_size = self.sizes[0] // self.shared.batch_size, self.shared.batch_size
-        order = jax.random.permutation(key, self.sizes[0])[: steps * batch_size].reshape(steps, batch_size)
-        return order, jax.random.split(jax.random.fold_in(key, 1), steps)
+        return stacks.shuffled(key, self.sizes[0], self.shared.batch_size)
 
 
 class Mini(Program):

@@ -44,7 +44,7 @@ def entries_of(utilization: Any, other_arguments: Iterable[str] = ()) -> dict[st
             f"Extra arguments received: {', '.join(other_arguments) or 'none'}."
         )
     for pattern, leaf in entries.items():
-        _routing.check_utilization(pattern or _paths.ROOT, leaf)
+        _routing.check_utilization(f"Utilization at {pattern or _paths.ROOT}", leaf)
     return entries
 
 

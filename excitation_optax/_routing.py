@@ -87,7 +87,8 @@ def sum_over(axis_name: Hashable, entries: Mapping[str, Any]) -> dict[str, Routi
 def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     """Converts fractions or `RoutingCounts` to an array `[..., E]` in float32 or wider."""
     if is_counts(utilization):
-        utilization = utilization.utilization
+        check_utilization("Utilization", utilization)
+        return utilization.utilization
     u = _arrays.as_array("Utilization", utilization, axes="[..., E]")
     _arrays.check_not_negative("Utilization", u)
     return _arrays.float32_or_wider(u)
@@ -108,9 +109,8 @@ def shape_of(what: str, leaf: Any) -> tuple[int, ...]:
     return shape
 
 
-def check_utilization(path: str, leaf: Any) -> None:
+def check_utilization(what: str, leaf: Any) -> None:
     """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
-    what = f"Utilization at {path}"
     shape_of(what, leaf)
     if not is_counts(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(

@@ -367,7 +367,8 @@ LABELS = np.zeros(3, np.int32)
                 ([[0.5, 0.5], [1.0]], ": Utilization must be an array of numbers"),
                 (jnp.array([0.5, -0.5]), r": Utilization must not be negative; got float32\[2\] with the value -0.5"),
                 (jax.random.key(0), ": Utilization must be an array of numbers"),
-                (RoutingCounts(jnp.ones((2, 4)), jnp.ones(4)), r": RoutingCounts has counts of shape \[2, 4\] and"),
+                (RoutingCounts(jnp.ones((2, 4)), jnp.ones(4)), r": Utilization has counts of shape \[2, 4\] and"),
+                (RoutingCounts(-jnp.ones(2), -jnp.ones(())), r": Utilization must not be negative; got float32\[2\]"),
             ]
         ],
         (

@@ -487,8 +487,11 @@ def test_optax_sets_and_averages_counts():
     ids=repr,
 )
 def test_utilization_that_is_right(leaf):
-    check_utilization("moe", leaf)
-    assert jax.jit(lambda x: check_utilization("moe", x) or x)(0 * jnp.ones((2, 2)) - 1).shape == (2, 2)  # not read
+    check_utilization("Utilization at moe", leaf)
+    assert jax.jit(lambda x: check_utilization("Utilization at moe", x) or x)(0 * jnp.ones((2, 2)) - 1).shape == (
+        2,
+        2,
+    )  # not read
 
 
 @pytest.mark.parametrize(
@@ -520,7 +523,7 @@ def test_utilization_that_is_right(leaf):
 )
 def test_utilization_that_is_wrong(leaf, message):
     with pytest.raises(ValueError, match=message):
-        check_utilization("moe", leaf)
+        check_utilization("Utilization at moe", leaf)
 
 
 # Errors.

@@ -57,7 +57,7 @@ PARTS = {
         "benchmarks.overhead --tiny --rounds 2 --rows vit-1024-12-32",
     ),
     "layer": Part(
-        True, 150, "benchmarks.moe_layer --sections F", "benchmarks.moe_layer --sections F --rounds 1 --tiny"
+        True, 200, "benchmarks.moe_layer --sections C F", "benchmarks.moe_layer --sections C F --rounds 1 --tiny"
     ),
     "gpt": Part(
         True,

@@ -1,16 +1,16 @@
 """What an MoE layer costs, forward and backward, and what its time and memory follow.
 
-    python -m benchmarks.moe_layer                          # A to E, float32; on an accelerator F
+    python -m benchmarks.moe_layer                          # A to E, float32; on an accelerator C and F
     python -m benchmarks.moe_layer --sections A C           # some of them
     python -m benchmarks.moe_layer --sections F --tiny      # at toy sizes, anywhere, to see that it runs
     python -c "from benchmarks import moe_layer as m; m.main(m.Config())"  # with tokamax, which rules tyro out
 
 A  speed, beside PyTorch's grouped product (`pip install torch`) and XLA's bare products on rows that are in place
 B  time against the number of tokens, and against the number of experts
-C  time against the imbalance of the routing
+C  time against the imbalance of the routing; on an accelerator with several buffers and backends
 D  temporary memory, by XLA's own figures, without weights and their gradients
-E  time against the padded buffer's headroom and the loop's block of rows
-F  an accelerator, in bfloat16 and float32: tokens per second, and the share of the rate of a plain matrix product
+E  time against the padded buffer's headroom and the loop's block of rows, on a CPU
+F  an accelerator, in bfloat16: tokens per second, and the share of the rate of a plain matrix product
 
 A call gives the gradients of all parameters and of x; the loss is the sum of the output times a fixed array. Experts
 have biases, weights are float32 and cast in the call, and tokens and weights are random, and so is the routing. The
@@ -22,7 +22,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
 class Config:
     """Time an MoE layer. With no flags it takes about a quarter of an hour on two cores."""
 
-    sections: tuple[Section, ...] = ("F",) if jax.default_backend() in ("gpu", "tpu") else ("A", "B", "C", "D", "E")
+    sections: tuple[Section, ...] = ("C", "F") if jax.default_backend() in ("gpu", "tpu") else ("A", "B", "C", "D", "E")
     """What to measure."""
     rounds: int = 15
     """Calls of every variant."""
@@ -226,18 +226,39 @@ def loads(sizes: Sizes, indices: np.ndarray) -> np.ndarray:
 
 
 def imbalance(config: Config) -> None:
-    sizes, variants = config.sizes(4096), {}
+    if jax.default_backend() == "cpu":
+        sizes = config.sizes(4096)
+        options = {"padded": ("padded", grouped.BUFFER)}
+        imbalance_of(config, sizes, jnp.float32, (1, 2, 4, 8, sizes.experts / sizes.choices), options)
+        return
+    usual = grouped.ACCELERATOR_BUFFER
+    one, lean = usual._replace(blocks=1), usual._replace(headroom=1.125)
+    options = {"padded": ("padded", usual), "padded, lean": ("padded", lean), "padded, one block": ("padded", one)}
+    imbalance_of(config, config.sizes(32768), jnp.float32, (3,), options | {"dense": ("dense", usual)})
+    sizes = config.sizes(16384, 1024, 2048, experts=128)
+    imbalance_of(config, sizes, jnp.bfloat16, (1.5, 4), options | {"tokamax": ("tokamax", usual)})
+
+
+def imbalance_of(config: Config, sizes: Sizes, dtype, max_over_mean: Sequence[float], options: Mapping) -> None:
+    """A table of `(backend, buffer)` by name, with the rows that the first's buffer sends through the loop."""
+    variants = {}
     params = {"experts": make_layer(sizes).experts.params(), "gates": jnp.full((sizes.tokens, sizes.choices), 0.5)}
-    for max_over_mean in (1, 2, 4, 8, sizes.experts / sizes.choices):
-        indices = skewed_routing(sizes, max_over_mean)
+    constant = "BUFFER" if jax.default_backend() == "cpu" else "ACCELERATOR_BUFFER"
+    for busiest in max_over_mean:
+        indices = skewed_routing(sizes, busiest)
         load = loads(sizes, indices)
-        in_loop = np.maximum(load - grouped.BUFFER.headroom, 0).mean()
-        layer = lambda params, x, indices=indices: grouped.apply_experts(
-            mlp.gelu_mlp, params["experts"], x, jnp.asarray(indices), params["gates"], backend="padded"
-        )
-        name = f"max / mean load {load.max():.1f}, {in_loop:.0%} of rows in the loop"
-        variants[name] = gradients(layer, params, normal(1, sizes.tokens, sizes.width))
-    table(f"C  {sizes}, without the router", variants, config.rounds, to=next(iter(variants)))
+        for name, (backend, buffer) in options.items():
+            in_loop = np.maximum(load - buffer.headroom, 0).mean() if backend == "padded" else 0
+
+            def layer(params, x, indices=indices, backend=backend):
+                experts = jax.tree.map(lambda leaf: leaf.astype(dtype), params["experts"])
+                arguments = experts, x, jnp.asarray(indices), params["gates"]
+                return grouped.apply_experts(mlp.gelu_mlp, *arguments, backend=backend)
+
+            with mock.patch.object(grouped, constant, buffer):
+                call = gradients(layer, params, normal(1, sizes.tokens, sizes.width, dtype=dtype))
+            variants[f"max / mean load {load.max():.1f}: {name}, {in_loop:.0%} of rows in the loop"] = call
+    table(f"C  {sizes}, {jnp.dtype(dtype)}, without the router", variants, config.rounds, to=next(iter(variants)))
 
 
 def memory(config: Config) -> None:
@@ -255,7 +276,7 @@ def constants(config: Config) -> None:
     for sizes in config.small_and_large():
         variants = {}
         for headroom, block_rows in tried:
-            with mock.patch.object(grouped, "BUFFER", grouped.Buffer(headroom, block_rows)):
+            with mock.patch.object(grouped, "BUFFER", grouped.Buffer(headroom, block_rows, 1)):
                 variants[f"headroom {headroom}, blocks of {block_rows}"] = ours(sizes, backend="padded")
         table(f"E  {sizes}", variants, config.rounds, to="headroom 1.125, blocks of 64")
 
@@ -263,20 +284,17 @@ def constants(config: Config) -> None:
 def accelerator(config: Config) -> None:
     side = 512 if config.tiny else 8192
     peak = f"product of {side} x {side}"
-    logging.getLogger("absl").setLevel("ERROR")  # tokamax warns that it was not tuned for these sizes
     has_tokamax = importlib.util.find_spec("tokamax") is not None
-    for experts, dtype in ((32, jnp.bfloat16), (128, jnp.bfloat16), (32, jnp.float32)):
-        sizes = config.sizes(16384, 1024, 2048, experts)
+    for experts in (32, 128):
+        sizes, dtype = config.sizes(16384, 1024, 2048, experts), jnp.bfloat16
         product = functools.partial(jax.jit(jnp.matmul), *normal(0, 2, side, side, dtype=dtype))
         variants: dict[str, Any] = {"padded": ours(sizes, dtype, backend="padded")}
-        with mock.patch.object(grouped, "ACCELERATOR_BUFFER", grouped.BUFFER):
-            variants["padded, buffer of a CPU"] = ours(sizes, dtype, backend="padded")
         variants["capacity 1.25"] = ours(sizes, dtype, capacity_factor=1.25)
         variants["tokamax"] = ours(sizes, dtype, backend="tokamax") if has_tokamax else None
         variants["dense"] = ours(sizes, dtype, backend="dense") if experts <= 32 else None
         variants["bare tokamax"] = bare_products(sizes, dtype, "tokamax") if has_tokamax else None
         variants["bare jax.lax.ragged_dot"] = bare_products(sizes, dtype, "jax.lax") if experts <= 32 else None
-        variants["PyTorch _grouped_mm"] = pytorch(sizes, "bfloat16") if dtype == jnp.bfloat16 else None
+        variants["PyTorch _grouped_mm"] = pytorch(sizes, "bfloat16")
         # Two products per row; a forward and two backward products; two operations for each term.
         operations = 12 * sizes.choices * sizes.tokens * sizes.width * sizes.hidden
         flops = dict.fromkeys(variants, operations) | {peak: 2 * side**3}
@@ -302,6 +320,7 @@ SECTIONS = {"A": speed, "B": scaling, "C": imbalance, "D": memory, "E": constant
 
 
 def main(config: Config) -> None:
+    logging.getLogger("absl").setLevel("ERROR")  # tokamax warns that it was not tuned for these sizes
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {os.cpu_count()} cores")
     for name in config.sections:
         SECTIONS[name](config)

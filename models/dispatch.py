@@ -176,7 +176,7 @@ def overflow_blocks(
       block_rows: M.
 
     Returns:
-      The number of blocks `[]`, and a function from the number of a block to the block.
+      The number of blocks `[]`, and a function from the number of a block to the block. Blocks past the end are empty.
     """
     num_experts, assignments = plan.sizes.shape[0], plan.order.shape[0]
     block_rows = min(block_rows, assignments)

@@ -25,10 +25,11 @@ def test_every_row_that_does_not_fit_is_in_one_block(block_rows):
     @jax.jit
     def read_all(indices):
         blocks, read = dispatch.overflow_blocks(dispatch.sort_assignments(indices.T.reshape(-1), 5), 2, 13, block_rows)
-        return blocks, jax.vmap(read)(jnp.arange(26))
+        return blocks, jax.vmap(read)(jnp.arange(30))
 
     for indices in moe_oracle.ROUTINGS.values():
         blocks, read = read_all(indices)
+        assert not np.any(read.is_row[int(blocks) :]), "a block past the end has rows"
         seen = []
         for expert, choices, tokens, is_row in zip(*(np.asarray(a)[: int(blocks)] for a in read), strict=True):
             assert len(is_row) == block_rows

@@ -37,9 +37,9 @@ def make_inputs(tokens, choices, dtype=jnp.float32, seed=1):
     return x, jnp.asarray(rng.uniform(0.1, 1, size=(tokens, choices)), jnp.float32), dy
 
 
-@functools.partial(jax.jit, static_argnames=("expert", "backend", "capacity", "mean_load", "block_rows"))
-def run(expert, params, x, indices, gates, dy, backend=None, capacity=None, mean_load=None, block_rows=None):
-    """The output, and the gradients of params, x and gates for the gradient dy of it. block_rows: for the cache."""
+@functools.partial(jax.jit, static_argnames=("expert", "backend", "capacity", "mean_load", "sizes"))
+def run(expert, params, x, indices, gates, dy, backend=None, capacity=None, mean_load=None, sizes=None):
+    """The output, and the gradients of params, x and gates for the gradient dy of it. sizes: for the cache."""
 
     def of(params, x, gates):
         return grouped.apply_experts(
@@ -72,17 +72,17 @@ def test_routings(backend, routing):
 
 @pytest.mark.parametrize("routing", moe_oracle.ROUTINGS)
 @pytest.mark.parametrize(
-    ("mean_load", "block_rows"),
-    [(0.5, 3), (1.0, 2), (2.6, 1)],  # buffers of 0, 2 and 3 rows per expert
+    ("mean_load", "block_rows", "blocks"),
+    [(0.5, 3, 1), (1.0, 2, 4), (2.6, 1, 1), (1.0, 1, 3)],  # buffers of 0, 2, 3 and 2 rows per expert
 )
-def test_overflow(monkeypatch, routing, mean_load, block_rows):
+def test_overflow(monkeypatch, routing, mean_load, block_rows, blocks):
     """The padded buffer holds few rows or none; the loop does the rest, in several blocks per expert."""
-    buffer = grouped.BUFFER._replace(block_rows=block_rows)
+    buffer = grouped.BUFFER._replace(block_rows=block_rows, blocks=blocks)
     monkeypatch.setattr(grouped, "BUFFER", buffer)
     monkeypatch.setattr(grouped, "ACCELERATOR_BUFFER", buffer)
     x, gates, dy = make_inputs(13, 2)
     indices = moe_oracle.ROUTINGS[routing]
-    options = {"backend": "padded", "mean_load": mean_load, "block_rows": block_rows}
+    options = {"backend": "padded", "mean_load": mean_load, "sizes": buffer}
     assert_agrees(mlp.gelu_mlp, make_params(5), x, indices, gates, dy, **options)
 
 

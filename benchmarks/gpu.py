@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
     "PYTHONUNBUFFERED": "1",
+    "XLA_FLAGS": "--xla_backend_optimization_level=3",  # XLA's default, which the tests would lower
 }
 FULL_FLOAT32 = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 

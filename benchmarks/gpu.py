@@ -79,7 +79,7 @@ PARTS = {
     "fig6": Part(
         False,
         400,
-        "examples.reproduce run fig6_long --data-dir {data} --results {results}",
+        "examples.reproduce run fig6 --data-dir {data} --results {results}",
         "pytest tests/test_reproduction_transformers.py",
     ),
     "studies": Part(

@@ -11,11 +11,13 @@ from examples.reproduction.sections import Row, Section, words
 from examples.reproduction.tables import UNIT
 from excitation_optax import plotting
 
-STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}}
-for strategy in ("zero_sum", "positive_sum"):
-    STYLES[strategy] = {"color": plotting.COLORS[strategy]}
-    for component, line in (("both", "-"), ("direction", "--"), ("norm", ":")):
-        STYLES[f"{strategy}, {component}"] = {"color": plotting.COLORS[strategy], "linestyle": line}
+STRATEGIES = ("zero_sum", "positive_sum")
+LINES = {"": "-", ", both": "-", ", direction": "--", ", norm": ":"}
+STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}} | {
+    s + component: {"color": plotting.COLORS[s], "linestyle": line}
+    for s in STRATEGIES
+    for component, line in LINES.items()
+}
 POINTS: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
 
 
@@ -66,7 +68,8 @@ def over(results: store.Results, section: Section, figure: Any, field: str, part
                 axes.minorticks_off()
             reached(axes, x, results, section, line, name, **style)
             if "value" in line[0]:
-                _papers(axes, x, [row["value"] for row in line], color=style["color"])
+                hollow = {"linestyle": ":", "linewidth": 0.6, "fillstyle": "none", "marker": "o", "markersize": 4}
+                axes.plot(x, [row["value"] for row in line], color=style["color"], **hollow)
         if axes.containers:
             axes.legend(fontsize="x-small")
 
@@ -76,27 +79,11 @@ def over_depth(results: store.Results, section: Section, figure: Any) -> None:
     ((axes, _),) = panels(figure, {"": None})
     axes.set(xlabel="hidden layers", ylabel=f"{UNIT[section.measure]} at the best learning rate")
     depths = sorted({row["where"]["depth"] for row in section.rows})
-    for strategy in ("vanilla", "zero_sum", "positive_sum"):
+    for strategy in ("vanilla", *STRATEGIES):
         line = [sections.row({"strategy": strategy, "depth": depth, "learning_rate": "best"}) for depth in depths]
         name = words({"strategy": strategy})
         reached(axes, depths, results, section, line, name, **STYLES[name])
     axes.legend(fontsize="x-small")
-
-
-def gains(results: store.Results, section: Section, figure: Any, field: str, scale: str) -> None:
-    """The printed Δs of a table, over a field of its runs."""
-    ((axes, _),) = panels(figure, {"": None})
-    axes.set(xscale=scale, xlabel=field.replace("_", " "), ylabel="Δ test accuracy (points)")
-    axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    groups = configs.grouped(evidence.printed_deltas(section), lambda claim: claim["text"].split(",")[0])
-    for number, (optimizer, claims) in enumerate(groups.items()):
-        values = [claim["contrast"][0][1][field] for claim in claims]
-        means, halves = _intervals(results, section, claims)
-        axes.errorbar(values, means, yerr=halves, **POINTS, label=optimizer, color=f"C{number}")
-        _papers(axes, values, [claim["printed"] for claim in claims], color=f"C{number}")
-        axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
-    axes.legend(fontsize="small")
-    axes.minorticks_off()
 
 
 def summary(results: store.Results, section: Section, figure: Any) -> None:
@@ -105,13 +92,14 @@ def summary(results: store.Results, section: Section, figure: Any) -> None:
     figure.set_size_inches(7, 1.2 + 0.3 * len(claims))
     axes = figure.subplots()
     axes.axvline(0, color="0.7", linewidth=0.8)
-    for strategy in ("zero_sum", "positive_sum"):
-        chosen = [i for i, claim in enumerate(claims) if claim["contrast"][0][1]["strategy"] == strategy]
-        means, halves = _intervals(results, section, [claims[i] for i in chosen])
+    groups = configs.grouped(enumerate(claims), lambda numbered: numbered[1]["contrast"][0][1]["strategy"])
+    for strategy, numbered in groups.items():
+        lines, papers = zip(*((line, claim["printed"]) for line, claim in numbered), strict=True)
+        ours = [evidence.contrast(results, section, claim) for _, claim in numbered]
         style = {"color": plotting.COLORS[strategy], "linestyle": "none", "marker": "o", "markersize": 6}
-        axes.errorbar(means, chosen, xerr=halves, capsize=2, label=f"{strategy}, here", **style)
-        paper = [claims[i]["printed"] for i in chosen]
-        axes.plot(paper, chosen, label=f"{strategy}, paper", fillstyle="none", **style)
+        means, halves = [c.mean for c in ours], [c.half for c in ours]
+        axes.errorbar(means, lines, xerr=halves, capsize=2, label=f"{strategy}, here", **style)
+        axes.plot(papers, lines, label=f"{strategy}, paper", fillstyle="none", **style)
     axes.set_yticks(range(len(claims)), [claim["text"].replace(" beats the baseline", "") for claim in claims])
     axes.invert_yaxis()
     epochs = section.settings["epochs"]
@@ -124,24 +112,10 @@ def reached(
     axes: Any, x: Any, results: store.Results, section: Section, rows: Iterable[Row], label: str, **style: Any
 ) -> None:
     """A line through the means of the rows that have runs, with their standard deviations."""
-    values = [evidence.finite(results, section, row) for row in rows]
-    points = [
-        (place, v.mean(), v.std(ddof=1) if len(v) > 1 else 0.0) for place, v in zip(x, values, strict=True) if len(v)
-    ]
+    found = zip(x, (evidence.contrast(results, section, row) for row in rows), strict=True)
+    points = [(place, ours.mean, ours.deviation) for place, ours in found if ours.n]
     if points:
         axes.errorbar(*zip(*points, strict=True), label=label, **POINTS | style)
-
-
-def _papers(axes: Any, x: Any, values: Any, color: str) -> None:
-    """The paper's values, hollow."""
-    style = {"linestyle": ":", "linewidth": 0.6, "fillstyle": "none", "marker": "o", "markersize": 4}
-    axes.plot(x, values, color=color, **style)
-
-
-def _intervals(results: store.Results, section: Section, claims: list[Row]) -> tuple[list[float], list[float]]:
-    """Differences, and half their intervals."""
-    ours = [evidence.contrast(results, section, claim) for claim in claims]
-    return [c.mean for c in ours], [c.half if c.n > 1 else 0.0 for c in ours]
 
 
 def panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, Any]]]:
@@ -150,9 +124,7 @@ def panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, An
     rows = -(-len(groups) // columns)
     figure.set_size_inches((4 if columns > 1 else 6) * columns, 3.2 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(groups) :]:
-        axes.set_axis_off()
-    for axes in grid[: len(groups)]:
+    for axes in grid:
         axes.grid(alpha=0.3)
     return list(zip(grid, groups.items(), strict=False))
 
@@ -167,21 +139,10 @@ def save(path: pathlib.Path, draw: Callable[..., None], *arguments: Any) -> path
     with plt.style.context(["default", {"svg.hashsalt": path.stem, "svg.fonttype": "none", "font.size": 9}]):
         figure = plt.figure(layout="constrained")
         draw(*arguments, figure)
-        empty = [axes for axes in figure.axes if not any(map(_shows_data, axes.lines))]
-        if len(empty) == len(figure.axes):
-            raise ValueError(f"The picture {path.name} shows no data.")
-        for axes in empty:
-            axes.set_axis_off()
-            axes.set_title(f"{axes.get_title()}: not run" if axes.get_title() else "")
+        for axes in figure.axes:
+            if not axes.get_legend_handles_labels()[1]:
+                axes.set_axis_off()
+                axes.set_title(f"{axes.get_title()}: not run" if axes.get_title() else "")
         figure.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(figure)
     return path
-
-
-def _shows_data(line: Any) -> bool:
-    """Whether a line has a point to be seen: one with a marker, or two that are joined."""
-    finite: np.ndarray = np.all(np.isfinite(np.asarray(line.get_xydata(), float)), axis=-1)
-    marked = line.get_marker() not in (None, "None", "", " ")
-    joined = line.get_linestyle() != "None" and bool((finite[1:] & finite[:-1]).any())
-    labelled = line.get_label() and not line.get_label().startswith("_child")
-    return bool(labelled and (joined or (marked and finite.any())))

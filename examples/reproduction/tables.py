@@ -40,26 +40,25 @@ def about(value: float) -> str:
     return f"{float(f'{value:.2g}'):,g}" if value < 1e4 else "> 10,000"
 
 
-def reached(results: store.Results, section: Section, row: Row) -> tuple[str, np.ndarray]:
-    """What the runs of a row reached, as text, and as values of the seeds that did not diverge."""
-    values, precision = evidence.by_seed(results, section, row), digits(section.measure)
-    finite = values[np.isfinite(values)]
-    mean = f"{finite.mean():z.{precision}f}" if len(finite) else "-"
-    mean += f" ± {finite.std(ddof=1):.{precision}f}" if len(finite) > 1 else ""
-    diverged = f", {len(values) - len(finite)} diverged" if len(finite) < len(values) else ""
-    return f"{mean} ({plural(len(finite), 'seed')}{diverged})" if len(values) else "", finite
+def reached(section: Section, ours: evidence.Contrast) -> str:
+    """What the runs of a row reached."""
+    precision = digits(section.measure)
+    mean = f"{ours.mean:z.{precision}f}" if ours.n else "-"
+    mean += f" ± {ours.deviation:.{precision}f}" if ours.n > 1 else ""
+    diverged = f", {ours.diverged} diverged" if ours.diverged else ""
+    return f"{mean} ({plural(ours.n, 'seed')}{diverged})" if ours.n or ours.diverged else ""
 
 
 def beside_the_paper(results: store.Results, section: Section) -> str:
     """The rows of a table or figure: the paper's value, ours, and the residual."""
     precision, lines = digits(section.measure), []
     for row in section.rows:
-        paper, (ours, finite) = row["value"], reached(results, section, row)
-        residual = f"{finite.mean() - paper:+z.{precision}f}" if paper is not None and len(finite) else ""
+        paper, ours = row["value"], evidence.contrast(results, section, row)
+        residual = f"{ours.mean - paper:+z.{precision}f}" if paper is not None and ours.n else ""
         shown = "-" if paper is None else f"{paper:z.{precision}f}"
         shown += f" ± {row['spread']:.{precision}f}" if row.get("spread") is not None else ""
         shown = f"about {paper:g}" if row.get("approximate") else shown
-        lines.append((row["label"], row["column"], shown, ours, residual))
+        lines.append((row["label"], row["column"], shown, reached(section, ours), residual))
     return table(("", "", "paper", "ours", "residual"), lines, numbers=3)
 
 
@@ -69,7 +68,8 @@ def by_rate(results: store.Results, section: Section) -> str:
     for row in section.rows:
         lines = optimizers.setdefault(row["where"].get("optimizer", ""), {})
         line = lines.setdefault(words(row["where"], "optimizer"), {})
-        line[row["where"].get("learning_rate", 0.0)] = reached(results, section, row)[0]
+        ours = evidence.contrast(results, section, row)
+        line[row["where"].get("learning_rate", 0.0)] = reached(section, ours)
     tables = []
     for optimizer, lines in optimizers.items():
         rates = sorted({rate for line in lines.values() for rate in line})
@@ -84,7 +84,8 @@ def our_delta(claim: Row, ours: evidence.Contrast) -> str:
     """Our Δ and its interval. Its ends keep their sign where they are rounded to zero: [-0.00, +0.82] holds zero."""
     precision = digits(claim["measure"])
     text = f"{ours.mean:+z.{precision}f}" if ours.n else ""
-    text += f" [{ours.low:+.{precision}f}, {ours.high:+.{precision}f}]" if ours.n > 1 else ""
+    low, high = ours.mean - ours.half, ours.mean + ours.half
+    text += f" [{low:+.{precision}f}, {high:+.{precision}f}]" if ours.n > 1 else ""
     return text + (f" ({ours.diverged} diverged)" if ours.diverged else "")
 
 
@@ -102,7 +103,7 @@ def claims_beside_the_paper(results: store.Results, section: Section) -> str:
     rows = []
     for claim, ours, verdict in evidence.judge(results, section):
         value, _ = evidence.printed(section, claim)
-        if value is not None and ours.n >= evidence.MIN_SEEDS and not ours.low <= value <= ours.high:
+        if value is not None and ours.n >= evidence.MIN_SEEDS and abs(ours.mean - value) > ours.half:
             verdict += ", larger" if claim["sign"] * (ours.mean - value) > 0 else ", smaller"
         deltas = papers_delta(section, claim), our_delta(claim, ours)
         rows.append((claim["text"], claim["source"], *deltas, verdict))

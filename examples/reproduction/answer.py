@@ -51,7 +51,7 @@ def draw(results: store.Results, figure: Any) -> None:
     for (title, (name, common, limits)), above, below in zip(ANSWER.items(), *grid, strict=True):
         setting, _, unit = title.removesuffix(")").partition(" (")
         section = studies.SECTIONS[name]
-        above.set(title=setting.replace(", ", "\n", 1), xscale="log", xlabel="learning rate", ylim=limits)
+        above.set(title=setting.replace(", ", "\n", 1), xscale="log", xlabel="learning rate")
         if section.measure != measure:
             measure = section.measure
             above.set_ylabel(tables.UNIT[measure])
@@ -60,6 +60,7 @@ def draw(results: store.Results, figure: Any) -> None:
             specs = [sections.row({**common, **variant, "learning_rate": rate}, measure) for rate in rates]
             color = plotting.COLORS[variant.get("component", "baseline")]
             pictures.reached(above, rates, results, section, specs, sections.words(variant), color=color)
+        above.set_ylim(limits)
         for place, variant in enumerate(components):
             _, ours = difference(results, name, variant, common)
             style = pictures.POINTS | {"color": plotting.COLORS[variant["component"]]}

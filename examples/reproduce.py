@@ -56,17 +56,16 @@ class List:
         line = "{:<14}{:>6}{:>6}{:>7}{:>41}   {}"
         print(line.format("name", "runs", "done", "hours", f"   {' / '.join(evidence.VERDICTS[:3])}", "title"))
         for name, section in studies.SECTIONS.items():
-            cells, title = ("-", "-", "-", ""), section.title
-            if section.same_as:
-                title += f" (the runs of {section.same_as})"
-            elif not section.trains:
-                cells = ("-", "done" if report.made_elsewhere(results, section)[0] else "-", "-", "")
-            else:
+            title = section.title + (f" (the runs of {section.same_as})" if section.same_as else "")
+            cells = ("-", "-", "-", "")
+            if section.trains and not section.same_as:
                 found = evidence.found(results, section)
                 listed |= {run.key for run in found}
                 hours = sum(results[run].seconds for run in found) / 3600
                 verdicts = " / ".join(map(str, evidence.count(results, section)[:3])) if section.claims else ""
                 cells = (len(section.runs()), len(found), f"{hours:.1f}", verdicts)
+            elif not section.trains and report.made_elsewhere(results, section)[0]:
+                cells = ("-", "done", "-", "")
             print(line.format(name, *cells, title))
         if len(results) > len(listed):
             print(f"On file too: {len(results) - len(listed)} runs with other settings, which are in none of these.")

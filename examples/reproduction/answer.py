@@ -47,7 +47,7 @@ def draw(results: store.Results, figure: Any) -> None:
     components = [{"strategy": "zero_sum", "component": component} for component in COMPONENTS]
     figure.set_size_inches(max(1.86 * len(ANSWER), 3.3), 4.1)
     grid = figure.subplots(2, len(ANSWER), squeeze=False, height_ratios=(3, 2))
-    measure = None
+    measure = ""
     for (title, (name, common, limits)), above, below in zip(ANSWER.items(), *grid, strict=True):
         setting, _, unit = title.removesuffix(")").partition(" (")
         section = studies.SECTIONS[name]

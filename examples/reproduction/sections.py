@@ -9,9 +9,10 @@ import dataclasses
 import functools
 import itertools
 import json
+import operator
 import pathlib
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from examples.reproduction import configs
@@ -39,7 +40,7 @@ class Section:
     claims: tuple[Row, ...] = ()
     remark: str = ""
     draw: Sequence[Any] = ()  # the name of a function of `pictures`, and its arguments
-    table: Callable[..., str] | None = None  # of results and this section; by default that of `tables`
+    table: str = "by_rate"  # the name of a function of `tables`
     inside: bool = False  # whether it shows the picture of `inside`
     where_in_paper: str = ""
     note: str = ""
@@ -119,8 +120,9 @@ def settings(part: Any) -> tuple[Row, ...]:
 
 def product(parts: Iterable[Any]) -> tuple[Row, ...]:
     """A setting for each combination of the parts' settings; the last part varies fastest."""
-    combinations = itertools.product(*map(settings, parts))
-    return tuple({k: v for setting in combination for k, v in setting.items()} for combination in combinations)
+    return tuple(
+        functools.reduce(operator.or_, combination) for combination in itertools.product(*map(settings, parts))
+    )
 
 
 def words(where: Row, *but: str) -> str:
@@ -140,9 +142,13 @@ def read(name: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads(pathlib.Path(__file__).with_name(name).read_text("utf-8"))
 
 
-def ours(name: str, **more: Any) -> Section:
-    """A section of our own: what `ours.toml` says about it, and more fields."""
-    fields: dict[str, Any] = read("ours.toml")[name]
+@functools.cache
+def ours() -> dict[str, Section]:
+    """Our own sections, in the order of `ours.toml`."""
+    return {name: _from_ours(name, fields) for name, fields in read("ours.toml").items() if "rows" in fields}
+
+
+def _from_ours(name: str, fields: dict[str, Any]) -> Section:
     measure, kind = fields.get("measure", "accuracy"), fields.get("kind", "mlp")
     known = {field.name for field in dataclasses.fields(configs.KINDS[kind])}
     of_runs = lambda setting: {key: value for key, value in setting.items() if key in known}
@@ -151,13 +157,11 @@ def ours(name: str, **more: Any) -> Section:
     for template in fields.get("claims", ()):
         common = {key: value for key, value in template.items() if key != "each"}
         for setting in product([*template["each"], common]):
-            setting: Any = {"measure": measure, "worse": BASELINE, **setting}
-            options: Any = {
-                option: setting[option] for option in ("measure", "worse", "at", "layers") if option in setting
-            }
-            claims.append(claim(setting["text"].format(**setting), of_runs(setting), **options))
-    made: dict[str, Any] = {"rows": rows, "claims": tuple(claims)}
-    return Section(name, **{**fields, **made, **more})
+            options = {key: setting[key] for key in ("worse", "at", "layers") if key in setting}
+            text, of_claim = setting["text"].format(**setting), setting.get("measure", measure)
+            claims.append(claim(text, of_runs(setting), measure=of_claim, **options))
+    made: dict[str, Any] = fields | {"rows": rows, "claims": tuple(claims)}
+    return Section(name, **made)
 
 
 LESS_IS_BETTER = ("loss", "entropy", "max_load")
@@ -181,11 +185,9 @@ def paper() -> dict[str, Section]:
 
 def _from_paper(name: str, views: dict[str, Any]) -> Section:
     chosen = read("paper.toml")
-    ours = dict(chosen[name])
-    view, only = views[ours.get("of", name)], ours.pop("only", {})
+    view = views[chosen[name].get("of", name)]
     if "same_as" in view:
         view = {**views[view["same_as"]], **chosen[view["same_as"]], **view, "remark": ""}
-    rows = [{"measure": view["measure"], "contrast": [[1.0, row["where"]]], **row} for row in view["rows"]]
-    fits = lambda spec: all(only.items() <= where.items() for _, where in spec["contrast"])
-    specs = {"rows": tuple(filter(fits, rows)), "claims": tuple(filter(fits, view["claims"]))}
-    return Section(name, **view | ours | specs)
+    rows = tuple({"measure": view["measure"], "contrast": [[1.0, row["where"]]], **row} for row in view["rows"])
+    made: dict[str, Any] = view | chosen[name] | {"rows": rows, "claims": tuple(view["claims"])}
+    return Section(name, table="beside_the_paper", **made)

@@ -159,7 +159,7 @@ class Report:
         readme = self.readme or (ROOT / "docs" / "results.md" if own and self.docs is None else None)
         if readme is not None:
             with logs.naming(readme):
-                report.update(readme, report.MARKERS, report.summary_markdown(results))
+                report.update(readme, "reproduction", report.summary_markdown(results))
             print(readme)
         with logs.naming(docs):
             print(*report.write(results, docs), sep="\n")

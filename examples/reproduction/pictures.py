@@ -43,12 +43,11 @@ def along(results: store.Results, section: Section, figure: Any, what: str) -> N
                 continue
             sources = [result.curve if what == "epoch" else result.measures for result in found]
             values = evidence.FACTOR.get(measure, 1) * np.array([source[measure] for source in sources], float)
+            values = np.ma.masked_invalid(values)
             x = sources[0]["epoch"] if what == "epoch" else np.arange(1, values.shape[1] + 1)
-            count, color = np.isfinite(values).sum(0), plotting.COLORS[row["column"]]
-            mean = np.where(count > 0, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
-            axes.plot(x, mean, label=row["column"], color=color, linewidth=1.2, **style)
-            low, high = np.fmin.reduce(values, axis=0), np.fmax.reduce(values, axis=0)
-            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            color = plotting.COLORS[row["column"]]
+            axes.plot(x, values.mean(0), label=row["column"], color=color, linewidth=1.2, **style)
+            axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
             axes.legend(fontsize="x-small")
 
 

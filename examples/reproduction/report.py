@@ -11,9 +11,6 @@ from examples.reproduction import answer, configs, evidence, inside, overhead, p
 from examples.reproduction.sections import Section, read
 
 IMAGES = pathlib.PurePosixPath("images/reproduction")  # in the folder of the page
-MARKERS = "<!-- reproduction -->", "<!-- /reproduction -->"
-ANSWER = "<!-- answer -->", "<!-- /answer -->"
-
 INTRODUCTION = pathlib.Path(__file__).with_name("introduction.md").read_text(encoding="utf-8").strip()
 
 
@@ -24,7 +21,7 @@ def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Pat
     for name, text in pages.items():
         (docs_folder / name).write_text(text, encoding="utf-8")
     if (docs_folder / "does-it-help.md").is_file():
-        update(docs_folder / "does-it-help.md", ANSWER, answer.markdown(results))
+        update(docs_folder / "does-it-help.md", "answer", answer.markdown(results))
     tasks: dict[str, tuple[Any, ...]] = {}
     for s in studies.SECTIONS.values():
         if s.is_drawn and evidence.found(results, s):
@@ -114,15 +111,8 @@ def section(results: store.Results, s: Section) -> str:
         looked = _picture("inside", "Inside the networks") if s.inside and inside.load(results.folder) else ""
         tell_claims = tables.claims_beside_the_paper if s.where_in_paper else tables.claims_corrected
         claims = tell_claims(results, s) if s.claims else ""
-        parts = [
-            here,
-            drawn,
-            getattr(tables, s.table)(results, s),
-            looked,
-            claims,
-            _provenance(results, s, found),
-            s.remark,
-        ]
+        table = getattr(tables, s.table)(results, s)
+        parts = [here, drawn, table, looked, claims, _provenance(results, s, found), s.remark]
     return "\n\n".join([f"## {s.heading}", *(part.strip() for part in parts if part)])
 
 
@@ -180,9 +170,8 @@ def summary_markdown(results: store.Results) -> str:
         return f"Not run: {studies.SECTIONS['table1'].command}"
     cells: dict[str, list[str]] = {}
     for s in chosen:
-        labels = {frozenset(row["where"].items()): row["label"] for row in s.rows}
         for claim in evidence.printed_deltas(s):
-            label = f"{labels[frozenset(claim['contrast'][0][1].items())]}, {s.settings['epochs']} epochs"
+            label = f"{claim['text'].partition(':')[0]}, {s.settings['epochs']} epochs"
             ours = tables.our_delta(claim, evidence.contrast(results, s, claim))
             cells.setdefault(label, []).extend([tables.papers_delta(s, claim), ours])
     head = ("Δ accuracy, points", "`zero_sum`, paper", "ours", "`positive_sum`, paper", "ours")
@@ -196,13 +185,13 @@ def summary_markdown(results: store.Results) -> str:
     )
 
 
-def update(path: pathlib.Path, markers: tuple[str, str], part: str) -> None:
-    """Puts a part between the markers of a text.
+def update(path: pathlib.Path, name: str, part: str) -> None:
+    """Puts a part between the markers of this name in a text.
 
     Raises:
       ValueError: if the text does not have each marker once, in order.
     """
-    text, (begin, end) = path.read_text(encoding="utf-8"), markers
+    text, begin, end = path.read_text(encoding="utf-8"), f"<!-- {name} -->", f"<!-- /{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path.name} must have the markers {begin} and {end} once each, in this order.")
     before, after = text[: text.index(begin)], text[text.index(end) :]

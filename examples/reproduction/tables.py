@@ -65,19 +65,16 @@ def beside_the_paper(results: store.Results, section: Section) -> str:
 
 def by_rate(results: store.Results, section: Section) -> str:
     """The rows of a study, with a column for every learning rate, if they name one: a table for each optimizer."""
-    optimizers: dict[str, dict[str, dict[float, str]]] = {}
-    for row in section.rows:
-        lines = optimizers.setdefault(row["where"].get("optimizer", ""), {})
-        line = lines.setdefault(words(row["where"], "optimizer"), {})
-        ours = evidence.contrast(results, section, row)
-        line[row["where"].get("learning_rate", 0.0)] = reached(section, ours)
-    tables = []
-    for optimizer, lines in optimizers.items():
-        rates = sorted({rate for line in lines.values() for rate in line})
-        measure = UNIT.get(section.measure, section.measure)
+    measure, tables = UNIT.get(section.measure, section.measure), []
+    for optimizer, rows in configs.grouped(section.rows, lambda row: row["where"].get("optimizer")).items():
+        cells: dict[str, dict[float, str]] = {}
+        for row in rows:
+            line = cells.setdefault(words(row["where"], "optimizer"), {})
+            line[row["where"].get("learning_rate", 0.0)] = reached(section, evidence.contrast(results, section, row))
+        rates = sorted({rate for line in cells.values() for rate in line})
         head = (f"{measure}, {optimizer}" if optimizer else measure, *(f"{rate:g}" if rate else "" for rate in rates))
-        rows = [(name, *map(line.get, rates, [""] * len(rates))) for name, line in lines.items() if any(line.values())]
-        tables.append(table(head, rows, text=1, numbers=len(rates)))
+        lines = [(name, *(line.get(rate, "") for rate in rates)) for name, line in cells.items() if any(line.values())]
+        tables.append(table(head, lines, text=1, numbers=len(rates)))
     return "\n\n".join(tables)
 
 

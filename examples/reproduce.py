@@ -95,14 +95,12 @@ class Run:
 
     def main(self) -> None:
         """Trains, and appends finished runs to the results."""
-        for name in self.names:
-            check_name(name)
         if not self.names:
             raise ValueError("Name at least one table or figure; `list` shows them.")
         training.check(self)
+        runs = list(dict.fromkeys(run for name in self.names for run in self.runs(name)))
         results = read(self.results, exists=False)
         results.check_writable()
-        runs = list(dict.fromkeys(run for name in self.names for run in self.runs(name)))
         done = sum(run in results for run in runs)
         if done and not self.resume:
             raise ValueError(f"{done} of these {len(runs)} runs are in {self.results} already; leave --no-resume out.")
@@ -131,6 +129,7 @@ class Run:
 
     def runs(self, name: str) -> list[configs.Run]:
         """The runs of a table or figure, changed by the flags."""
+        check_name(name)
         flags = {"dataset": self.dataset, "epochs": self.epochs, "subset": self.subset}
         flags = {flag: value for flag, value in flags.items() if value is not None}
         section = studies.SECTIONS[name]

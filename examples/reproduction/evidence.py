@@ -138,19 +138,14 @@ def count(results: store.Results, *sections: Section) -> list[int]:
     return [sum(verdict.startswith(name) for verdict in verdicts) for name in VERDICTS]
 
 
-def printed(section: Section, claim: Row) -> tuple[float | None, bool]:
-    """The paper's Δ, and whether it is printed there rather than being the difference of printed values."""
+def printed(section: Section, claim: Row) -> float | None:
+    """The paper's Δ if it is printed there, otherwise the difference of printed values, if any."""
     if claim["printed"] is not None:
-        return claim["printed"], True
+        return claim["printed"]
     values: dict[frozenset, float] = {}
     for row in section.rows:
         (_, first), *others = row["contrast"]  # of a row that is a difference itself, the first stands for all
         values |= {frozenset(where.items()): 0.0 for _, where in others}
         values[frozenset(first.items())] = math.nan if row["value"] is None else row["value"]
     terms = [factor * values.get(frozenset(where.items()), math.nan) for factor, where in claim["contrast"]]
-    return (None if "at" in claim or math.isnan(sum(terms)) else sum(terms)), False
-
-
-def printed_deltas(section: Section) -> list[Row]:
-    """The claims of a table that are a printed Δ."""
-    return [claim for claim in section.claims if claim["printed"] is not None]
+    return None if "at" in claim or math.isnan(sum(terms)) else sum(terms)

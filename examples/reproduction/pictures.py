@@ -87,7 +87,7 @@ def over_depth(results: store.Results, section: Section, figure: Any) -> None:
 
 def summary(results: store.Results, section: Section, figure: Any) -> None:
     """The printed Δs of a table beside ours, one above the other."""
-    claims = evidence.printed_deltas(section)
+    claims = [claim for claim in section.claims if claim["printed"] is not None]
     figure.set_size_inches(7, 1.2 + 0.3 * len(claims))
     axes = figure.subplots()
     axes.axvline(0, color="0.7", linewidth=0.8)

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import operator
 import pathlib
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -98,14 +97,9 @@ VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "r
 
 def row(where: Row, measure: str = "accuracy") -> Row:
     """A row about the runs of one setting."""
+    label = words(where, *VARIANT)
     column = words({key: where[key] for key in VARIANT if key in where})
-    return {
-        "where": where,
-        "measure": measure,
-        "contrast": [[1.0, where]],
-        "label": words(where, *VARIANT),
-        "column": column,
-    }
+    return {"where": where, "measure": measure, "contrast": [[1.0, where]], "label": label, "column": column}
 
 
 def settings(part: Any) -> tuple[Row, ...]:
@@ -120,9 +114,8 @@ def settings(part: Any) -> tuple[Row, ...]:
 
 def product(parts: Iterable[Any]) -> tuple[Row, ...]:
     """A setting for each combination of the parts' settings; the last part varies fastest."""
-    return tuple(
-        functools.reduce(operator.or_, combination) for combination in itertools.product(*map(settings, parts))
-    )
+    combinations = itertools.product(*map(settings, parts))
+    return tuple({k: v for setting in combination for k, v in setting.items()} for combination in combinations)
 
 
 def words(where: Row, *but: str) -> str:
@@ -142,7 +135,6 @@ def read(name: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads(pathlib.Path(__file__).with_name(name).read_text("utf-8"))
 
 
-@functools.cache
 def ours() -> dict[str, Section]:
     """Our own sections, in the order of `ours.toml`."""
     return {name: _from_ours(name, fields) for name, fields in read("ours.toml").items() if "rows" in fields}
@@ -155,11 +147,11 @@ def _from_ours(name: str, fields: dict[str, Any]) -> Section:
     rows = tuple(row(of_runs(setting), measure) for parts in fields["rows"] for setting in product(parts))
     claims = []
     for template in fields.get("claims", ()):
-        common = {key: value for key, value in template.items() if key != "each"}
-        for setting in product([*template["each"], common]):
-            options = {key: setting[key] for key in ("worse", "at", "layers") if key in setting}
-            text, of_claim = setting["text"].format(**setting), setting.get("measure", measure)
-            claims.append(claim(text, of_runs(setting), measure=of_claim, **options))
+        for setting in product(template["each"]):
+            setting = template | setting
+            options: Any = {"measure": measure}
+            options |= {name: setting[name] for name in ("measure", "worse", "at", "layers") if name in setting}
+            claims.append(claim(setting["text"].format(**setting), of_runs(setting), **options))
     made: dict[str, Any] = fields | {"rows": rows, "claims": tuple(claims)}
     return Section(name, **made)
 

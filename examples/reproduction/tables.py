@@ -89,18 +89,18 @@ def our_delta(claim: Row, ours: evidence.Contrast) -> str:
 
 def papers_delta(section: Section, claim: Row) -> str:
     """The Δ that the paper prints; in parentheses if it is a difference of printed values."""
-    value, is_printed = evidence.printed(section, claim)
+    value = evidence.printed(section, claim)
     if value is None:
         return "> 0" if claim["sign"] > 0 else "< 0"
     text = f"{value:+z.{digits(claim['measure'])}f}"
-    return text if is_printed else f"({text})"
+    return f"({text})" if claim["printed"] is None else text
 
 
 def claims_beside_the_paper(results: store.Results, section: Section) -> str:
     """The claims of a table or figure, with the paper's Δ and ours."""
     rows = []
     for claim, ours, verdict in evidence.judge(results, section):
-        value, _ = evidence.printed(section, claim)
+        value = evidence.printed(section, claim)
         if value is not None and ours.n >= evidence.MIN_SEEDS and abs(ours.mean - value) > ours.half:
             verdict += ", larger" if claim["sign"] * (ours.mean - value) > 0 else ", smaller"
         deltas = papers_delta(section, claim), our_delta(claim, ours)

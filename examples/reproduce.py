@@ -200,9 +200,8 @@ def read(folder: pathlib.Path, exists: bool = True) -> store.Results:
 
 def describe(run: configs.Run, result: store.Result) -> str:
     """What a run changes of its kind's defaults, and what it reached."""
-    default = configs.KINDS[run.kind](dataset=run.dataset)
-    fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-    apart = [f"{name} {value}" for name, value in fields.items() if value != getattr(default, name)]
+    default = configs.KINDS[run.kind](dataset=run.dataset).to_json()
+    apart = [f"{name} {value}" for name, value in run.to_json().items() if value != default.get(name)]
     measure = {"gpt": "perplexity", "mini_gpt": "loss"}.get(run.kind, "accuracy")
     value = evidence.FACTOR.get(measure, 1) * result.measures[measure]
     return f"{', '.join([run.dataset, *apart])}: {measure} {value:.2f}"

@@ -1,12 +1,6 @@
 """All sections of the report, in its order: the paper's, the search for what the paper leaves open, and our studies.
 
-The studies ask what the paper leaves open.
-
-* mechanism: does Excitation work by the direction of a layer's step or by its length?
-* deep, depth, ways_out, rescue: deep networks that the baseline does not train, and other ways to train them.
-* mini: transformers in miniature, at tuned learning rates, with and without a balancing loss.
-
-`ours.toml` says what they are; here is what it cannot say. See results/PLAN.md.
+`ours.toml` says what ours are; here is what it cannot say. See results/PLAN.md.
 """
 
 import dataclasses

@@ -183,7 +183,7 @@ def residuals(results: store.Results, section: Section) -> str:
         for row in (row for row in section.rows if where <= row["where"].items()):
             choice = ", ".join(f"{k} {v}" for k, v in row["where"].items() if (k, v) not in where) or "none"
             reached.setdefault(choice, []).append(evidence.by_seed(results, section, row))
-    values = [target["value"] for target in targets()]
+    labels, values = zip(*((target["label"], target["value"]) for target in targets()), strict=True)
     lines = [("the paper", *(f"{value:.2f}" for value in values), "")]
     for choice, accuracies in reached.items():
         apart = np.concatenate([ours - value for ours, value in zip(accuracies, values, strict=True)])
@@ -191,5 +191,4 @@ def residuals(results: store.Results, section: Section) -> str:
             pairs = zip(accuracies, values, strict=True)
             cells = [f"{ours[0]:.2f} ({ours[0] - value:+.2f})" if len(ours) else "" for ours, value in pairs]
             lines.append((choice, *cells, f"{np.sqrt(np.mean(apart**2)):.2f}"))
-    head = ("what is changed", *(target["label"] for target in targets()), "root mean square of residuals")
-    return table(head, lines, text=1, numbers=len(targets()) + 1)
+    return table(("what is changed", *labels, "root mean square of residuals"), lines, text=1, numbers=len(labels) + 1)

@@ -11,13 +11,10 @@ from examples.reproduction.sections import Row, Section, words
 from examples.reproduction.tables import UNIT
 from excitation_optax import plotting
 
-STRATEGIES = ("zero_sum", "positive_sum")
-LINES = {"": "-", ", both": "-", ", direction": "--", ", norm": ":"}
-STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}} | {
-    s + component: {"color": plotting.COLORS[s], "linestyle": line}
-    for s in STRATEGIES
-    for component, line in LINES.items()
-}
+STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}}
+for strategy in ("zero_sum", "positive_sum"):
+    for component, line in (("", "-"), (", both", "-"), (", direction", "--"), (", norm", ":")):
+        STYLES[strategy + component] = {"color": plotting.COLORS[strategy], "linestyle": line}
 POINTS: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
 
 
@@ -78,7 +75,7 @@ def over_depth(results: store.Results, section: Section, figure: Any) -> None:
     ((axes, _),) = panels(figure, {"": None})
     axes.set(xlabel="hidden layers", ylabel=f"{UNIT[section.measure]} at the best learning rate")
     depths = sorted({row["where"]["depth"] for row in section.rows})
-    for strategy in ("vanilla", *STRATEGIES):
+    for strategy in ("vanilla", "zero_sum", "positive_sum"):
         line = [sections.row({"strategy": strategy, "depth": depth, "learning_rate": "best"}) for depth in depths]
         name = words({"strategy": strategy})
         reached(axes, depths, results, section, line, name, **STYLES[name])

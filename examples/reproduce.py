@@ -56,17 +56,16 @@ class List:
         line = "{:<14}{:>6}{:>6}{:>7}{:>41}   {}"
         print(line.format("name", "runs", "done", "hours", f"   {' / '.join(evidence.VERDICTS[:3])}", "title"))
         for name, section in studies.SECTIONS.items():
-            cells, title = ("-", "-", "-", ""), section.title
-            if section.same_as:
-                title += f" (the runs of {section.same_as})"
-            elif not section.trains:
-                cells = ("-", "done" if report.made_elsewhere(results, section)[0] else "-", "-", "")
-            else:
+            title = section.title + (f" (the runs of {section.same_as})" if section.same_as else "")
+            cells = ("-", "-", "-", "")
+            if section.trains and not section.same_as:
                 found = evidence.found(results, section)
                 listed |= {run.key for run in found}
                 hours = sum(results[run].seconds for run in found) / 3600
                 verdicts = " / ".join(map(str, evidence.count(results, section)[:3])) if section.claims else ""
                 cells = (len(section.runs()), len(found), f"{hours:.1f}", verdicts)
+            elif not section.trains and report.made_elsewhere(results, section)[0]:
+                cells = ("-", "done", "-", "")
             print(line.format(name, *cells, title))
         if len(results) > len(listed):
             print(f"On file too: {len(results) - len(listed)} runs with other settings, which are in none of these.")
@@ -96,14 +95,12 @@ class Run:
 
     def main(self) -> None:
         """Trains, and appends finished runs to the results."""
-        for name in self.names:
-            check_name(name)
         if not self.names:
             raise ValueError("Name at least one table or figure; `list` shows them.")
         training.check(self)
+        runs = list(dict.fromkeys(run for name in self.names for run in self.runs(name)))
         results = read(self.results, exists=False)
         results.check_writable()
-        runs = list(dict.fromkeys(run for name in self.names for run in self.runs(name)))
         done = sum(run in results for run in runs)
         if done and not self.resume:
             raise ValueError(f"{done} of these {len(runs)} runs are in {self.results} already; leave --no-resume out.")
@@ -132,6 +129,7 @@ class Run:
 
     def runs(self, name: str) -> list[configs.Run]:
         """The runs of a table or figure, changed by the flags."""
+        check_name(name)
         flags = {"dataset": self.dataset, "epochs": self.epochs, "subset": self.subset}
         flags = {flag: value for flag, value in flags.items() if value is not None}
         section = studies.SECTIONS[name]
@@ -160,7 +158,7 @@ class Report:
         readme = self.readme or (ROOT / "docs" / "results.md" if own and self.docs is None else None)
         if readme is not None:
             with logs.naming(readme):
-                report.update(readme, report.MARKERS, report.summary_markdown(results))
+                report.update(readme, "reproduction", report.summary_markdown(results))
             print(readme)
         with logs.naming(docs):
             print(*report.write(results, docs), sep="\n")
@@ -202,9 +200,8 @@ def read(folder: pathlib.Path, exists: bool = True) -> store.Results:
 
 def describe(run: configs.Run, result: store.Result) -> str:
     """What a run changes of its kind's defaults, and what it reached."""
-    default = configs.KINDS[run.kind](dataset=run.dataset)
-    fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
-    apart = [f"{name} {value}" for name, value in fields.items() if value != getattr(default, name)]
+    default = configs.KINDS[run.kind](dataset=run.dataset).to_json()
+    apart = [f"{name} {value}" for name, value in run.to_json().items() if value != default.get(name)]
     measure = {"gpt": "perplexity", "mini_gpt": "loss"}.get(run.kind, "accuracy")
     value = evidence.FACTOR.get(measure, 1) * result.measures[measure]
     return f"{', '.join([run.dataset, *apart])}: {measure} {value:.2f}"

@@ -92,10 +92,13 @@ def paired(tmp_path, vanilla, excited):
 def test_the_interval_is_that_of_a_paired_t_test(tmp_path):
     vanilla, excited = [0.41, 0.40, 0.43, 0.39], [0.47, 0.45, 0.46, 0.46]
     got = evidence.contrast(*paired(tmp_path, vanilla, excited), CLAIM)
-    expected = stats.ttest_rel(excited, vanilla).confidence_interval(0.95)
+    expected = stats.ttest_rel(excited, vanilla)
+    interval = expected.confidence_interval(0.95)
     assert (got.n, got.diverged) == (4, 0)
-    mean = np.mean(excited) - np.mean(vanilla)
-    np.testing.assert_allclose(got[:3], 100 * np.array([mean, expected.low, expected.high]), rtol=1e-9)
+    assert got.mean == pytest.approx(100 * (np.mean(excited) - np.mean(vanilla)))
+    ends = 100 * interval.low, 100 * interval.high
+    assert (got.mean - got.half, got.mean + got.half) == pytest.approx(ends)
+    assert got.p_value == pytest.approx(expected.pvalue)
 
 
 def test_four_runs_in_a_contrast(tmp_path):
@@ -106,7 +109,8 @@ def test_four_runs_in_a_contrast(tmp_path):
     claim = CLAIM | {"contrast": [[c, {"sparsity": s, "strategy": name}] for c, s, name, _ in terms]}
     for (_, where), (*_, value) in zip(claim["contrast"], terms, strict=True):
         results.append([made_up(experiment.make_run(where, seed), value) for seed in (0, 1)])
-    np.testing.assert_allclose(evidence.contrast(results, experiment, claim)[:4], [5, 5, 5, 2], atol=1e-12)
+    got = evidence.contrast(results, experiment, claim)
+    np.testing.assert_allclose((got.mean, got.half, got.n), [5, 0, 2], atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_perplexity_saved_and_the_picture_of_table_2(tmp_path, use):
     assert "svg" not in section(page, "Figure 7")  # a smoke test
     # Larger at N=8 than at N=4 over the five widths: (0.72 + 0.83 + 0.64 + 0.92 + 1.15 - 2.51) / 5
     claim = next(c for c in experiment.claims if "N=8 than at N=4" in c["text"])
-    assert evidence.printed(experiment, claim) == (pytest.approx(0.35, abs=1e-4), False)
+    assert evidence.printed(experiment, claim) == pytest.approx(0.35, abs=1e-4)
     page = report.markdown(fill(tmp_path / "three", use("table2")))
     assert "images/reproduction/fig7.svg" in section(page, "Figure 7")
 
@@ -263,7 +267,7 @@ def test_experiments_that_are_not_the_papers_have_a_page_of_their_own(tmp_path, 
     other = sections.Section("look", "A look", seeds=2, rows=rows, settings={"epochs": 2})
     monkeypatch.setitem(studies.SECTIONS, "look", other)
     page = report.studies_markdown(store.Results(tmp_path))
-    assert page.endswith("## A look\n\nNot run: `python -m examples.reproduce run look`\n")
+    assert page.endswith("## A look\n\nNot in the paper. Not run: `python -m examples.reproduce run look`\n")
     results = store.Results(tmp_path)
     results.append([made_up(run, 0.5) for run in other.runs()])
     row = "| test accuracy (%), sgd | 0.01 |\n| --- | --: |\n| baseline | 50.00 ± 0.00 (2 seeds) |"
@@ -349,7 +353,7 @@ def test_the_table_in_the_readme(tmp_path, use):
     readme = tmp_path / "README.md"
     readme.write_text("Before.\n<!-- reproduction -->\nold\n<!-- /reproduction -->\nAfter.\n")
     for _ in range(2):
-        report.update(readme, report.MARKERS, report.summary_markdown(results))
+        report.update(readme, "reproduction", report.summary_markdown(results))
         text = readme.read_text()
         assert text.startswith("Before.\n<!-- reproduction -->\n| Δ accuracy, points |")
         assert "\n\nOurs: epochs 5, 3 seeds; and epochs 2, 3 seeds; in brackets, the 95 % interval.\n" in text
@@ -368,7 +372,7 @@ def test_the_readme_without_runs_or_markers(tmp_path, use):
     assert report.summary_markdown(results) == "Not run: `python -m examples.reproduce run table1`"
     readme.write_text("<!-- /reproduction -->\n<!-- reproduction -->\n")
     with pytest.raises(ValueError, match=r"README.md must have the markers <!-- reproduction --> and"):
-        report.update(readme, report.MARKERS, report.summary_markdown(results))
+        report.update(readme, "reproduction", report.summary_markdown(results))
 
 
 # The transcription.
@@ -407,7 +411,7 @@ def test_tables_are_complete_and_rows_differ():
 def test_printed_deltas_are_the_differences_of_their_rows(name):
     view = PAPER[name]
     for claim in view.claims:
-        value, _ = evidence.printed(view, claim | {"printed": None})
+        value = evidence.printed(view, claim | {"printed": None})
         if claim["printed"] is not None:
             assert value == pytest.approx(claim["printed"], abs=0.011), claim["text"]
             assert claim["sign"] == math.copysign(1, claim["printed"]), claim["text"]
@@ -455,6 +459,6 @@ def test_the_page_is_that_of_the_results_on_file():
     assert len(results) > 0
     assert (root / "docs" / "reproduction.md").read_text(encoding="utf-8") == report.markdown(results)
     assert (root / "docs" / "studies.md").read_text(encoding="utf-8") == report.studies_markdown(results)
-    assert f"{report.MARKERS[0]}\n{report.summary_markdown(results)}\n{report.MARKERS[1]}" in (
+    assert f"<!-- reproduction -->\n{report.summary_markdown(results)}\n<!-- /reproduction -->" in (
         root / "docs" / "results.md"
     ).read_text(encoding="utf-8")

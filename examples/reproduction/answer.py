@@ -1,5 +1,6 @@
 """The table and the picture of docs/does-it-help.md: gains over the baseline at the best learning rates, or at one."""
 
+import itertools
 from typing import Any
 
 from examples.reproduction import evidence, pictures, sections, store, studies, tables
@@ -18,68 +19,34 @@ ANSWER: dict[str, tuple[str, Row, tuple[float, float] | None]] = {
 
 
 def markdown(results: store.Results) -> str:
-    """The table: a row for each study and strategy, a column for each component."""
+    """The table: differences from the baseline, a row for each study and strategy, a column for each component.
+
+    Each variant and the baseline have their best learning rate, or that of the row.
+    """
     rows = []
-    for text, (name, common, _) in ANSWER.items():
-        for strategy in ("zero_sum", "positive_sum"):
-            cells = []
-            for component in COMPONENTS:
-                claim, ours = difference(results, name, {"strategy": strategy, "component": component}, common)
-                verdict = evidence.verdict(ours, claim["sign"])
-                bold = "**" if verdict in ("confirmed", "contradicted") else ""
-                tested = not verdict.startswith("not tested")
-                cells.append(f"{bold}{tables.our_delta(claim, ours)}{bold}" if tested else "not tested")
-            rows.append((text, f"`{strategy}`", *cells))
+    for (text, (name, common, _)), strategy in itertools.product(ANSWER.items(), ("zero_sum", "positive_sum")):
+        section, row = studies.SECTIONS[name], [text, f"`{strategy}`"]
+        for component in COMPONENTS:
+            better = {"learning_rate": "best", **common, "strategy": strategy, "component": component}
+            claim = sections.claim("", better, measure=section.measure)
+            ours = evidence.contrast(results, section, claim)
+            verdict, cell = evidence.verdict(ours, claim["sign"]), tables.our_delta(claim, ours)
+            cell = f"**{cell}**" if verdict in ("confirmed", "contradicted") else cell
+            row.append("not tested" if verdict.startswith("not tested") else cell)
+        rows.append(row)
     return tables.table(("", "", *COMPONENTS), rows, numbers=3)
 
 
-def difference(results: store.Results, name: str, better: Row, common: Row) -> tuple[Row, evidence.Contrast]:
-    """The claim that a variant beats the baseline, each at its best or the row's learning rate, and its evidence."""
-    section = studies.SECTIONS[name]
-    claim = sections.claim("", {"learning_rate": "best", **common, **better}, measure=section.measure)
-    return claim, evidence.contrast(results, section, claim)
-
-
 def draw(results: store.Results, figure: Any) -> None:
-    """A column for each study: what the baseline and the components of zero_sum reached over the learning rate.
-
-    Below it, differences from the baseline, each at its best learning rate, paired by seed, with 95 % intervals.
-    """
-    components = [{"strategy": "zero_sum", "component": component} for component in COMPONENTS]
-    figure.set_size_inches(max(1.86 * len(ANSWER), 3.3), 4.1)
-    grid = figure.subplots(2, len(ANSWER), squeeze=False, height_ratios=(3, 2))
-    shown = None
-    for column, (title, (name, common, limits)) in enumerate(ANSWER.items()):
-        (above, below), section = grid[:, column], studies.SECTIONS[name]
-        setting, _, unit = title.removesuffix(")").partition(" (")
-        above.set(title=setting.replace(", ", "\n", 1), xscale="log", xlabel="learning rate")
-        if section.measure != shown:
-            above.set_ylabel(tables.UNIT[section.measure])
-        shown = section.measure
-
-        fixed = {field: value for field, value in common.items() if field != "learning_rate"}
-        wheres = [row["where"] for row in section.rows if fixed.items() <= row["where"].items()]
-        rates = sorted({where["learning_rate"] for where in wheres})
-        for variant in (sections.BASELINE, *components):
-            specs = [sections.row({**fixed, **variant, "learning_rate": r}, section.measure) for r in rates]
+    """What the baseline and the components of zero_sum reached over the learning rate, a panel for each study."""
+    variants = [sections.BASELINE, *({"strategy": "zero_sum", "component": component} for component in COMPONENTS)]
+    for axes, (title, (name, common, limits)) in pictures.panels(figure, ANSWER):
+        section = studies.SECTIONS[name]
+        measure, rates = section.measure, sorted({row["where"]["learning_rate"] for row in section.rows})
+        axes.set(title=title.partition(" (")[0], xscale="log", xlabel="learning rate", ylabel=tables.UNIT[measure])
+        for variant in variants:
+            specs = [sections.row({**common, **variant, "learning_rate": rate}, measure) for rate in rates]
             color = plotting.COLORS[variant.get("component", "baseline")]
-            pictures.reached(above, rates, results, section, specs, sections.words(variant), color=color)
-        above.set_ylim(limits or (None, None))
-        above.grid(alpha=0.3)
-
-        for place, variant in enumerate(components):
-            _, ours = difference(results, name, variant, common)
-            if ours.n > 1:
-                color = plotting.COLORS[variant["component"]]
-                below.errorbar([ours.mean], [place], xerr=[ours.half], **pictures.POINTS, color=color)
-        below.axvline(0, color="0.5", linewidth=0.8, zorder=0)
-        below.set_yticks(range(3), [f"{variant['component']} - baseline" for variant in components])
-        below.set(ylim=(2.6, -0.6), xlabel=f"difference ({unit})".replace("; ", ";\n"))
-        below.tick_params(labelleft=not column)
-        below.grid(alpha=0.3, axis="x")
-        for axes in (above, below):
-            axes.title.set_fontsize("medium")
-            axes.spines[["top", "right"]].set_visible(False)
-    handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+            pictures.reached(axes, rates, results, section, specs, sections.words(variant), color=color)
+        axes.set_ylim(limits)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

@@ -18,25 +18,24 @@ MIN_SEEDS = 3  # fewer give no verdict: they only show that the program runs
 
 
 class Contrast(NamedTuple):
-    """A linear combination of runs, paired by seed. Low and high are NaN if there are fewer than two seeds."""
+    """A linear combination of runs, paired by seed: its mean and standard deviation over seeds that did not diverge."""
 
-    mean: float
-    low: float
-    high: float
-    n: int  # seeds that it was computed from
+    mean: float  # NaN without a seed
+    deviation: float  # NaN if there are fewer than two seeds
+    n: int
     diverged: int = 0  # seeds left out because one of their runs is not finite
 
     @property
     def half(self) -> float:
-        """Half of the interval's length."""
-        return (self.high - self.low) / 2
+        """Half the length of the 95 % interval, of Student's t; NaN if there are fewer than two seeds."""
+        return float(special.stdtrit(self.n - 1, 0.975) * self.deviation / math.sqrt(self.n)) if self.n else math.nan
 
     @property
     def p_value(self) -> float:
         """The two-sided p-value of a paired t-test; NaN if there are fewer seeds than a verdict requires."""
-        if self.n < MIN_SEEDS or self.half == 0:
+        if self.n < MIN_SEEDS or self.deviation == 0:
             return math.nan if self.n < MIN_SEEDS else float(self.mean == 0)
-        t = self.mean / self.half * special.stdtrit(self.n - 1, 0.975)
+        t = math.sqrt(self.n) * self.mean / self.deviation
         return float(2 * special.stdtr(self.n - 1, -abs(t)))
 
 
@@ -77,12 +76,6 @@ def by_seed(results: store.Results, section: Section, spec: Row) -> np.ndarray:
     return FACTOR.get(spec["measure"], 1) * np.array(combinations, float)
 
 
-def finite(results: store.Results, section: Section, spec: Row) -> np.ndarray:
-    """As `by_seed`, without the seeds that diverged."""
-    values = by_seed(results, section, spec)
-    return values[np.isfinite(values)]
-
-
 def resolve(results: store.Results, section: Section, where: Row) -> Row | None:
     """The setting with a number for its learning rate, if the claim says "best" or "baseline's best".
 
@@ -104,16 +97,13 @@ def resolve(results: store.Results, section: Section, where: Row) -> Row | None:
     return None if np.isnan(scores).all() else where | {"learning_rate": rates[int(np.nanargmax(scores))]}
 
 
-def contrast(results: store.Results, section: Section, claim: Row) -> Contrast:
-    """The mean over seeds of what a claim is about, and its 95 % interval."""
-    values = by_seed(results, section, claim)
+def contrast(results: store.Results, section: Section, spec: Row) -> Contrast:
+    """The statistics over seeds of what a claim or a row is about."""
+    values = by_seed(results, section, spec)
     kept = values[np.isfinite(values)]
-    n, diverged = len(kept), len(values) - len(kept)
-    if n < 2:
-        return Contrast(float(kept[0]) if n else math.nan, math.nan, math.nan, n, diverged)
-    mean = float(kept.mean())
-    half = float(special.stdtrit(n - 1, 0.975) * kept.std(ddof=1) / math.sqrt(n))
-    return Contrast(mean, mean - half, mean + half, n, diverged)
+    mean = float(kept.mean()) if len(kept) else math.nan
+    deviation = float(kept.std(ddof=1)) if len(kept) > 1 else math.nan
+    return Contrast(mean, deviation, len(kept), len(values) - len(kept))
 
 
 def verdict(contrast: Contrast, sign: int) -> str:
@@ -122,7 +112,7 @@ def verdict(contrast: Contrast, sign: int) -> str:
         return "not tested (smoke test)" if contrast.n + contrast.diverged else "not tested"
     if contrast.n < MIN_SEEDS:
         return "inconclusive (diverged)"
-    if contrast.low <= 0 <= contrast.high:
+    if abs(contrast.mean) <= contrast.half:
         return "inconclusive"
     return "confirmed" if sign * contrast.mean > 0 else "contradicted"
 
@@ -148,19 +138,14 @@ def count(results: store.Results, *sections: Section) -> list[int]:
     return [sum(verdict.startswith(name) for verdict in verdicts) for name in VERDICTS]
 
 
-def printed(section: Section, claim: Row) -> tuple[float | None, bool]:
-    """The paper's Δ, and whether it is printed there rather than being the difference of printed values."""
+def printed(section: Section, claim: Row) -> float | None:
+    """The paper's Δ if it is printed there, otherwise the difference of printed values, if any."""
     if claim["printed"] is not None:
-        return claim["printed"], True
+        return claim["printed"]
     values: dict[frozenset, float] = {}
     for row in section.rows:
         (_, first), *others = row["contrast"]  # of a row that is a difference itself, the first stands for all
         values |= {frozenset(where.items()): 0.0 for _, where in others}
         values[frozenset(first.items())] = math.nan if row["value"] is None else row["value"]
     terms = [factor * values.get(frozenset(where.items()), math.nan) for factor, where in claim["contrast"]]
-    return (None if "at" in claim or math.isnan(sum(terms)) else sum(terms)), False
-
-
-def printed_deltas(section: Section) -> list[Row]:
-    """The claims of a table that are a printed Δ."""
-    return [claim for claim in section.claims if claim["printed"] is not None]
+    return None if "at" in claim or math.isnan(sum(terms)) else sum(terms)

@@ -13,10 +13,10 @@ from excitation_optax import plotting
 
 STYLES: dict[str, dict[str, Any]] = {"baseline": {"color": plotting.COLORS["baseline"]}}
 for strategy in ("zero_sum", "positive_sum"):
-    STYLES[strategy] = {"color": plotting.COLORS[strategy]}
-    for component, line in (("both", "-"), ("direction", "--"), ("norm", ":")):
-        STYLES[f"{strategy}, {component}"] = {"color": plotting.COLORS[strategy], "linestyle": line}
+    for component, line in (("", "-"), (", both", "-"), (", direction", "--"), (", norm", ":")):
+        STYLES[strategy + component] = {"color": plotting.COLORS[strategy], "linestyle": line}
 POINTS: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
+PAPER: dict[str, Any] = {"linestyle": ":", "linewidth": 0.6, "fillstyle": "none", "marker": "o", "markersize": 4}
 
 
 def draw(section: Section, results: store.Results, figure: Any) -> None:
@@ -41,12 +41,11 @@ def along(results: store.Results, section: Section, figure: Any, what: str) -> N
                 continue
             sources = [result.curve if what == "epoch" else result.measures for result in found]
             values = evidence.FACTOR.get(measure, 1) * np.array([source[measure] for source in sources], float)
+            values = np.ma.masked_invalid(values)
             x = sources[0]["epoch"] if what == "epoch" else np.arange(1, values.shape[1] + 1)
-            count, color = np.isfinite(values).sum(0), plotting.COLORS[row["column"]]
-            mean = np.where(count > 0, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
-            axes.plot(x, mean, label=row["column"], color=color, linewidth=1.2, **style)
-            low, high = np.fmin.reduce(values, axis=0), np.fmax.reduce(values, axis=0)
-            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            color = plotting.COLORS[row["column"]]
+            axes.plot(x, values.mean(0), label=row["column"], color=color, linewidth=1.2, **style)
+            axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
             axes.legend(fontsize="x-small")
 
 
@@ -66,7 +65,7 @@ def over(results: store.Results, section: Section, figure: Any, field: str, part
                 axes.minorticks_off()
             reached(axes, x, results, section, line, name, **style)
             if "value" in line[0]:
-                _papers(axes, x, [row["value"] for row in line], color=style["color"])
+                axes.plot(x, [row["value"] for row in line], color=style["color"], **PAPER)
         if axes.containers:
             axes.legend(fontsize="x-small")
 
@@ -88,12 +87,14 @@ def gains(results: store.Results, section: Section, figure: Any, field: str, sca
     ((axes, _),) = panels(figure, {"": None})
     axes.set(xscale=scale, xlabel=field.replace("_", " "), ylabel="Δ test accuracy (points)")
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    groups = configs.grouped(evidence.printed_deltas(section), lambda claim: claim["text"].split(",")[0])
+    printed = [claim for claim in section.claims if claim["printed"] is not None]
+    groups = configs.grouped(printed, lambda claim: claim["text"].split(",")[0])
     for number, (optimizer, claims) in enumerate(groups.items()):
-        values = [claim["contrast"][0][1][field] for claim in claims]
-        means, halves = _intervals(results, section, claims)
-        axes.errorbar(values, means, yerr=halves, **POINTS, label=optimizer, color=f"C{number}")
-        _papers(axes, values, [claim["printed"] for claim in claims], color=f"C{number}")
+        values, color = [claim["contrast"][0][1][field] for claim in claims], f"C{number}"
+        ours = [evidence.contrast(results, section, claim) for claim in claims]
+        means, halves = [c.mean for c in ours], [c.half for c in ours]
+        axes.errorbar(values, means, yerr=halves, **POINTS, label=optimizer, color=color)
+        axes.plot(values, [claim["printed"] for claim in claims], color=color, **PAPER)
         axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
     axes.legend(fontsize="small")
     axes.minorticks_off()
@@ -101,17 +102,18 @@ def gains(results: store.Results, section: Section, figure: Any, field: str, sca
 
 def summary(results: store.Results, section: Section, figure: Any) -> None:
     """The printed Δs of a table beside ours, one above the other."""
-    claims = evidence.printed_deltas(section)
+    claims = [claim for claim in section.claims if claim["printed"] is not None]
     figure.set_size_inches(7, 1.2 + 0.3 * len(claims))
     axes = figure.subplots()
     axes.axvline(0, color="0.7", linewidth=0.8)
-    for strategy in ("zero_sum", "positive_sum"):
-        chosen = [i for i, claim in enumerate(claims) if claim["contrast"][0][1]["strategy"] == strategy]
-        means, halves = _intervals(results, section, [claims[i] for i in chosen])
+    groups = configs.grouped(enumerate(claims), lambda numbered: numbered[1]["contrast"][0][1]["strategy"])
+    for strategy, numbered in groups.items():
+        lines, papers = zip(*((line, claim["printed"]) for line, claim in numbered), strict=True)
+        ours = [evidence.contrast(results, section, claim) for _, claim in numbered]
         style = {"color": plotting.COLORS[strategy], "linestyle": "none", "marker": "o", "markersize": 6}
-        axes.errorbar(means, chosen, xerr=halves, capsize=2, label=f"{strategy}, here", **style)
-        paper = [claims[i]["printed"] for i in chosen]
-        axes.plot(paper, chosen, label=f"{strategy}, paper", fillstyle="none", **style)
+        means, halves = [c.mean for c in ours], [c.half for c in ours]
+        axes.errorbar(means, lines, xerr=halves, capsize=2, label=f"{strategy}, here", **style)
+        axes.plot(papers, lines, label=f"{strategy}, paper", fillstyle="none", **style)
     axes.set_yticks(range(len(claims)), [claim["text"].replace(" beats the baseline", "") for claim in claims])
     axes.invert_yaxis()
     epochs = section.settings["epochs"]
@@ -124,24 +126,10 @@ def reached(
     axes: Any, x: Any, results: store.Results, section: Section, rows: Iterable[Row], label: str, **style: Any
 ) -> None:
     """A line through the means of the rows that have runs, with their standard deviations."""
-    values = [evidence.finite(results, section, row) for row in rows]
-    points = [
-        (place, v.mean(), v.std(ddof=1) if len(v) > 1 else 0.0) for place, v in zip(x, values, strict=True) if len(v)
-    ]
+    found = zip(x, (evidence.contrast(results, section, row) for row in rows), strict=True)
+    points = [(place, ours.mean, ours.deviation) for place, ours in found if ours.n]
     if points:
         axes.errorbar(*zip(*points, strict=True), label=label, **POINTS | style)
-
-
-def _papers(axes: Any, x: Any, values: Any, color: str) -> None:
-    """The paper's values, hollow."""
-    style = {"linestyle": ":", "linewidth": 0.6, "fillstyle": "none", "marker": "o", "markersize": 4}
-    axes.plot(x, values, color=color, **style)
-
-
-def _intervals(results: store.Results, section: Section, claims: list[Row]) -> tuple[list[float], list[float]]:
-    """Differences, and half their intervals."""
-    ours = [evidence.contrast(results, section, claim) for claim in claims]
-    return [c.mean for c in ours], [c.half if c.n > 1 else 0.0 for c in ours]
 
 
 def panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, Any]]]:
@@ -150,9 +138,7 @@ def panels(figure: Any, groups: dict[Any, Any]) -> list[tuple[Any, tuple[Any, An
     rows = -(-len(groups) // columns)
     figure.set_size_inches((4 if columns > 1 else 6) * columns, 3.2 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(groups) :]:
-        axes.set_axis_off()
-    for axes in grid[: len(groups)]:
+    for axes in grid:
         axes.grid(alpha=0.3)
     return list(zip(grid, groups.items(), strict=False))
 

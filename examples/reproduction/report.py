@@ -8,19 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from examples.reproduction import answer, configs, evidence, inside, overhead, pictures, store, studies, tables, toy
-from examples.reproduction.sections import Section
+from examples.reproduction.sections import Section, read
 
 IMAGES = pathlib.PurePosixPath("images/reproduction")  # in the folder of the page
-MARKERS = "<!-- reproduction -->", "<!-- /reproduction -->"
-ANSWER = "<!-- answer -->", "<!-- /answer -->"
-
 INTRODUCTION = pathlib.Path(__file__).with_name("introduction.md").read_text(encoding="utf-8").strip()
-STUDIES = """\
-# Our own studies
-
-They ask whether Excitation helps, and why. Claims and rules were written down before the runs (`results/PLAN.md`), and
-numbers mean what they mean beside [the paper's](reproduction.md). The corrected p is of a paired t-test, after Holm's
-correction for all claims of a study. This page is written by `python -m examples.reproduce report`: edits are lost."""
 
 
 def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Path]:
@@ -30,15 +21,17 @@ def write(results: store.Results, docs_folder: pathlib.Path) -> list[pathlib.Pat
     for name, text in pages.items():
         (docs_folder / name).write_text(text, encoding="utf-8")
     if (docs_folder / "does-it-help.md").is_file():
-        update(docs_folder / "does-it-help.md", ANSWER, answer.markdown(results))
-    has_runs = lambda section: bool(evidence.found(results, section))
-    drawn = [s for s in studies.SECTIONS.values() if s.is_drawn and has_runs(s)]
-    tasks: list[tuple[Any, ...]] = [(s.name, pictures.draw, s, results) for s in drawn]
-    if any(has_runs(studies.SECTIONS[name]) for name, *_ in answer.ANSWER.values()):
-        tasks.append(("answer", answer.draw, results))
-    tasks += [("inside", inside.draw, outcome)] if (outcome := inside.load(results.folder)) else []
-    tasks += [("fig1", toy.draw, outcome)] if (outcome := toy.load(results.folder)) else []
-    drawings = [pictures.save(docs_folder / _image(name), *task) for name, *task in tasks]
+        update(docs_folder / "does-it-help.md", "answer", answer.markdown(results))
+    tasks: dict[str, tuple[Any, ...]] = {}
+    for s in studies.SECTIONS.values():
+        if s.is_drawn and evidence.found(results, s):
+            tasks[s.name] = (pictures.draw, s, results)
+    if any(evidence.found(results, studies.SECTIONS[name]) for name, *_ in answer.ANSWER.values()):
+        tasks["answer"] = (answer.draw, results)
+    for name, module in (("inside", inside), ("fig1", toy)):
+        if outcome := module.load(results.folder):
+            tasks[name] = (module.draw, outcome)
+    drawings = [pictures.save(docs_folder / _image(name), *task) for name, task in tasks.items()]
     return [*(docs_folder / name for name in pages), *drawings]
 
 
@@ -58,8 +51,9 @@ def markdown(results: store.Results) -> str:
 def studies_markdown(results: store.Results) -> str:
     """The page of our own studies; looks that chose settings come last."""
     ours = sorted((s for s in studies.SECTIONS.values() if not s.where_in_paper), key=lambda s: not s.in_study)
+    introduction = read("ours.toml")["page"]["introduction"]
     summary = _summary(summary_line(results, s) for s in ours if s.in_study)
-    return "\n\n".join([STUDIES, summary, *(section(results, s) for s in ours)]) + "\n"
+    return "\n\n".join([introduction, summary, *(section(results, s) for s in ours)]) + "\n"
 
 
 def _summary(lines: Iterable[tuple]) -> str:
@@ -100,26 +94,25 @@ def made_elsewhere(results: store.Results, s: Section) -> tuple[str, str]:
 
 def section(results: store.Results, s: Section) -> str:
     """A section of the page: what it is about, its picture, tables and claims, how it was made, and a remark."""
-    where, found, note = s.where_in_paper or "Not in the paper", evidence.found(results, s), s.note
-    drawn = [_picture(s.name, s.heading)] if s.is_drawn and found else []
+    where, found = s.where_in_paper or "Not in the paper", evidence.found(results, s)
+    drawn = _picture(s.name, s.heading) if s.is_drawn and found else ""
     if s.same_as:
         other = studies.SECTIONS[s.same_as]
         text = f"{where}. A picture of [{other.label}](#{_anchor(other.heading)}).{'' if found else ' Not run.'}"
-        parts = [text, *drawn]
+        parts = [text, drawn]
     elif not s.trains:
         _, body = made_elsewhere(results, s)
-        parts = [f"{where}. {'Made by' if body else 'Not run:'} {s.command}", note, body, s.remark if body else ""]
+        parts = [f"{where}. {'Made by' if body else 'Not run:'} {s.command}", s.note, body, s.remark if body else ""]
     elif not found:
-        parts = [f"{where}. Not run: {_how(s)}" if s.where_in_paper else f"Not run: {s.command}"]
-    elif s.where_in_paper:
-        claims = tables.claims_beside_the_paper(results, s) if s.claims else ""
-        parts = [f"{where}. Here: {_settings(s)}.", note, *drawn, (s.table or tables.beside_the_paper)(results, s)]
-        parts += [claims, _provenance(results, s, found), s.remark]
+        parts = [f"{where}. Not run: {_how(s)}"]
     else:
+        here = f"{where}. Here: {_settings(s)}"
+        here += f".\n\n{s.note}" if s.where_in_paper else f"{s.note}."
         looked = _picture("inside", "Inside the networks") if s.inside and inside.load(results.folder) else ""
-        claims = tables.claims_corrected(results, s) if s.claims else ""
-        parts = [f"{where}. Here: {_settings(s)}{note}.", *drawn, (s.table or tables.by_rate)(results, s)]
-        parts += [looked, claims, _provenance(results, s, found), s.remark]
+        tell_claims = tables.claims_beside_the_paper if s.where_in_paper else tables.claims_corrected
+        claims = tell_claims(results, s) if s.claims else ""
+        table = getattr(tables, s.table)(results, s)
+        parts = [here, drawn, table, looked, claims, _provenance(results, s, found), s.remark]
     return "\n\n".join([f"## {s.heading}", *(part.strip() for part in parts if part)])
 
 
@@ -177,9 +170,8 @@ def summary_markdown(results: store.Results) -> str:
         return f"Not run: {studies.SECTIONS['table1'].command}"
     cells: dict[str, list[str]] = {}
     for s in chosen:
-        labels = {frozenset(row["where"].items()): row["label"] for row in s.rows}
-        for claim in evidence.printed_deltas(s):
-            label = f"{labels[frozenset(claim['contrast'][0][1].items())]}, {s.settings['epochs']} epochs"
+        for claim in (claim for claim in s.claims if claim["printed"] is not None):
+            label = f"{claim['text'].partition(':')[0]}, {s.settings['epochs']} epochs"
             ours = tables.our_delta(claim, evidence.contrast(results, s, claim))
             cells.setdefault(label, []).extend([tables.papers_delta(s, claim), ours])
     head = ("Δ accuracy, points", "`zero_sum`, paper", "ours", "`positive_sum`, paper", "ours")
@@ -193,13 +185,13 @@ def summary_markdown(results: store.Results) -> str:
     )
 
 
-def update(path: pathlib.Path, markers: tuple[str, str], part: str) -> None:
-    """Puts a part between the markers of a text.
+def update(path: pathlib.Path, name: str, part: str) -> None:
+    """Puts a part between the markers of this name in a text.
 
     Raises:
       ValueError: if the text does not have each marker once, in order.
     """
-    text, (begin, end) = path.read_text(encoding="utf-8"), markers
+    text, begin, end = path.read_text(encoding="utf-8"), f"<!-- {name} -->", f"<!-- /{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path.name} must have the markers {begin} and {end} once each, in this order.")
     before, after = text[: text.index(begin)], text[text.index(end) :]

@@ -11,7 +11,7 @@ import itertools
 import json
 import pathlib
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from examples.reproduction import configs
@@ -39,7 +39,7 @@ class Section:
     claims: tuple[Row, ...] = ()
     remark: str = ""
     draw: Sequence[Any] = ()  # the name of a function of `pictures`, and its arguments
-    table: Callable[..., str] | None = None  # of results and this section; by default that of `tables`
+    table: str = "by_rate"  # the name of a function of `tables`
     inside: bool = False  # whether it shows the picture of `inside`
     where_in_paper: str = ""
     note: str = ""
@@ -97,14 +97,9 @@ VARIANT = ("strategy", "component", "gamma", "expert_rate", "load_balancing", "r
 
 def row(where: Row, measure: str = "accuracy") -> Row:
     """A row about the runs of one setting."""
+    label = words(where, *VARIANT)
     column = words({key: where[key] for key in VARIANT if key in where})
-    return {
-        "where": where,
-        "measure": measure,
-        "contrast": [[1.0, where]],
-        "label": words(where, *VARIANT),
-        "column": column,
-    }
+    return {"where": where, "measure": measure, "contrast": [[1.0, where]], "label": label, "column": column}
 
 
 def settings(part: Any) -> tuple[Row, ...]:
@@ -140,24 +135,25 @@ def read(name: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads(pathlib.Path(__file__).with_name(name).read_text("utf-8"))
 
 
-def ours(name: str, **more: Any) -> Section:
-    """A section of our own: what `ours.toml` says about it, and more fields."""
-    fields: dict[str, Any] = read("ours.toml")[name]
+def ours() -> dict[str, Section]:
+    """Our own sections, in the order of `ours.toml`."""
+    return {name: _from_ours(name, fields) for name, fields in read("ours.toml").items() if "rows" in fields}
+
+
+def _from_ours(name: str, fields: dict[str, Any]) -> Section:
     measure, kind = fields.get("measure", "accuracy"), fields.get("kind", "mlp")
     known = {field.name for field in dataclasses.fields(configs.KINDS[kind])}
     of_runs = lambda setting: {key: value for key, value in setting.items() if key in known}
     rows = tuple(row(of_runs(setting), measure) for parts in fields["rows"] for setting in product(parts))
     claims = []
     for template in fields.get("claims", ()):
-        common = {key: value for key, value in template.items() if key != "each"}
-        for setting in product([*template["each"], common]):
-            setting: Any = {"measure": measure, "worse": BASELINE, **setting}
-            options: Any = {
-                option: setting[option] for option in ("measure", "worse", "at", "layers") if option in setting
-            }
+        for setting in product(template["each"]):
+            setting = template | setting
+            options: Any = {"measure": measure}
+            options |= {name: setting[name] for name in ("measure", "worse", "at", "layers") if name in setting}
             claims.append(claim(setting["text"].format(**setting), of_runs(setting), **options))
-    made: dict[str, Any] = {"rows": rows, "claims": tuple(claims)}
-    return Section(name, **{**fields, **made, **more})
+    made: dict[str, Any] = fields | {"rows": rows, "claims": tuple(claims)}
+    return Section(name, **made)
 
 
 LESS_IS_BETTER = ("loss", "entropy", "max_load")
@@ -181,11 +177,9 @@ def paper() -> dict[str, Section]:
 
 def _from_paper(name: str, views: dict[str, Any]) -> Section:
     chosen = read("paper.toml")
-    ours = dict(chosen[name])
-    view, only = views[ours.get("of", name)], ours.pop("only", {})
+    view = views[chosen[name].get("of", name)]
     if "same_as" in view:
         view = {**views[view["same_as"]], **chosen[view["same_as"]], **view, "remark": ""}
-    rows = [{"measure": view["measure"], "contrast": [[1.0, row["where"]]], **row} for row in view["rows"]]
-    fits = lambda spec: all(only.items() <= where.items() for _, where in spec["contrast"])
-    specs = {"rows": tuple(filter(fits, rows)), "claims": tuple(filter(fits, view["claims"]))}
-    return Section(name, **view | ours | specs)
+    rows = tuple({"measure": view["measure"], "contrast": [[1.0, row["where"]]], **row} for row in view["rows"])
+    made: dict[str, Any] = view | chosen[name] | {"rows": rows, "claims": tuple(view["claims"])}
+    return Section(name, table="beside_the_paper", **made)

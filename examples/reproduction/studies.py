@@ -1,27 +1,13 @@
 """All sections of the report, in its order: the paper's, the search for what the paper leaves open, and our studies.
 
-The studies ask what the paper leaves open.
-
-* mechanism: does Excitation work by the direction of a layer's step or by its length?
-* deep, depth, ways_out, rescue: deep networks that the baseline does not train, and other ways to train them.
-* mini: transformers in miniature, at tuned learning rates, with and without a balancing loss.
-
-`ours.toml` says what they are; here is what it cannot say. See results/PLAN.md.
+`ours.toml` says what ours are; here is what it cannot say. See results/PLAN.md.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-from examples.reproduction import search, sections, tables
-from examples.reproduction.sections import Row, Section, ours
-
-
-def _torch_long() -> dict[str, Any]:
-    """The rows beside the values of Table 1."""
-    key = lambda row: (row["where"]["optimizer"], row["where"]["strategy"])
-    printed = {key(row): row["value"] for row in sections.paper()["table1"].rows}
-    rows = tuple(row | {"value": printed[key(row)]} for row in ours("torch_long").rows)
-    return {"rows": rows, "table": tables.beside_the_paper}
+from examples.reproduction import sections
+from examples.reproduction.sections import Row, Section
 
 
 def _gain(text: str, larger: Sequence[Row], smaller: Sequence[Row] = ()) -> Row:
@@ -32,9 +18,9 @@ def _gain(text: str, larger: Sequence[Row], smaller: Sequence[Row] = ()) -> Row:
     return {"text": text, "measure": "loss", "contrast": contrast, "sign": 1}
 
 
-def _mini_table2() -> dict[str, Any]:
+def _gains(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The loss that positive_sum saves in every model at one learning rate, and for which models it saves more."""
-    wheres = [row["where"] for row in ours("mini_table2").rows]
+    wheres = [row["where"] for row in rows]
     cells = [where for where in wheres if where["learning_rate"] == 3e-3 and where["strategy"] == "vanilla"]
     of = lambda k, *ns: [c for c in cells if c["experts_per_token"] == k and c["num_experts"] in ns]
     saved = "loss that positive_sum saves at 0.003"
@@ -45,18 +31,18 @@ def _mini_table2() -> dict[str, Any]:
     claims.append(_gain(larger, of(2, 16, 32, 64), of(8, 16, 32, 64)))
     for more, fewer in ((8, 4), (8, 32), (64, 32)):
         claims.append(_gain(f"k=2: the gain is larger at N={more} than at N={fewer}", of(2, more), of(2, fewer)))
-    return {"claims": tuple(claims)}
+    return tuple(claims)
 
 
-# What `ours.toml` cannot say of a section.
-_MORE: dict[str, dict[str, Any]] = {
-    "search": {"table": search.extrapolations},
-    "search_variants": {"table": search.residuals},
-    "search_long": {"table": search.residuals},
-    "torch_long": _torch_long(),
-    "mini_table2": _mini_table2(),
-}
+def _beside_table_1(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows with the values that Table 1 prints for their optimizer and strategy."""
+    key = lambda row: (row["where"]["optimizer"], row["where"]["strategy"])
+    printed = {key(row): row["value"] for row in sections.paper()["table1"].rows}
+    return tuple(row | {"value": printed[key(row)]} for row in rows)
 
-# All sections, in the order of the report.
-OURS = [name for name in sections.read("ours.toml") if name != "parts"]
-SECTIONS: dict[str, Section] = sections.paper() | {name: ours(name, **_MORE.get(name, {})) for name in OURS}
+
+# All sections, in the order of the report, with what `ours.toml` cannot say.
+SECTIONS: dict[str, Section] = sections.paper() | sections.ours()
+_torch_long, _mini_table2 = SECTIONS["torch_long"], SECTIONS["mini_table2"]
+SECTIONS["torch_long"] = dataclasses.replace(_torch_long, rows=_beside_table_1(_torch_long.rows))
+SECTIONS["mini_table2"] = dataclasses.replace(_mini_table2, claims=_gains(_mini_table2.rows))

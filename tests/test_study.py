@@ -13,6 +13,7 @@ from examples.reproduction import (
     evidence,
     inputs,
     inside,
+    pictures,
     report,
     sections,
     stacks,
@@ -134,6 +135,14 @@ def test_the_section_of_a_study(tmp_path, monkeypatch):
     )
     assert report.summary_line(results, STUDY)[2:] == ("24 of 24", 1, 0, 0, 0)
     assert [path.name for path in report.write(results, tmp_path)] == ["reproduction.md", "studies.md", "look.svg"]
+
+
+def test_a_picture_without_data_is_an_error(tmp_path):
+    def draw(figure):
+        figure.subplots().plot([1.0], [0.5], label="one point, and nothing that marks it")
+
+    with pytest.raises(ValueError, match=r"The picture empty.svg shows no data"):
+        pictures.save(tmp_path / "empty.svg", draw)
 
 
 @pytest.mark.slow

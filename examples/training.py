@@ -42,10 +42,10 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("must be at least 2, for a prompt and what follows", lambda x: x >= 2, "context"),
     ("must be positive", lambda x: 0 < x < math.inf, "clip epsilon expert_rate learning_rate"),
     ("must not be negative", lambda x: 0 <= x < math.inf, "gamma load_balancing router_bias router_z"),
-    ("must not be negative", lambda x: 0 <= x < math.inf, "seed temperature weight_decay"),
+    ("must not be negative", lambda x: 0 <= x < math.inf, "seed weight_decay"),
     ("is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup"),
     ("is a share, in [0, 1]", lambda x: 0 <= x <= 1, "sparsity"),
-    ("is in (0, 1]", lambda x: 0 < x <= 1, "top_p"),
+    ("must name a .png, .pdf or .svg file", lambda x: x.suffix in (".png", ".pdf", ".svg"), "output"),
 ]
 
 
@@ -57,11 +57,6 @@ def check(config: Any, named: Callable[[str], str] = lambda name: f"--{name.repl
             values = value if isinstance(value, tuple) else (value,)
             if not all(value is None or is_valid(value) for value in values):
                 raise ValueError(f"{named(name)} {text}; got {' '.join(map(str, values))}.")
-
-
-def from_run(strategy: str) -> Any:
-    """The strategy of a run on file, where the baseline is called "vanilla"."""
-    return "baseline" if strategy == "vanilla" else strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

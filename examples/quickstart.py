@@ -28,13 +28,6 @@ from excitation_optax import flax as excitation_flax
 from excitation_optax import metrics
 from models import topk_mlp
 
-# The default learning rates, where those of the adaptive optimizers do not fit.
-LEARNING_RATES = {
-    "sgd": (0.01, 0.03, 0.1, 0.3),
-    "momentum": (0.003, 0.01, 0.03, 0.1),
-    "adagrad": (0.003, 0.01, 0.03, 0.1),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -49,8 +42,8 @@ class Config:
     """The intensity of Excitation."""
     optimizer: Literal["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"] = "adam"
     """The optimizer that Excitation is chained after."""
-    learning_rate: tuple[float, ...] = ()
-    """Constant learning rates; every strategy is trained at each. By default, four that fit the optimizer."""
+    learning_rate: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    """Constant learning rates; every strategy is trained at each. sgd, momentum and adagrad require higher ones."""
     initialization: Literal["torch", "lecun_normal", "he_normal"] = "torch"
     """torch: the default of PyTorch's linear layers; lecun_normal: Flax's; he_normal: twice Flax's variance."""
     epochs: int = 100
@@ -71,11 +64,6 @@ class Config:
     def __post_init__(self):
         training.check(self)
         comparison.check(self)
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates that are compared."""
-        return self.learning_rate or LEARNING_RATES.get(self.optimizer, (3e-4, 1e-3, 3e-3, 1e-2))
 
 
 class Evaluation(NamedTuple):
@@ -160,7 +148,7 @@ def train(config: Config, data: datasets.ImageData) -> dict[str, Evaluation]:
             states[strategy], found[strategy] = jax.vmap(of_seeds, in_axes=(0, 0, None))(rates, state, orders)
         return states, found
 
-    rates, seeds = jnp.array(config.rates), jnp.arange(config.seeds)
+    rates, seeds = jnp.array(config.learning_rate), jnp.arange(config.seeds)
     graphdef = nnx.graphdef(make_model(0))
     train_set = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
     test_set = to_unit_range(jnp.asarray(data.test_images)), jnp.asarray(data.test_labels)
@@ -194,7 +182,7 @@ def table(config: Config, results: dict[str, Evaluation]) -> str:
     for heading, measure in measures.items():
         columns = [100 * measure(found) for found in results.values()]
         lines.append(heading)
-        for number, rate in enumerate(config.rates):
+        for number, rate in enumerate(config.learning_rate):
             cells = [comparison.spread(column[number], 1) for column in columns]
             lines.append(comparison.row(f"{rate:g}", cells))
     return "\n".join(lines)
@@ -202,8 +190,8 @@ def table(config: Config, results: dict[str, Evaluation]) -> str:
 
 def draw(config: Config, results: dict[str, Evaluation], figure: Any) -> None:
     """Learning curves at every learning rate, with bands from the lowest to the highest seed."""
-    panels = figure.subplots(1, len(config.rates), sharey=True, squeeze=False)[0]
-    for number, (axes, rate) in enumerate(zip(panels, config.rates, strict=True)):
+    panels = figure.subplots(1, len(config.learning_rate), sharey=True, squeeze=False)[0]
+    for number, (axes, rate) in enumerate(zip(panels, config.learning_rate, strict=True)):
         for name, found in results.items():
             accuracy = 100 * found.accuracy[:, number]
             comparison.curve(axes, np.arange(1, len(accuracy) + 1), accuracy, name)

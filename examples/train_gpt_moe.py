@@ -69,9 +69,7 @@ class Config(RunConfig, comparison.Config):
 
 def loss_fn(graphdef, params, tokens, **weights: float):
     """What is minimized on tokens `[B, S + 1]`, what is logged, and the routing."""
-    model = nnx.merge(graphdef, params)
-    minimized, logged, utilization, _ = training.routed_loss(model, tokens[:, :-1], tokens[:, 1:], **weights)
-    return minimized, (logged, utilization)
+    return training.routed_loss(graphdef, params, tokens[:, :-1], tokens[:, 1:], **weights)
 
 
 @functools.partial(jax.jit, static_argnums=0)

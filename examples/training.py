@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from flax import nnx
 
 import excitation_optax
 from excitation_optax import flax as excitation_flax
@@ -197,15 +198,16 @@ def train_step(gradient, tx, state: TrainState, batch):
     return TrainState(params, opt_state, state.step + 1), logged, utilization
 
 
-def routed_loss(model: Any, inputs: Any, labels: Any, *, load_balancing: float, router_z: float) -> tuple[Any, ...]:
-    """Cross-entropy plus the routers' weighted losses: what is minimized, what is logged, the routing, the logits."""
+def routed_loss(graphdef, params, inputs, labels, *, load_balancing: float, router_z: float) -> tuple[Any, Any]:
+    """Cross-entropy plus the routers' weighted losses, and what is logged and the routing: see `train_step`."""
+    model = nnx.merge(graphdef, params)
     logits, utilization, sown = excitation_flax.capture_routing(model, moe.AuxiliaryLoss)(inputs)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     losses = moe.auxiliary_losses(sown)
     logged = {"loss": loss, "load_balancing_loss": losses.load_balancing}
     logged |= {"router_z_loss": losses.router_z, "routing_entropy": losses.entropy}
     minimized = loss + load_balancing * losses.load_balancing + router_z * losses.router_z
-    return minimized, logged, utilization, logits
+    return minimized, (logged, utilization)
 
 
 def routing_metrics(

@@ -21,7 +21,7 @@ SIZES = {"num_experts": 4, "d_model": 8, "d_ff": 8, "num_layers": 2, "num_heads"
 FLAGS = SIZES | {"batch_size": 143, "epochs": 2, "learning_rate": 0.03, "log_every": 4}
 ROUTING = {"load_balancing_loss", "router_z_loss", "routing_entropy", "max_over_mean_load", "dead_experts"}
 ROUTING |= {"dead_experts_worst_layer"}
-LOGGED = {"step", "loss", "accuracy", "steps_per_second"} | ROUTING
+LOGGED = {"step", "loss", "steps_per_second"} | ROUTING
 
 
 def train(folder, strategy=("baseline",), **kwargs):

@@ -1,4 +1,4 @@
-"""An epoch of the quickstart's group of three CIFAR-10 models, against its bare matrix products.
+"""An epoch of a group of three Top-K MLPs on CIFAR-10, against its bare matrix products.
 
     python -m benchmarks.quickstart_epoch
 

@@ -37,17 +37,14 @@ class Config(training.TrainingConfig):
 
 
 def check(config: Any) -> None:
-    """Raises ValueError for strategies or a picture that a program cannot compare or draw."""
+    """Raises ValueError unless there are strategies to compare."""
     if not config.strategy or len(set(config.strategy)) < len(config.strategy):
         raise ValueError(f"--strategy must name different strategies, at least one; got {list(config.strategy)}.")
-    if config.output.suffix not in (".png", ".pdf", ".svg") or config.output.is_dir():
-        raise ValueError(f"--output must name a .png, .pdf or .svg file; got {config.output}.")
 
 
 class Task(NamedTuple):
     """What a program trains, and on what data."""
 
-    name: str  # of the model, for the picture
     data: str  # a line that describes the data
     model: Callable[[int], Any]  # of a seed
     loss_fn: Callable[..., Any]  # (graphdef, params, batch, *, load_balancing, router_z): see `training.train_step`
@@ -96,24 +93,34 @@ def train(config: Config, task: Task, strategy: training.Strategy, seed: int) ->
     return nnx.merge(graphdef, state.params), [json.loads(line) for line in path.read_text().splitlines()[1:]]
 
 
-def compare(config: Config, task: Task, show: Callable[[str, Any], None] = lambda strategy, model: None) -> Runs:
+def compare(config: Config, task: Task) -> tuple[Runs, dict[str, Any]]:
     """Trains every strategy with every seed, prints the table and draws the picture.
 
-    `show` is called with each strategy and its first model.
+    Returns the logs, and the first model of each strategy.
     """
-    size = training.size_of(nnx.eval_shape(lambda: task.model(0)))
-    print(f"{task.data}; {size:,} parameters; {task.steps} steps", flush=True)
+    ready(config.output)
+    model = nnx.eval_shape(lambda: task.model(0))
+    title = f"{type(model).__name__}, {training.size_of(model):,} parameters"
+    print(f"{task.data}; {title}; {task.steps} steps", flush=True)
     runs: Runs = {strategy: [] for strategy in config.strategy}
+    models: dict[str, Any] = {}
     for strategy in config.strategy:
         for seed in range(config.seed, config.seed + config.seeds):
             model, written = train(config, task, strategy, seed)
             runs[strategy].append(written)
-            if seed == config.seed:
-                show(strategy, model)
+            models.setdefault(strategy, model)
     print(table(runs, task.measures))
-    picture(runs, config.output, task.measures, f"{task.name}, {size:,} parameters")
+    picture(runs, config.output, task.measures, title)
     print(f"picture: {config.output.resolve()}, with the logs beside it")
-    return runs
+    return runs, models
+
+
+def shuffled(examples: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The examples of every batch of an epoch, `[steps, batch]`. The last batch is dropped unless it is full."""
+    if batch_size > examples:
+        raise ValueError(f"--batch-size must be at most the {examples} training images; got {batch_size}.")
+    order = np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+    return order[: examples // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def spread(values: Any, digits: int) -> str:
@@ -127,7 +134,8 @@ def spread(values: Any, digits: int) -> str:
 
 def over_seeds(seeds: int) -> str:
     """A description of the cells of a table."""
-    return f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    few = "one seed (too few to compare: use --seeds 3)"
+    return f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else few
 
 
 def row(label: str, cells: Sequence[str]) -> str:
@@ -135,27 +143,21 @@ def row(label: str, cells: Sequence[str]) -> str:
     return f"{label:<24}" + "".join(f"{cell:>22}" for cell in cells)
 
 
-def last(lines: list[dict[str, Any]], name: str) -> float:
-    """The last value of a metric in a log; NaN if there is none, or it was not finite."""
-    value = next((line[name] for line in reversed(lines) if name in line), None)
-    return np.nan if value is None else value
-
-
 def table(runs: Runs, measures: Measures) -> str:
     """The measures and the routing at the end of every run."""
-    seeds = len(next(iter(runs.values())))
+
+    def at_the_end(name: str) -> list[np.ndarray]:  # [seeds] of each strategy; NaN if it is not logged or not finite
+        last = lambda lines: next((line[name] for line in reversed(lines) if name in line), None)
+        return [np.array([last(lines) for lines in seeds], float) for seeds in runs.values()]
+
     measures = measures | {"max / mean load": (LOAD, 1, 2), "dead experts, %": ("dead_experts", 100, 1)}
-    few = " (too few to compare: use --seeds 3)" if seeds == 1 else ""
-
-    def column(strategy: str, logs: list[list[dict[str, Any]]]) -> list[str]:
-        values = lambda name: np.array([last(lines, name) for lines in logs])
-        cells = [spread(factor * values(name), digits) for name, factor, digits in measures.values()]
-        low, high = values("excitation_min").mean(), values("excitation_max").mean()
-        return [strategy, *cells, "none" if strategy == "baseline" else f"{low:.2f} to {high:.2f}"]
-
-    columns = [column(*run) for run in runs.items()]
-    rows = zip(["", *measures, "excitation, range"], *columns, strict=True)
-    return "\n".join([f"at the end, {over_seeds(seeds)}{few}", *(row(label, cells) for label, *cells in rows)])
+    lines = [f"at the end, {over_seeds(len(next(iter(runs.values()))))}", row("", list(runs))]
+    for label, (name, factor, digits) in measures.items():
+        lines.append(row(label, [spread(factor * values, digits) for values in at_the_end(name)]))
+    extremes = zip(at_the_end("excitation_min"), at_the_end("excitation_max"), strict=True)
+    ranges = [f"{low.mean():.2f} to {high.mean():.2f}" for low, high in extremes]
+    cells = ["none" if strategy == "baseline" else cell for strategy, cell in zip(runs, ranges, strict=True)]
+    return "\n".join([*lines, row("excitation, range", cells)])
 
 
 def picture(runs: Runs, path: pathlib.Path, measures: Measures, title: str) -> None:

@@ -63,18 +63,12 @@ class Config(RunConfig, comparison.Config):
     """
 
     output: pathlib.Path = pathlib.Path("out/train_gpt_moe.png")
-    """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
     prompt: str = "The "
     """How the samples begin."""
     temperature: float = 0.8
     """The temperature of the samples; 0 takes the likeliest token."""
     top_p: float = 0.95
     """Nucleus sampling: the most probable tokens, up to this total probability."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.prompt:
-            raise ValueError("--prompt must not be empty.")
 
 
 def loss_fn(graphdef, params, tokens, **weights: float):
@@ -102,15 +96,10 @@ def windows(tokens: np.ndarray, context: int, batch_size: int) -> tuple[np.ndarr
     return padded[index], index[..., 1:] < len(tokens)
 
 
-def evaluate(total_loss, tokens, context: int, batch_size: int) -> float:
-    """The mean loss in nats per token: every token but the first is predicted once."""
-    total = sum(float(total_loss(*batch)) for batch in zip(*windows(tokens, context, batch_size), strict=True))
-    return total / (len(tokens) - 1)
-
-
 def measure(graphdef, params, text: texts.Text, context: int, batch_size: int) -> dict[str, float]:
-    """What is logged about the held-out text."""
-    loss = evaluate(functools.partial(total_loss, graphdef, params), text.evaluation, context, batch_size)
+    """What is logged about the held-out text. Every token but the first is predicted once."""
+    batches = zip(*windows(text.evaluation, context, batch_size), strict=True)
+    loss = sum(float(total_loss(graphdef, params, *batch)) for batch in batches) / (len(text.evaluation) - 1)
     bytes_per_token = len(text.evaluation_bytes) / len(text.evaluation)
     return {
         "evaluation_loss": loss,
@@ -122,17 +111,16 @@ def measure(graphdef, params, text: texts.Text, context: int, batch_size: int) -
 def make_task(config: Config, text: texts.Text) -> comparison.Task:
     """What `comparison.compare` has to know."""
 
-    @functools.cache
-    def starts(seed: int) -> np.ndarray:  # [steps, B]
-        shape = config.steps, config.batch_size
-        return np.random.default_rng(seed).integers(0, len(text.train) - config.context, shape)
+    def batch(seed: int, step: int) -> np.ndarray:  # [B, S + 1]
+        random = np.random.default_rng((seed, step))
+        starts = random.integers(0, len(text.train) - config.context, (config.batch_size, 1))
+        return text.train[starts + np.arange(config.context + 1)]
 
     return comparison.Task(
-        name="GPT-MoE",
         data=f"{text.description}: {len(text.train):,} and {len(text.evaluation):,} tokens",
         model=lambda seed: gpt_moe.GPTMoE(config.model(text.vocab_size), rngs=nnx.Rngs(seed)),
         loss_fn=loss_fn,
-        batch=lambda seed, step: text.train[starts(seed)[step][:, None] + np.arange(config.context + 1)],
+        batch=batch,
         evaluate=functools.partial(measure, text=text, context=config.context, batch_size=config.batch_size),
         steps=config.steps,
         evaluate_every=config.eval_every,
@@ -143,22 +131,19 @@ def make_task(config: Config, text: texts.Text) -> comparison.Task:
 
 
 def main(config: Config) -> comparison.Runs:
-    """Loads the text, trains all strategies, prints samples and the table, and draws the picture."""
+    """Loads the text, trains all strategies, prints the table and samples, and draws the picture."""
     text = texts.load(config.text, config.tokenizer)
     task = make_task(config, text)
     if min(len(text.train), len(text.evaluation)) < config.context + 1:
         raise ValueError(f"{task.data}; each must have more than --context {config.context}.")
     prompt = texts.encode(config.prompt.encode(), config.tokenizer)
-    if len(prompt) >= config.context:
-        raise ValueError(f"--prompt has {len(prompt)} tokens, and must be shorter than --context {config.context}.")
-    comparison.ready(config.output)
-
-    def show(strategy: str, model: Any) -> None:
-        options: Any = {"key": jax.random.key(config.seed), "temperature": config.temperature, "top_p": config.top_p}
+    if not 0 < len(prompt) < config.context:
+        raise ValueError(f"--prompt must have from 1 to {config.context - 1} tokens (--context); got {len(prompt)}.")
+    runs, models = comparison.compare(config, task)
+    options: Any = {"key": jax.random.key(config.seed), "temperature": config.temperature, "top_p": config.top_p}
+    for strategy, model in models.items():
         sample = gpt_moe.generate(model, jnp.asarray(prompt)[None], config.context - len(prompt), **options)
-        print(f"sample of {strategy}: {texts.decode(np.asarray(sample[0]), config.tokenizer)}\n", flush=True)
-
-    runs = comparison.compare(config, task, show)
+        print(f"sample of {strategy}: {texts.decode(np.asarray(sample[0]), config.tokenizer)}\n")
     print(f"A code for single bytes takes {texts.unigram_entropy(text.evaluation_bytes):.3f} bits per byte.")
     print("next: python -m examples.train_gpt_moe --seeds 3 --learning-rate 0.01")
     print("      Excitation lengthens steps: compare it with the baseline at its own best learning rate.")

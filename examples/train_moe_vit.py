@@ -35,7 +35,6 @@ class Config(comparison.Config):
     batch_size: int = 128
     """Images of a step."""
     output: pathlib.Path = pathlib.Path("out/train_moe_vit.png")
-    """The picture. The logs are written beside it, as NAME-STRATEGY-SEED.jsonl."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,9 +49,8 @@ def loss_fn(graphdef, params, batch, *, flip: bool, **weights: float):
     """What is minimized on images, labels and a key, what is logged, and the routing."""
     images, labels, key = batch
     images = augment(key, to_unit_range(images), flip=flip)
-    minimized, logged, utilization, logits = training.routed_loss(
-        nnx.merge(graphdef, params), images, labels, **weights
-    )
+    model = nnx.merge(graphdef, params)
+    minimized, logged, utilization, logits = training.routed_loss(model, images, labels, **weights)
     accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
     return minimized, (logged | {"accuracy": accuracy}, utilization)
 
@@ -74,18 +72,18 @@ def augment(key, images, flip: bool):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def predict(graphdef, params, images):
-    """The class of each image, `[B]`."""
+def count_correct(graphdef, params, images, labels):
+    """The number of images whose class is predicted correctly."""
     model = nnx.merge(graphdef, params)
     model.eval()
-    return jnp.argmax(model(to_unit_range(images)), axis=-1)
+    return jnp.sum(jnp.argmax(model(to_unit_range(images)), axis=-1) == labels)
 
 
-def evaluate(predict, images, labels, batch_size: int = 500) -> float:
-    """The fraction of images whose class is predicted correctly."""
-    batches = (images[start : start + batch_size] for start in range(0, len(labels), batch_size))
-    predicted = np.concatenate([np.asarray(predict(batch)) for batch in batches])
-    return float(np.mean(predicted == labels))
+def measure(graphdef, params, images, labels, batch_size: int = 500) -> dict[str, float]:
+    """What is logged about the test images."""
+    batches = (slice(start, start + batch_size) for start in range(0, len(labels), batch_size))
+    correct = sum(int(count_correct(graphdef, params, images[batch], labels[batch])) for batch in batches)
+    return {"test_accuracy": correct / len(labels)}
 
 
 def load(config: Config) -> datasets.ImageData:
@@ -93,38 +91,32 @@ def load(config: Config) -> datasets.ImageData:
     if config.data_dir is not None:
         return datasets.load_images("cifar10", config.data_dir)
     digits = datasets.load_digits()
-    enlarge = lambda images: np.tile(images.repeat(4, axis=1).repeat(4, axis=2), (1, 1, 1, 3))
-    return dataclasses.replace(
-        digits, train_images=enlarge(digits.train_images), test_images=enlarge(digits.test_images)
+    train_images, test_images = (
+        np.kron(images, np.ones((1, 4, 4, 3), np.uint8)) for images in (digits.train_images, digits.test_images)
     )
+    return dataclasses.replace(digits, train_images=train_images, test_images=test_images)
 
 
 def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
     """What `comparison.compare` has to know. Images are shuffled anew in each epoch; digits are never mirrored."""
     examples = len(data.train_labels)
-    if config.batch_size > examples:
-        raise ValueError(f"--batch-size must be at most the {examples} training images; got {config.batch_size}.")
-    per_epoch = examples // config.batch_size
-    order = functools.lru_cache(1)(lambda seed, epoch: np.random.default_rng((seed, epoch)).permutation(examples))
+    rows_of_epoch = functools.lru_cache(1)(functools.partial(comparison.shuffled, examples, config.batch_size))
+    steps = len(rows_of_epoch(config.seed, 1))
 
     def batch(seed, step):
-        epoch, number = divmod(step, per_epoch)
-        rows = order(seed, epoch + 1)[number * config.batch_size : (number + 1) * config.batch_size]
+        epoch, number = divmod(step, steps)
+        rows = rows_of_epoch(seed, epoch + 1)[number]
         key = jax.random.fold_in(jax.random.key(seed), 1)  # apart from the keys of random strategies
         return data.train_images[rows], data.train_labels[rows], jax.random.fold_in(key, step)
 
-    def measure(*model):
-        return {"test_accuracy": evaluate(functools.partial(predict, *model), data.test_images, data.test_labels)}
-
     return comparison.Task(
-        name="MoE-ViT",
         data=f"{data.description}: {examples} training and {len(data.test_labels)} test images",
         model=lambda seed: moe_vit.MoEViT(config.model(), rngs=nnx.Rngs(seed)),
         loss_fn=functools.partial(loss_fn, flip=config.data_dir is not None),
         batch=batch,
-        evaluate=measure,
-        steps=per_epoch * (config.epochs or (40 if config.data_dir is None else 8)),
-        evaluate_every=per_epoch,
+        evaluate=functools.partial(measure, images=data.test_images, labels=data.test_labels),
+        steps=steps * (config.epochs or (40 if config.data_dir is None else 8)),
+        evaluate_every=steps,
         batch_items=config.batch_size,
         items="images",
         measures={"test accuracy, %": ("test_accuracy", 100, 2)},
@@ -133,8 +125,7 @@ def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
 
 def main(config: Config) -> comparison.Runs:
     """Loads the data, trains all strategies, prints the table and draws the picture."""
-    comparison.ready(config.output)
-    runs = comparison.compare(config, make_task(config, load(config)))
+    runs, _ = comparison.compare(config, make_task(config, load(config)))
     here = f" --data-dir {config.data_dir}" if config.data_dir else ""
     print(f"next: python -m examples.train_moe_vit{here} --strategy baseline zero_sum positive_sum --seeds 3")
     return runs

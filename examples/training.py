@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 # What flags of these names, or fields of a run, must be, in every program.
+PICTURES = (".png", ".pdf", ".svg")
 RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("must be at least 1", lambda x: x >= 1, "batch_size depth epochs eval_every expert fsdp keep log_every max_skips"),
     ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps subset timeout width"),
@@ -46,6 +47,7 @@ RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("is a fraction of the steps, in [0, 1]", lambda x: 0 <= x <= 1, "warmup"),
     ("is a share, in [0, 1]", lambda x: 0 <= x <= 1, "sparsity"),
     ("is in (0, 1]", lambda x: 0 < x <= 1, "top_p"),
+    ("must name a .png, .pdf or .svg file", lambda x: x.suffix in PICTURES and not x.is_dir(), "output"),
 ]
 
 
@@ -57,11 +59,6 @@ def check(config: Any, named: Callable[[str], str] = lambda name: f"--{name.repl
             values = value if isinstance(value, tuple) else (value,)
             if not all(value is None or is_valid(value) for value in values):
                 raise ValueError(f"{named(name)} {text}; got {' '.join(map(str, values))}.")
-
-
-def from_run(strategy: str) -> Any:
-    """The strategy of a run on file, where the baseline is called "vanilla"."""
-    return "baseline" if strategy == "vanilla" else strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

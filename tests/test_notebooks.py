@@ -21,7 +21,9 @@ def test_there_are_three_and_nothing_is_left_over():
 
 @texts
 def test_text_and_ipynb_agree(path):
-    assert generate.ipynb_path(path).read_text() == generate.ipynb(path), "run: make notebooks"
+    assert generate.ipynb_path(path).read_text() == nbformat.writes(generate.notebook(path)) + "\n", (
+        "run: make notebooks"
+    )
 
 
 @texts
@@ -34,7 +36,7 @@ def test_ipynb_is_valid_and_without_outputs(path):
 
 @texts
 def test_addresses_are_those_of_pyproject(path):
-    text, repository = path.read_text(), generate.repository()
+    text, repository = path.read_text(), generate.REPOSITORY
     owner_and_name = repository.removeprefix("https://github.com/")
     assert owner_and_name != repository
     colab = "https://colab.research.google.com/github"
@@ -50,7 +52,7 @@ def test_links_hold(path):
     assert links
     for link in links:
         assert (path.parent / link).exists(), link
-    there = f"{generate.repository()}/blob/main/"
+    there = f"{generate.REPOSITORY}/blob/main/"
     markdown = "\n".join(cell.source for cell in generate.notebook(path).cells if cell.cell_type == "markdown")
     absolute = re.findall(rf"\]\({there}([^)#]+)", markdown)
     assert len(absolute) == len(links)  # none is left that leads nowhere from Colab

@@ -474,7 +474,7 @@ def test_the_table_at_the_end():
         "zero_sum": [[line(1.0, 1.0, 0.5, 2.0)], [line(None, 1.0, 1.0, 3.0)]],  # the second diverged
     }
     table = comparison.table(runs, {"loss": ("loss", 1, 1)}).splitlines()
-    assert table[0].strip() == "at the end, mean ± standard deviation of 2 seeds"
+    assert table[0] == "at the end, mean ± standard deviation of 2 seeds"
     assert table[1].split() == ["baseline", "zero_sum"]
     assert table[2].split() == ["loss", "2.0", "±", "1.4", "1.0,", "1", "NaN"]  # 1 and 3: the root of 2
     assert table[3].split()[-6:] == ["3.00", "±", "1.41", "1.00", "±", "0.00"]

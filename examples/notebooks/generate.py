@@ -14,12 +14,8 @@ import nbformat
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = sorted((ROOT / "docs" / "notebooks").glob("*.md"))
-
-
-def repository() -> str:
-    """The address, such as https://github.com/owner/name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["urls"]["Repository"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Repository"]  # such as https://github.com/owner/name
 
 
 def notebook(path: pathlib.Path) -> Any:
@@ -27,27 +23,22 @@ def notebook(path: pathlib.Path) -> Any:
     made: Any = jupytext.reads(path.read_text(), fmt="md:myst")
     kernel = made.metadata["kernelspec"]
     made.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    here = f"{repository()}/blob/main"
-    notebooks = rf"]({here}/examples/notebooks/\1.ipynb)"
+    main = f"{REPOSITORY}/blob/main"
+    notebooks = rf"]({main}/examples/notebooks/\1.ipynb)"
     for number, cell in enumerate(made.cells):
         cell.id = f"cell-{number}"  # by default a random one
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\((\w+)\.md\)", notebooks, cell.source)
-            cell.source = cell.source.replace("](../", f"]({here}/docs/")
+            cell.source = cell.source.replace("](../", f"]({main}/docs/")
     return made
 
 
-def ipynb(path: pathlib.Path) -> str:
-    """What stands in the file that Colab opens."""
-    return nbformat.writes(notebook(path)) + "\n"
-
-
 def ipynb_path(path: pathlib.Path) -> pathlib.Path:
-    """Where that file is."""
+    """The file that Colab opens."""
     return ROOT / "examples" / "notebooks" / f"{path.stem}.ipynb"
 
 
 if __name__ == "__main__":
     for text in TEXTS:
-        ipynb_path(text).write_text(ipynb(text))
+        nbformat.write(notebook(text), ipynb_path(text))
         print(ipynb_path(text).relative_to(ROOT))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import pytest
 
@@ -44,7 +45,8 @@ def start(folder, compiled, *flags, devices=2):
 
 def finish(*jobs, timeout=600):
     """Return codes, and what was written."""
-    outputs = ["".join(job.communicate(timeout=timeout)) for job in jobs]
+    with futures.ThreadPoolExecutor() as threads:  # all at once: a full pipe stops a job, and with it the others
+        outputs = list(threads.map(lambda job: "".join(job.communicate(timeout=timeout)), jobs))
     return [job.returncode for job in jobs], "\n".join(outputs)
 
 

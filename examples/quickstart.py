@@ -221,7 +221,7 @@ def main(config: Config) -> dict[str, Evaluation]:
         draw(config, results, figure)
     print(f"picture: {config.output.resolve()}")
     if config.initialization == "torch":
-        print("next: --initialization he_normal, with which the baseline trains too")
+        print("next: --initialization he_normal")
     return results
 
 

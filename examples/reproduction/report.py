@@ -39,7 +39,7 @@ def markdown(results: store.Results) -> str:
     """The page of the paper's tables and figures."""
     papers = [s for s in studies.SECTIONS.values() if s.where_in_paper]
     found = list(dict.fromkeys(run for s in papers for run in evidence.found(results, s)))
-    total = ("all", "", "", *totals(results))
+    total = ("all, without variants", "", "", *totals(results))
     parts = [_summary([*(summary_line(results, s) for s in papers), total]), "[Our own studies](studies.md) follow."]
     if found:
         data = "\n".join(f"* {state}" for state in sorted({results[run].about["data"] for run in found}))
@@ -181,7 +181,7 @@ def summary_markdown(results: store.Results) -> str:
         f"{tables.table(head, [(label, *row) for label, row in cells.items()], text=1, numbers=4)}\n\n"
         f"Ours: {'; and '.join(map(_settings, chosen))}; in brackets, the 95 % interval.\n"
         f"Of {sum(totals(results))} claims of the paper, {', '.join(verdicts[:-1])} and {verdicts[-1]}"
-        + (f": {', '.join(missing)} were not run." if missing else ".")
+        + (f". Not run: {', '.join(missing)}." if missing else ".")
     )
 
 

@@ -549,4 +549,5 @@ def test_one_process_of_several_logs_alone():
     processes = [run(0), run(1)]
     for process in processes:
         out, err = process.communicate(timeout=120)
-        assert out.endswith("done\n"), err
+        assert process.returncode == 0, err
+        assert "done" in out  # Gloo writes into the same line now and then

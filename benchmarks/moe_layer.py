@@ -240,7 +240,7 @@ def imbalance(config: Config) -> None:
 
 
 def imbalance_of(config: Config, sizes: Sizes, dtype, max_over_mean: Sequence[float], options: Mapping) -> None:
-    """A table of `(backend, buffer)` by name, with the rows that the first's buffer sends through the loop."""
+    """A table of `(backend, buffer)` by name, with the share of rows that each buffer sends through the loop."""
     variants = {}
     params = {"experts": make_layer(sizes).experts.params(), "gates": jnp.full((sizes.tokens, sizes.choices), 0.5)}
     constant = "BUFFER" if jax.default_backend() == "cpu" else "ACCELERATOR_BUFFER"
@@ -276,7 +276,8 @@ def constants(config: Config) -> None:
     for sizes in config.small_and_large():
         variants = {}
         for headroom, block_rows in tried:
-            with mock.patch.object(grouped, "BUFFER", grouped.Buffer(headroom, block_rows, 1)):
+            buffer = grouped.BUFFER._replace(headroom=headroom, block_rows=block_rows)
+            with mock.patch.object(grouped, "BUFFER", buffer):
                 variants[f"headroom {headroom}, blocks of {block_rows}"] = ours(sizes, backend="padded")
         table(f"E  {sizes}", variants, config.rounds, to="headroom 1.125, blocks of 64")
 

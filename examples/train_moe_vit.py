@@ -101,10 +101,10 @@ def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
     """What `comparison.compare` has to know. Images are shuffled anew in each epoch; digits are never mirrored."""
     examples = len(data.train_labels)
     rows_of_epoch = functools.lru_cache(1)(functools.partial(comparison.shuffled, examples, config.batch_size))
-    steps = len(rows_of_epoch(config.seed, 1))
+    per_epoch = len(rows_of_epoch(config.seed, 1))
 
     def batch(seed, step):
-        epoch, number = divmod(step, steps)
+        epoch, number = divmod(step, per_epoch)
         rows = rows_of_epoch(seed, epoch + 1)[number]
         key = jax.random.fold_in(jax.random.key(seed), 1)  # apart from the keys of random strategies
         return data.train_images[rows], data.train_labels[rows], jax.random.fold_in(key, step)
@@ -115,8 +115,8 @@ def make_task(config: Config, data: datasets.ImageData) -> comparison.Task:
         loss_fn=functools.partial(loss_fn, flip=config.data_dir is not None),
         batch=batch,
         evaluate=functools.partial(measure, images=data.test_images, labels=data.test_labels),
-        steps=steps * (config.epochs or (40 if config.data_dir is None else 8)),
-        evaluate_every=steps,
+        steps=per_epoch * (config.epochs or (40 if config.data_dir is None else 8)),
+        evaluate_every=per_epoch,
         batch_items=config.batch_size,
         items="images",
         measures={"test accuracy, %": ("test_accuracy", 100, 2)},

@@ -35,8 +35,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adagrad": optax.adagrad,
 }
 
-# What flags of these names, or fields of a run, must be, in every program.
 PICTURES = (".png", ".pdf", ".svg")
+
+# What flags of these names, or fields of a run, must be, in every program.
 RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("must be at least 1", lambda x: x >= 1, "batch_size depth epochs eval_every expert fsdp keep log_every max_skips"),
     ("must be at least 1", lambda x: x >= 1, "micro_batches rounds save_every seeds steps subset timeout width"),

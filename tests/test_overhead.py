@@ -73,10 +73,10 @@ def test_the_interval_holds_the_median_whatever_a_few_slow_calls_say():
     assert high == pytest.approx(2)
 
 
-def test_the_last_entry_of_each_row_and_device_counts(tmp_path):
-    older, newer = entry(), entry(date="2026-11-23T12:00:00+00:00", batch_size=64)
+def test_the_newest_entry_of_each_row_and_device_counts(tmp_path):
+    newer, older = entry(date="2026-11-23T12:00:00+00:00", batch_size=64), entry()
     other_device, other_row = entry(device="1 x NVIDIA H200"), entry(row="vit-512-6-8")
-    for line in (other_row, older, newer, other_device):
+    for line in (other_row, newer, older, other_device):
         overhead.append(tmp_path, line)
     assert overhead.load(tmp_path) == [other_device, newer, other_row]
     assert overhead.load(tmp_path / "none") == []

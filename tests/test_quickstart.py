@@ -59,6 +59,8 @@ def test_the_comparison_is_paired_and_repeats(tmp_path):
 
 def test_every_optimizer_is_offered_and_descends():
     assert set(typing.get_type_hints(quickstart.Config)["optimizer"].__args__) == set(training.OPTIMIZERS)
+    rates = {name: quickstart.Config(optimizer=name).learning_rate for name in training.OPTIMIZERS}
+    assert (rates["sgd"], rates["adam"]) == ((0.01, 0.03, 0.1, 0.3), (3e-4, 1e-3, 3e-3, 1e-2))
     params = {"w": jnp.ones(2)}
     for name, make in training.OPTIMIZERS.items():
         tx = make(0.1)

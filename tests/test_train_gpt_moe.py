@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import train_gpt_moe
+from examples import texts, train_gpt_moe
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = {"num_experts": 4, "d_ff": 16, "d_model": 16, "num_layers": 2, "num_heads": 2, "context": 16}
@@ -148,17 +148,18 @@ CASES = [(2, 1, 1), (2, 8, 4), (9, 4, 2), (9, 4, 3), (10, 4, 2), (13, 4, 1), (12
 
 
 @pytest.mark.parametrize(("number", "context", "batch_size"), CASES)
-def test_evaluation_is_the_mean_over_all_tokens_but_the_first(number, context, batch_size):
+def test_evaluation_is_the_mean_over_all_tokens_but_the_first(number, context, batch_size, monkeypatch):
     tokens = np.random.default_rng(0).integers(1, 100, number)
     loss = lambda before, token: (7 * before + 3 * token) % 13
 
-    def total_loss(tokens, where):
+    def total_loss(graphdef, params, tokens, where):
         assert tokens.shape == (batch_size, context + 1)  # always, so that it is compiled once
         assert where.shape == (batch_size, context)
         return np.sum(loss(tokens[:, :-1], tokens[:, 1:]), where=where)
 
-    batches = zip(*train_gpt_moe.windows(tokens, context, batch_size), strict=True)
-    evaluated = sum(total_loss(*batch) for batch in batches) / (number - 1)
+    monkeypatch.setattr(train_gpt_moe, "total_loss", total_loss)
+    text = texts.Text(tokens, tokens, bytes(number), vocab_size=100, description="numbers")
+    evaluated = train_gpt_moe.measure(None, None, text, context, batch_size)["evaluation_loss"]
     assert evaluated == pytest.approx(plain_loop(tokens, loss), rel=1e-12)
 
 

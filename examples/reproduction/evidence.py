@@ -138,6 +138,11 @@ def count(results: store.Results, *sections: Section) -> list[int]:
     return [sum(verdict.startswith(name) for verdict in verdicts) for name in VERDICTS]
 
 
+def printed_deltas(section: Section) -> list[Row]:
+    """The claims of a table that are a printed Δ."""
+    return [claim for claim in section.claims if claim["printed"] is not None]
+
+
 def printed(section: Section, claim: Row) -> float | None:
     """The paper's Δ if it is printed there, otherwise the difference of printed values, if any."""
     if claim["printed"] is not None:

@@ -41,14 +41,16 @@ def append(folder: pathlib.Path, entry: dict[str, Any]) -> None:
 
 
 def load(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The last entry of each row on each device, in the paper's order. A damaged line is reported and skipped."""
+    """The newest entry of each row on each device, in the paper's order. A damaged line is reported and skipped."""
     newest: dict[tuple[str, int], dict[str, Any]] = {}
     lines = path(folder).read_bytes().split(b"\n") if path(folder).exists() else []
     for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
         try:
             entry = json.loads(line)
             _cells(entry)  # has all that the table needs
-            newest[entry["about"]["device"], list(PAPER).index(entry["row"])] = entry
+            key = entry["about"]["device"], list(PAPER).index(entry["row"])
+            if key not in newest or entry["about"]["date"] >= newest[key]["about"]["date"]:
+                newest[key] = entry
         except (ValueError, KeyError, TypeError) as error:
             print(f"{path(folder)}, line {number}: skipped, as it is damaged ({error!r}).", file=sys.stderr)
     return [newest[key] for key in sorted(newest)]

@@ -87,8 +87,7 @@ def gains(results: store.Results, section: Section, figure: Any, field: str, sca
     ((axes, _),) = panels(figure, {"": None})
     axes.set(xscale=scale, xlabel=field.replace("_", " "), ylabel="Δ test accuracy (points)")
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
-    printed = [claim for claim in section.claims if claim["printed"] is not None]
-    groups = configs.grouped(printed, lambda claim: claim["text"].split(",")[0])
+    groups = configs.grouped(evidence.printed_deltas(section), lambda claim: claim["text"].split(",")[0])
     for number, (optimizer, claims) in enumerate(groups.items()):
         values, color = [claim["contrast"][0][1][field] for claim in claims], f"C{number}"
         ours = [evidence.contrast(results, section, claim) for claim in claims]
@@ -102,7 +101,7 @@ def gains(results: store.Results, section: Section, figure: Any, field: str, sca
 
 def summary(results: store.Results, section: Section, figure: Any) -> None:
     """The printed Δs of a table beside ours, one above the other."""
-    claims = [claim for claim in section.claims if claim["printed"] is not None]
+    claims = evidence.printed_deltas(section)
     figure.set_size_inches(7, 1.2 + 0.3 * len(claims))
     axes = figure.subplots()
     axes.axvline(0, color="0.7", linewidth=0.8)

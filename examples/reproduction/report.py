@@ -170,7 +170,7 @@ def summary_markdown(results: store.Results) -> str:
         return f"Not run: {studies.SECTIONS['table1'].command}"
     cells: dict[str, list[str]] = {}
     for s in chosen:
-        for claim in (claim for claim in s.claims if claim["printed"] is not None):
+        for claim in evidence.printed_deltas(s):
             label = f"{claim['text'].partition(':')[0]}, {s.settings['epochs']} epochs"
             ours = tables.our_delta(claim, evidence.contrast(results, s, claim))
             cells.setdefault(label, []).extend([tables.papers_delta(s, claim), ours])

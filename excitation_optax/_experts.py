@@ -54,7 +54,7 @@ def match_experts(tree: _paths.Tree, entries: Mapping[str, Any], expert_axis: An
     spec_of = specs_by_leaf(tree, expert_axis)
     layers = {}
     for pattern, entry in entries.items():
-        shape = _routing.shape_of(pattern, entry)
+        shape = _routing.check_shape(pattern, entry)
         position = _number_experts(pattern, cover[pattern], shape)
         whole = [match for match in cover[pattern] if match.is_whole]
         _check_one_layer(pattern, whole)

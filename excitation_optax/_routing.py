@@ -58,7 +58,7 @@ class RoutingCounts(NamedTuple):
     @property
     def utilization(self) -> jax.Array:
         """`[..., E]`, the fraction in [0, 1] of the tokens that each expert received; 0 where there were no tokens."""
-        shape_of("RoutingCounts", self)  # raises if the two do not fit
+        check_shape("RoutingCounts", self)  # raises if the two do not fit
         counts, tokens = _arrays.widened(*self)
         return _arrays.divide(counts, jnp.expand_dims(tokens, -1))
 
@@ -94,7 +94,7 @@ def fractions(utilization: ArrayLike | RoutingCounts) -> jax.Array:
     return _arrays.float32_or_wider(u)
 
 
-def shape_of(what: str, leaf: Any) -> tuple[int, ...]:
+def check_shape(what: str, leaf: Any) -> tuple[int, ...]:
     """The shape `[..., E]` of fractions or counts, or of the shapes of such; a ValueError if they have none."""
     counts, name, hint = (leaf.counts, f"{what}: the counts", "") if is_counts(leaf) else (leaf, what, _HINT)
     shape = _arrays.shape_of(counts)
@@ -111,7 +111,7 @@ def shape_of(what: str, leaf: Any) -> tuple[int, ...]:
 
 def check_utilization(what: str, leaf: Any) -> None:
     """Raises ValueError for a malformed leaf of `utilization=`: shapes and types, and negative values if readable."""
-    shape_of(what, leaf)
+    check_shape(what, leaf)
     if not is_counts(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
             f"{what} must be floating-point fractions in [0, 1]; got {_arrays.show_value(leaf)}. "

@@ -221,7 +221,7 @@ def flatten(tree: Any, what: str = "utilization") -> tuple[list[Any], dict[str, 
     natural = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
     leaves = {path or _paths.ROOT: leaves[path] for path in sorted(leaves, key=natural)}
     for path, leaf in leaves.items():
-        *layers, experts = _routing.shape_of(f"The {what} at {path}", leaf)
+        *layers, experts = _routing.check_shape(f"The {what} at {path}", leaf)
         sizes |= {path + (str(list(place)) if place else ""): experts for place in np.ndindex(*layers)}
     if not sizes:
         raise ValueError(f"The {what} must have at least one layer, an array or RoutingCounts; got {tree!r}.")

@@ -226,12 +226,12 @@ def loads(sizes: Sizes, indices: np.ndarray) -> np.ndarray:
 
 
 def imbalance(config: Config) -> None:
+    usual = grouped.default_buffer()
     if jax.default_backend() == "cpu":
         sizes = config.sizes(4096)
-        options = {"padded": ("padded", grouped.BUFFER)}
+        options = {"padded": ("padded", usual)}
         imbalance_of(config, sizes, jnp.float32, (1, 2, 4, 8, sizes.experts / sizes.choices), options)
         return
-    usual = grouped.ACCELERATOR_BUFFER
     one, lean = usual._replace(blocks=1), usual._replace(headroom=1.125)
     options = {"padded": ("padded", usual), "padded, lean": ("padded", lean), "padded, one block": ("padded", one)}
     imbalance_of(config, config.sizes(32768), jnp.float32, (3,), options | {"dense": ("dense", usual)})
@@ -243,7 +243,6 @@ def imbalance_of(config: Config, sizes: Sizes, dtype, max_over_mean: Sequence[fl
     """A table of `(backend, buffer)` by name, with the share of rows that each buffer sends through the loop."""
     variants = {}
     params = {"experts": make_layer(sizes).experts.params(), "gates": jnp.full((sizes.tokens, sizes.choices), 0.5)}
-    constant = "BUFFER" if jax.default_backend() == "cpu" else "ACCELERATOR_BUFFER"
     for busiest in max_over_mean:
         indices = skewed_routing(sizes, busiest)
         load = loads(sizes, indices)
@@ -255,7 +254,7 @@ def imbalance_of(config: Config, sizes: Sizes, dtype, max_over_mean: Sequence[fl
                 arguments = experts, x, jnp.asarray(indices), params["gates"]
                 return grouped.apply_experts(mlp.gelu_mlp, *arguments, backend=backend)
 
-            with mock.patch.object(grouped, constant, buffer):
+            with mock.patch.object(grouped, "default_buffer", return_value=buffer):
                 call = gradients(layer, params, normal(1, sizes.tokens, sizes.width, dtype=dtype))
             variants[f"max / mean load {load.max():.1f}: {name}, {in_loop:.0%} of rows in the loop"] = call
     table(f"C  {sizes}, {jnp.dtype(dtype)}, without the router", variants, config.rounds, to=next(iter(variants)))
@@ -276,8 +275,8 @@ def constants(config: Config) -> None:
     for sizes in config.small_and_large():
         variants = {}
         for headroom, block_rows in tried:
-            buffer = grouped.BUFFER._replace(headroom=headroom, block_rows=block_rows)
-            with mock.patch.object(grouped, "BUFFER", buffer):
+            buffer = grouped.default_buffer()._replace(headroom=headroom, block_rows=block_rows)
+            with mock.patch.object(grouped, "default_buffer", return_value=buffer):
                 variants[f"headroom {headroom}, blocks of {block_rows}"] = ours(sizes, backend="padded")
         table(f"E  {sizes}", variants, config.rounds, to="headroom 1.125, blocks of 64")
 

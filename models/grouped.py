@@ -36,8 +36,11 @@ class Buffer(NamedTuple):
     blocks: int  # G: how many blocks the loop computes at a time
 
 
-BUFFER = Buffer(1.125, 64, 1)  # on a CPU, from 1 to 1.25 the difference is within the noise
-ACCELERATOR_BUFFER = Buffer(1.5, 256, 32)  # on an H200, one block at a time took up to four times as long
+def default_buffer() -> Buffer:
+    """The sizes for this machine."""
+    if jax.default_backend() == "cpu":
+        return Buffer(1.125, 64, 1)  # with a headroom from 1 to 1.25, the difference is within the noise
+    return Buffer(1.5, 256, 32)  # on an H200, one block at a time took up to four times as long
 
 
 def default_backend(params: Any, x: jax.Array, assignments: int) -> Backend:
@@ -146,7 +149,7 @@ def apply_experts(
     if (backend or default_backend(params, x, tokens * choices)) == "tokamax":
         return _sorted(expert, params, x, gates, plan)
     mean_load = tokens * choices / num_experts if mean_load is None else mean_load
-    sizes = BUFFER if jax.default_backend() == "cpu" else ACCELERATOR_BUFFER
+    sizes = default_buffer()
     # With fewer rows than experts, as in text generation, the loop alone reads only the kernels that are needed.
     buffer_rows = math.ceil(sizes.headroom * mean_load) if mean_load >= 1 else 0
     return _padded_dropless(expert, buffer_rows, sizes, params, x, gates, plan)

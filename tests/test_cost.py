@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import excitation_optax
 from benchmarks import overhead
 
 
@@ -31,6 +32,16 @@ def test_excitation_holds_no_memory():
     vanilla, excited = (compiled(excited).memory_analysis() for excited in (False, True))
     assert excited.output_size_in_bytes == vanilla.output_size_in_bytes
     assert excited.temp_size_in_bytes <= 1.01 * vanilla.temp_size_in_bytes
+
+
+def test_separate_experts_share_their_kernels():
+    """XLA would compile a kernel for each slice of phi, and put all that phi is computed from into it."""
+    updates = {f"expert_{k}": jnp.ones((8, 4)) for k in range(64)}
+    tx = excitation_optax.scale_by_excitation()
+    update = lambda updates, u: tx.update(updates, tx.init(updates), utilization={"expert_{expert}": u})[0]
+    text = jax.jit(update).lower(updates, jnp.ones(64)).compile().as_text()
+    assert "f32[8,4]" in text  # it is the program
+    assert "slice" not in text
 
 
 def test_the_step_talks_to_no_host():

@@ -77,9 +77,8 @@ def test_routings(backend, routing):
 )
 def test_overflow(monkeypatch, routing, mean_load, block_rows, blocks):
     """The padded buffer holds few rows or none; the loop does the rest, in several blocks per expert."""
-    buffer = grouped.BUFFER._replace(block_rows=block_rows, blocks=blocks)
-    monkeypatch.setattr(grouped, "BUFFER", buffer)
-    monkeypatch.setattr(grouped, "ACCELERATOR_BUFFER", buffer)
+    buffer = grouped.default_buffer()._replace(block_rows=block_rows, blocks=blocks)
+    monkeypatch.setattr(grouped, "default_buffer", lambda: buffer)
     x, gates, dy = make_inputs(13, 2)
     indices = moe_oracle.ROUTINGS[routing]
     options = {"backend": "padded", "mean_load": mean_load, "sizes": buffer}

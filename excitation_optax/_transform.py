@@ -183,10 +183,13 @@ def scale_layer(
         ratio = _norm_ratio(phi, updates, placements)
         direction = _arrays.divide(phi.astype(ratio.dtype), ratio)
         factor = direction if component == "direction" else jnp.broadcast_to(ratio, phi.shape)
+    # An index would make XLA compile a kernel for each expert, with all of phi's computation in it: twice as slow.
+    masked = functools.cache(lambda expert: jnp.sum(factor, axis=-1, where=np.arange(phi.shape[-1]) == expert))
     scaled = []
     for update, place in zip(updates, placements, strict=True):
+        own = factor if place.expert is None else masked(place.expert)
         wide = np.promote_types(factor.dtype, update.dtype)
-        scaled.append((_expand(factor, update, place).astype(wide) * update.astype(wide)).astype(update.dtype))
+        scaled.append((_expand(own, update, place).astype(wide) * update.astype(wide)).astype(update.dtype))
     return scaled
 
 
@@ -209,17 +212,17 @@ def _norm_ratio(phi: jax.Array, updates: Sequence[jax.Array], placements: Placem
     absolute = [jnp.abs(update).astype(wide) for update in updates]
     largest = _per_expert(jnp.maximum, absolute, placements, phi.shape)
     divisor = jnp.where(largest == 0, 1, largest)
-    squares = [(a / _expand(divisor, a, p)) ** 2 for a, p in zip(absolute, placements, strict=True)]
+    own = lambda place: divisor if place.expert is None else divisor[..., place.expert]
+    squares = [(a / _expand(own(p), a, p)) ** 2 for a, p in zip(absolute, placements, strict=True)]
     sums = _per_expert(jnp.add, squares, placements, phi.shape)
     # Both cross the devices at once, and only here.
     largest, sums = replicated(jnp.stack([largest, sums]))
 
     phi = phi.astype(sums.dtype)
     largest_phi = jnp.max(jnp.abs(phi), axis=-1, keepdims=True)
-    relative_phi = _arrays.divide(phi, largest_phi)
     relative = sums * _arrays.divide(largest, jnp.max(largest, axis=-1, keepdims=True)) ** 2
     before = jnp.sum(relative, axis=-1, keepdims=True)
-    after = jnp.sum(relative_phi**2 * relative, axis=-1, keepdims=True)
+    after = jnp.sum(_arrays.divide(phi, largest_phi) ** 2 * relative, axis=-1, keepdims=True)
     return jnp.where(before == 0, 1, largest_phi * jnp.sqrt(_arrays.divide(after, before)))
 
 
@@ -243,10 +246,7 @@ def _per_expert(op: Any, arrays: Sequence[jax.Array], placements: Placements, sh
 
 
 def _expand(x: jax.Array, array: jax.Array, place: _experts.Placement) -> jax.Array:
-    """Reshapes x `[..., E]`, one number per expert, so that it broadcasts against the array."""
-    if place.expert is not None:
-        # An index would make XLA compile a kernel for each expert, with all of phi's computation in it: twice as slow.
-        x = jnp.sum(x, axis=-1, where=np.arange(x.shape[-1]) == place.expert)
+    """Reshapes x `[..., E]`, or `[...]` for an array of one expert, so that it broadcasts against the array."""
     axes = [axis for group in place.axes for axis in group]
     x = x.reshape([array.shape[axis] for axis in axes] + [1] * (array.ndim - len(axes)))
     return jnp.moveaxis(x, range(len(axes)), axes)

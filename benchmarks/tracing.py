@@ -3,8 +3,13 @@
     python -m benchmarks.tracing                                 # describe, and trace the update alone; a minute
     python -m benchmarks.tracing --step separate --layers 2      # trace and compile a training step; minutes
     python -m benchmarks.tracing --step gpt-moe                  # the same for 871M parameters, by their shapes alone
+    valgrind --tool=callgrind python -m benchmarks.tracing --step gpt-moe --variants both    # instructions of one step
 
-The plain update is SGD's, the plain step Adam's. A figure is the smallest of `--rounds` tries, in seconds of CPU time.
+Seconds are CPU time. The plain update is SGD's, the plain step Adam's. A figure of the update alone is the smallest of
+`--rounds` tries. A figure of a step is their median, and "together" the median ratio to the plain step within a round.
+
+Times vary by a tenth on a noisy machine; counts of instructions repeat within a hundredth. Subtract the count of
+`--variants` with nothing after it, which compiles nothing.
 """
 
 import dataclasses
@@ -38,6 +43,8 @@ class Config:
     """Tries per figure."""
     step: Literal["none", "separate", "gpt-moe"] = "none"
     """Trace and compile whole training steps, by XLA for the machine's device, instead of the update alone."""
+    variants: tuple[Literal["plain", "both", "direction", "norm"], ...] = ("plain", "both", "direction", "norm")
+    """The steps to compare with the first of them. One alone is compiled once, to count its instructions."""
 
 
 def make_params(config: Config) -> dict[str, Any]:
@@ -79,18 +86,19 @@ def steps(config: Config) -> tuple[Any, Any, Callable[..., tuple[jax.Array, Any]
 
 
 def measure_steps(config: Config) -> None:
-    """Prints a line for the plain step and for each component."""
+    """Prints a line for each variant of the step."""
     params, batch, loss, expert_axis = steps(config)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{config.step}, {config.layers if config.step == 'separate' else 12} layers, {size / 1e6:.1f}M parameters")
 
-    def seconds(component: Any) -> tuple[float, float]:
+    def seconds(variant: Any) -> tuple[float, float]:
+        excited = variant != "plain"
         tx = optax.with_extra_args_support(optax.adam(1e-3))
-        if component:
-            tx = optax.chain(tx, excitation_optax.scale_by_excitation(expert_axis=expert_axis, component=component))
+        if excited:
+            tx = optax.chain(tx, excitation_optax.scale_by_excitation(expert_axis=expert_axis, component=variant))
 
         def step(params, state, batch):
-            grads, utilization = jax.grad(loss, has_aux=True)(params, batch, component is not None)
+            grads, utilization = jax.grad(loss, has_aux=True)(params, batch, excited)
             updates, state = tx.update(grads, state, params, utilization=utilization)
             return optax.apply_updates(params, updates), state
 
@@ -102,12 +110,17 @@ def measure_steps(config: Config) -> None:
         lowered.compile()
         return traced - start, time.process_time() - traced
 
-    components = (None, "both", "direction", "norm")
-    tries = [[seconds(component) for component in components] for _ in range(config.rounds)]  # interleaved
-    best = np.min(tries, axis=0)  # [component, (trace, compile)]
-    for component, (trace, compile_) in zip(components, best, strict=True):
-        share = best[components.index(component)].sum() / best[0].sum() - 1
-        print(f"  {component or 'plain':<10} trace {trace:.2f} s, compile {compile_:.2f} s, together {share:+.1%}")
+    if len(config.variants) < 2:
+        print(*config.variants, *map(seconds, config.variants))
+        return
+    seconds(config.variants[0])  # the first compilation is slower
+    tries = np.array([[seconds(variant) for variant in config.variants] for _ in range(config.rounds)])  # interleaved
+    together = tries.sum(axis=-1)  # [round, variant]
+    ratios = np.quantile(together / together[:, :1], [0.25, 0.5, 0.75], axis=0)
+    for variant, times, quartiles in zip(config.variants, np.median(tries, axis=0), ratios.T, strict=True):
+        low, median, high = quartiles - 1
+        print(f"  {variant:<10} trace {times[0]:.2f} s, compile {times[1]:.2f} s", end="")
+        print(f", together {median:+.1%} (quartiles {low:+.1%}, {high:+.1%})")
 
 
 def cpu_seconds(f: Callable[[], Any], rounds: int) -> float:

@@ -1,10 +1,11 @@
 """The benchmarks run, at toy sizes. What they measure there means nothing and is not looked at."""
 
+import dataclasses
 import re
 
 import pytest
 
-from benchmarks import gpt_step, moe_layer, sweep
+from benchmarks import gpt_step, moe_layer, sweep, tracing
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("as_users_have_it")]
 
@@ -40,3 +41,15 @@ def test_sweep(capsys):
     assert [row[1] for row in rows[6:8]] == ["1", "4"]
     assert all(float(seconds) > 0 for row in rows[6:8] for seconds in row[2:])
     assert all(float(row[-1]) > 0 for row in rows[-3:])
+
+
+def test_tracing(capsys):
+    config = tracing.Config(layers=1, experts=2, rounds=1, step="separate")
+    tracing.measure_steps(config)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["plain", "both", "direction", "norm"]
+    assert all(float(row[2]) > 0 and float(row[5]) > 0 for row in rows)  # seconds to trace, and to compile
+    tracing.measure_steps(dataclasses.replace(config, variants=("both",)))
+    assert capsys.readouterr().out.splitlines()[1].startswith("both (")
+    tracing.measure_updates(config)
+    assert capsys.readouterr().out.count("s more than SGD") == 6
